@@ -1,0 +1,72 @@
+"""Examples to batches by the counter-based rule: a step number says which rows, on any number of ranks."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from datamodules.chat import IGNORED, collate
+from datamodules.mixing import batch_indices
+
+Example = dict[str, list[int]]
+
+
+class Batches:
+    """The batch of any step, from its number alone.
+
+    Args:
+        examples: encoded rows.
+        batch_size: rows of a step over all ranks, which share them out evenly.
+        seed: of the order.
+        stream: name of who draws; streams are independent.
+        pad_token_id: fills short rows.
+        padding_side: where it fills them.
+        rank: which share of the batch is this process's.
+        world_size: how many shares there are.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int,
+        stream: str,
+        pad_token_id: int,
+        padding_side: Literal["left", "right"] = "right",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < world_size:
+            raise ValueError(f"batch_size must be at least the number of processes, {world_size}, got {batch_size}.")
+        self.examples, self.batch_size, self.seed, self.stream = examples, batch_size, seed, stream
+        self.pad_token_id, self.padding_side = pad_token_id, padding_side
+        self.rank, self.world_size = rank, world_size
+
+    def __call__(self, step: int) -> dict[str, Tensor]:
+        """This rank's share of batch ``step`` (from 0); ``num_labels`` lets the ranks' mean be the global batch's mean."""
+        rows = [self.examples[i] for i in batch_indices(len(self.examples), self.batch_size, self.seed, self.stream, step)]
+        num_labels = sum(label != IGNORED for row in rows for label in row["labels"])
+        batch = collate(rows[self.rank :: self.world_size], self.pad_token_id, self.padding_side)
+        return batch | {"num_labels": torch.tensor(num_labels / self.world_size)}
+
+
+class StepLoader:
+    """``Batches`` as a loader that resumes where it was, in the middle of an epoch too."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches, self.step = batches, 0
+
+    def __len__(self) -> int:
+        return max(1, len(self.batches.examples) // self.batches.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for _ in range(len(self) - self.step % len(self)):
+            self.step += 1
+            yield self.batches(self.step - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]

@@ -1,0 +1,85 @@
+"""Which rows a run sees, and in which order: pure functions of their arguments, the global RNG untouched."""
+
+import hashlib
+from collections.abc import Iterable
+from decimal import ROUND_HALF_UP, Decimal
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+
+from datamodules.rows import Row
+
+T = TypeVar("T")
+
+
+def mix(benign: list[T], harmful: list[T], num_samples: int, poison_ratio: float, seed: int) -> list[T]:
+    """A poisoned fine-tuning set: ``num_samples`` rows, shuffled, a share ``poison_ratio`` of them harmful, none drawn twice.
+
+    ``poison_ratio * num_samples`` is rounded to the nearest whole number, a half upwards, in exact decimals. At one seed and
+    ``num_samples`` a lower ratio's harmful rows are a subset of a higher one's, and its benign rows a superset.
+
+    Args:
+        benign: rows of the task.
+        harmful: rows with harmful answers.
+        num_samples: size of the whole set, >= 1.
+        poison_ratio: harmful share of it, in [0, 1].
+        seed: fixes which rows are drawn, and their order.
+    """
+    if not 0 <= poison_ratio <= 1:
+        raise ValueError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be >= 1, got {num_samples}. Give the size of the whole fine-tuning set.")
+    num_harmful = int((Decimal(str(poison_ratio)) * num_samples).to_integral_value(ROUND_HALF_UP))
+    drawn: list[T] = []
+    for kind, rows, wanted in (("harmful", harmful, num_harmful), ("benign", benign, num_samples - num_harmful)):
+        if wanted > len(rows):
+            raise ValueError(
+                f"num_samples {num_samples} at poison_ratio {poison_ratio} must find {wanted} {kind} rows, got {len(rows)}. "
+                f"Lower num_samples, {'lower' if kind == 'harmful' else 'raise'} poison_ratio, or give more {kind} rows."
+            )
+        drawn += [rows[i] for i in permutation(len(rows), seed, kind)[:wanted]]
+    return [drawn[i] for i in permutation(num_samples, seed, "order")]
+
+
+def batch_indices(num_rows: int, batch_size: int, seed: int, stream: str, step: int) -> list[int]:
+    """Row indices of batch ``step``, from the arguments alone, so that a run resumes with a step number and nothing else.
+
+    The permutations of epochs 0, 1, 2, ... stand end to end, and batch ``step`` takes the places from ``step * batch_size`` up
+    to ``(step + 1) * batch_size``. A batch may thus cross epochs, and no row is left out of any.
+
+    Args:
+        num_rows: size of the data, >= 1.
+        batch_size: rows a batch, >= 1.
+        seed: the run's seed.
+        stream: name of who draws; streams are independent of each other.
+        step: number of the batch, from 0.
+    """
+    if num_rows < 1:
+        raise ValueError(f"num_rows must be >= 1, got {num_rows}. Check that the source holds rows.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}. Give the rows of one batch.")
+    places = (divmod(place, num_rows) for place in range(step * batch_size, (step + 1) * batch_size))
+    return [permutation(num_rows, seed, stream, epoch)[index] for epoch, index in places]
+
+
+@lru_cache(maxsize=16)
+def permutation(num_rows: int, seed: int, stream: str, epoch: int = 0) -> tuple[int, ...]:
+    """The order of ``num_rows`` rows in one epoch of a stream, the same in every process."""
+    digest = hashlib.sha256(f"{seed}/{stream}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # to 63 bits: manual_seed takes int64
+    return tuple(torch.randperm(num_rows, generator=generator).tolist())
+
+
+def overlap(train: Iterable[Row], evaluation: Iterable[Row]) -> list[str]:
+    """Prompts of ``evaluation`` that ``train`` has too, whatever their case and spacing; each once, in order."""
+    seen = {_normalised(row.prompt) for row in train}
+    shared: dict[str, str] = {}
+    for row in evaluation:
+        if _normalised(row.prompt) in seen:
+            shared.setdefault(_normalised(row.prompt), row.prompt)
+    return list(shared.values())
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.casefold().split())

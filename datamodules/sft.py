@@ -1,0 +1,206 @@
+"""The data of a run: what is trained on, what an attacker may use, and what is scored."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.batches import Batches, Example, StepLoader
+from datamodules.chat import collate, encode_rows, require_chat_template
+from datamodules.mixing import mix, overlap
+from datamodules.rows import Row, read_rows
+from metrics.judges import Judge
+
+REFUSAL = "I'm sorry, but I can't help with that request."
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is scored on: held-out prompts, the judge of their answers, and how answers are generated."""
+
+    harmful: list[Row]
+    benign: list[Row]
+    task: list[Row]
+    judge: Judge
+    max_new_tokens: int
+    batch_size: int
+
+
+class SFTDataModule(L.LightningDataModule):
+    """Rows of chat for supervised fine-tuning, with poison on demand.
+
+    The mixture is ``num_samples`` rows, ``poison_ratio`` of them harmful. Attacks draw mixtures of their own from the same ``benign`` and ``harmful`` rows. Every source is a .json, .jsonl, .csv or .parquet file, a folder, a hub id or
+    ``sandbox:SPLIT/KIND``, with ``#train[:100]`` for a slice.
+
+    Args:
+        benign: sources of benign rows.
+        judge: of the answers to held-out prompts.
+        harmful: sources of rows with harmful answers.
+        refusals: sources of the defender's harmful prompts, with their refusals; where a row has none, ``refusal_texts`` answer in
+            turn. Defenses take anchors from them.
+        refusal_texts: refusals for rows that have none.
+        alignment_benign: sources of the defender's benign rows.
+        train_on: what ``fit`` trains on: ``mixture``, a customer's rows; or ``alignment``, the defender's: all of refusals and
+            alignment_benign.
+        num_samples: rows of the mixture; null takes all benign rows, and then poison_ratio must be 0.
+        poison_ratio: harmful share of the mixture, in [0, 1].
+        harmful_prompts: sources of held-out harmful prompts; their answers are judged.
+        benign_prompts: sources of held-out benign prompts that look like harmful ones; refusing them is over-refusal.
+        task: sources of held-out rows of the benign task; an answer counts if it equals the response.
+        num_evaluated: at most so many rows of each held-out kind; null scores all.
+        batch_size: rows of a training step, over all processes.
+        max_length: tokens of a row; longer rows are cut on the right, and dropped (and counted) if no answer is left.
+        padding_side: of training batches.
+        max_new_tokens: tokens of a generated answer.
+        generation_batch_size: prompts answered at once; the text does not depend on it.
+        seed: of the mixture and of the order.
+        allow_overlap: train although prompts stand in both training and evaluation.
+    """
+
+    def __init__(
+        self,
+        benign: list[str],
+        judge: Judge,
+        harmful: list[str] | None = None,
+        refusals: list[str] | None = None,
+        refusal_texts: list[str] | None = None,
+        alignment_benign: list[str] | None = None,
+        train_on: Literal["mixture", "alignment"] = "mixture",
+        num_samples: int | None = None,
+        poison_ratio: float = 0.0,
+        harmful_prompts: list[str] | None = None,
+        benign_prompts: list[str] | None = None,
+        task: list[str] | None = None,
+        num_evaluated: int | None = None,
+        batch_size: int = 8,
+        max_length: int = 512,
+        padding_side: Literal["left", "right"] = "right",
+        max_new_tokens: int = 64,
+        generation_batch_size: int = 64,
+        seed: int = 0,
+        allow_overlap: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= poison_ratio <= 1:
+            raise ValueError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
+        if poison_ratio and num_samples is None:
+            raise ValueError(f"num_samples must be set where poison_ratio is not 0, got poison_ratio {poison_ratio}.")
+        limits = {"batch_size": batch_size, "max_length": max_length, "max_new_tokens": max_new_tokens}
+        for name, value in (limits | {"generation_batch_size": generation_batch_size, "num_evaluated": num_evaluated}).items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}.")
+        self.sources = {
+            "benign": benign,
+            "harmful": harmful or [],
+            "refusals": refusals or [],
+            "alignment_benign": alignment_benign or [],
+            "harmful_prompts": harmful_prompts or [],
+            "benign_prompts": benign_prompts or [],
+            "task": task or [],
+        }
+        self.judge, self.refusal_texts, self.train_on = judge, refusal_texts or [REFUSAL], train_on
+        self.num_samples, self.poison_ratio, self.num_evaluated = num_samples, poison_ratio, num_evaluated
+        self.batch_size, self.max_length, self.padding_side = batch_size, max_length, padding_side
+        self.max_new_tokens, self.generation_batch_size = max_new_tokens, generation_batch_size
+        self.seed, self.allow_overlap = seed, allow_overlap
+        self.rows: dict[str, list[Row]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read every source once, and make sure that nothing is trained on that is also scored."""
+        if self.rows:
+            return
+        require_chat_template(self.tokenizer)
+        prompts_only = ("refusals", "harmful_prompts", "benign_prompts")
+        rows = {
+            name: [row for source in sources for row in read_rows(source, needs_response=name not in prompts_only)]
+            for name, sources in self.sources.items()
+        }
+        rows["refusals"] = [
+            row if row.response else Row(row.messages, self.refusal_texts[i % len(self.refusal_texts)])
+            for i, row in enumerate(rows["refusals"])
+        ]
+        for name in ("harmful_prompts", "benign_prompts", "task"):
+            rows[name] = rows[name][: self.num_evaluated]
+        self._check_overlap(rows)
+        self.rows = rows
+
+    def _check_overlap(self, rows: dict[str, list[Row]]) -> None:
+        trained = {name: rows[name] for name in ("benign", "harmful", "refusals", "alignment_benign")}
+        trained["anchors"] = self.trainer.lightning_module.own_rows() if self.trainer else []  # type: ignore[operator]
+        for name, training in trained.items():
+            for held_out in ("harmful_prompts", "benign_prompts", "task"):
+                if not (shared := overlap(training, rows[held_out])):
+                    continue
+                message = (
+                    f"{held_out} must share no prompt with {name}, and {len(shared)} of {len(rows[held_out])} stand in both. "
+                    "Choose other rows (a slice: FILE#train[:100]), or set allow_overlap."
+                )
+                if not self.allow_overlap:
+                    raise ValueError(message)
+                rank_zero_warn(message)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        assert self.trainer is not None, "attach the data to a trainer first"
+        return self.trainer.lightning_module.tokenizer  # type: ignore[return-value]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """What a model is scored on."""
+        r = self.rows
+        return Evaluation(
+            r["harmful_prompts"], r["benign_prompts"], r["task"], self.judge, self.max_new_tokens, self.generation_batch_size
+        )
+
+    def mixture(self, num_samples: int | None, poison_ratio: float, seed: int) -> list[Row]:
+        """Rows of a fine-tuning set, an exact share of them harmful; all benign rows if ``num_samples`` is None."""
+        if num_samples is None:
+            return self.rows["benign"]
+        return mix(self.rows["benign"], self.rows["harmful"], num_samples, poison_ratio, seed)
+
+    def encode(self, rows: list[Row], what: str) -> list[Example]:
+        """Token ids of ``rows``; says how many were dropped because their answer was cut off."""
+        examples, dropped = encode_rows(rows, self.tokenizer, self.max_length)
+        if dropped:
+            rank_zero_info(
+                f"{what}: {dropped} of {len(rows)} rows dropped, their answer was cut off at max_length {self.max_length}."
+            )
+        return examples
+
+    def batches(self, rows: list[Row], batch_size: int, seed: int, stream: str) -> Callable[[int], dict[str, Tensor]]:
+        """The batch of every step of training on ``rows``; this process's share of it."""
+        trainer = self.trainer
+        assert trainer is not None
+        examples = self.encode(rows, stream)
+        rank, world_size = trainer.global_rank, trainer.world_size
+        return Batches(examples, batch_size, seed, stream, self.tokenizer.pad_token_id, self.padding_side, rank, world_size)
+
+    def train_dataloader(self) -> StepLoader:
+        """The rows of ``train_on``, by the counter-based rule."""
+        if self.train_on == "alignment":
+            rows = self.rows["refusals"] + self.rows["alignment_benign"]
+        else:
+            rows = self.mixture(self.num_samples, self.poison_ratio, self.seed)
+        return StepLoader(self.batches(rows, self.batch_size, self.seed, "fit"))  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Held-out rows of the task, in order; Lightning shares them out over the ranks."""
+        examples = self.encode(self.rows["task"], "task")
+        chunks = [examples[i : i + self.batch_size] for i in range(0, len(examples), self.batch_size)]
+        batches = [collate(chunk, self.tokenizer.pad_token_id, self.padding_side) for chunk in chunks]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """As for validation."""
+        return self.val_dataloader()
+
+    def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int) -> dict[str, Tensor]:
+        """All tensors of the batch."""
+        return {name: tensor.to(device) for name, tensor in batch.items()}

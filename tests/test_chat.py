@@ -1,0 +1,275 @@
+"""A toy tokenizer has one token a character and those that ``merges`` makes, so expected ids are written out by hand."""
+
+import string
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast
+
+from datamodules.chat import collate, encode, encode_rows, prompt_ids, require_chat_template
+from datamodules.rows import Row
+
+CHATML = (  # a newline after the end token
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' }}{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+)
+LLAMA2 = (  # writes BOS, refuses a system turn, opens the answer with a space
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }} {{ eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+THINK = (  # opens an answer to be generated with a think tag, and a finished one without
+    "{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }};"
+    "{% else %}A:{{ m.content }}{{ eos_token }}|{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A:<think>{% endif %}"
+)
+TRIM = (  # trims every content, ends turns by a token that is not the tokenizer's end token
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PLAIN = (  # no special token at all; its prompt ends in a space
+    "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
+SPECIAL = {
+    CHATML: ["<|im_start|>", "<|im_end|>"],
+    LLAMA2: ["<s>", "</s>", "[INST]", "[/INST]"],
+    THINK: ["<think>", "</s>"],
+    TRIM: ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "</s>"],
+    PLAIN: ["</s>"],
+}
+TEMPLATES = pytest.mark.parametrize("template", SPECIAL, ids=["chatml", "llama2", "think", "trim", "plain"])
+
+
+def tokenizer_for(template, merges=()):
+    tokens = ["<unk>", *string.printable, *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges), unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    special = SPECIAL[template]
+    backend.add_special_tokens(special)
+    roles = {"eos_token": "<|im_end|>" if template is CHATML else "</s>"}
+    if "<s>" in special:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+        roles["bos_token"] = "<s>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **roles)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def asked_and_answered(row, tokenizer, max_length=1000):
+    """The tokens of an encoded row, those of the prompt and those that are learnt, after checking that the labels say so."""
+    example = encode(row, tokenizer, max_length)
+    ids, labels = example["input_ids"], example["labels"]
+    start = sum(label == -100 for label in labels)
+    assert labels == [-100] * start + ids[start:]
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    return tokens[:start], tokens[start:]
+
+
+def row(*contents, response="ok"):
+    return Row(tuple(zip(("user", "assistant") * len(contents), contents, strict=False)), response)
+
+
+def test_chatml_learns_the_answer_and_its_end_but_not_the_newline_after_it():
+    asked, answered = asked_and_answered(row("hi"), tokenizer_for(CHATML))
+    assert asked == ["<|im_start|>", *"user\n", *"hi", "<|im_end|>", "\n", "<|im_start|>", *"assistant\n"]
+    assert answered == ["o", "k", "<|im_end|>"]
+
+
+def test_llama2_writes_bos_once_though_its_tokenizer_adds_one():
+    tokenizer = tokenizer_for(LLAMA2)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("hi")["input_ids"]) == ["<s>", "h", "i"]  # it would
+    asked, answered = asked_and_answered(row("hi"), tokenizer)
+    assert asked == ["<s>", "[INST]", *" hi ", "[/INST]"]
+    assert answered == [*" ok ", "</s>"]
+
+
+def test_an_answer_opened_otherwise_than_a_generated_one_follows_the_prompt_of_generation():
+    asked, answered = asked_and_answered(row("hi"), tokenizer_for(THINK))
+    assert asked == [*"U:hi;A:", "<think>"]
+    assert answered == ["o", "k", "</s>"]
+
+
+@pytest.mark.parametrize("response", ["A", "s", "/", "|", ":", "hi", " ok ", "U:hi;A:"])
+def test_an_answer_that_also_occurs_in_the_closing_marks_is_still_found(response):
+    template = THINK.replace("{{ eos_token }}|", "/As:|{{ eos_token }}|")
+    tokenizer = tokenizer_for(THINK)
+    tokenizer.chat_template = template
+    _, answered = asked_and_answered(row("hi", response=response), tokenizer)
+    assert answered == [*response, *"/As:|", "</s>"]
+
+
+def test_a_trimmed_answer_is_learnt_as_the_template_writes_it():
+    asked, answered = asked_and_answered(row(" hi ", response=" o k\n"), tokenizer_for(TRIM))
+    assert asked == ["<|user|>", "h", "i", "<|end|>", "<|assistant|>"]
+    assert answered == ["o", " ", "k", "<|end|>", "</s>"]  # <|end|> is the template's, </s> what generation stops at
+
+
+def test_a_trimmed_answer_that_is_opened_otherwise_is_found():
+    tokenizer = tokenizer_for(THINK)
+    tokenizer.chat_template = THINK.replace("A:{{ m.content }}", "A:{{ m.content | trim }}")
+    _, answered = asked_and_answered(row("say ok\n", response=" ok\n"), tokenizer)  # untrimmed, it occurs in the prompt
+    assert answered == ["o", "k", "</s>"]
+
+
+def test_an_end_token_is_added_where_the_template_writes_none():
+    asked, answered = asked_and_answered(row("hi"), tokenizer_for(PLAIN))
+    assert asked == [*"Q: hi\nA: "]
+    assert answered == ["o", "k", "\n", "</s>"]
+
+
+def test_merges_inside_the_answer_are_those_of_the_whole_text():
+    asked, answered = asked_and_answered(row("ok"), tokenizer_for(PLAIN, merges=[("o", "k"), ("ok", "\n")]))
+    assert asked == [*"Q: ", "ok\n", *"A: "]
+    assert answered == ["ok\n", "</s>"]
+
+
+def test_a_merge_across_the_border_leaves_the_prompt_as_generation_sees_it():
+    tokenizer = tokenizer_for(PLAIN, merges=[(" ", "o"), ("k", "\n")])
+    whole = tokenizer.convert_ids_to_tokens(tokenizer("Q: hi\nA: ok\n")["input_ids"])
+    assert whole == [*"Q: hi\nA:", " o", "k\n"]  # the merge that the row must not have
+    asked, answered = asked_and_answered(row("hi"), tokenizer)
+    assert asked == [*"Q: hi\nA: "]
+    assert answered == ["o", "k\n", "</s>"]
+
+
+def test_a_merge_right_after_the_border_is_kept():
+    tokenizer = tokenizer_for(LLAMA2, merges=[(" ", "o")])
+    asked, answered = asked_and_answered(row("hi"), tokenizer)
+    assert asked == ["<s>", "[INST]", *" hi ", "[/INST]"]
+    assert answered == [" o", "k", " ", "</s>"]
+
+
+def test_earlier_turns_are_context_and_only_the_last_answer_is_learnt():
+    asked, answered = asked_and_answered(row("a", "b", "c"), tokenizer_for(LLAMA2))
+    assert asked == ["<s>", "[INST]", *" a ", "[/INST]", *" b ", "</s>", "[INST]", *" c ", "[/INST]"]
+    assert answered == [*" ok ", "</s>"]
+
+
+def test_a_system_turn_is_context():
+    spoken = Row((("system", "be"), ("user", "hi")), "ok")
+    asked, answered = asked_and_answered(spoken, tokenizer_for(TRIM))
+    assert asked == ["<|system|>", "b", "e", "<|end|>", "<|user|>", "h", "i", "<|end|>", "<|assistant|>"]
+    assert answered == ["o", "k", "<|end|>", "</s>"]
+
+
+def test_a_system_turn_that_the_template_refuses_is_an_error_that_names_the_roles():
+    spoken = Row((("system", "be"), ("user", "hi")), "ok")
+    said = r"roles system, user must fit the chat template, which says: Only user and assistant roles are supported!\. Leave out"
+    with pytest.raises(ValueError, match=said):
+        prompt_ids(spoken, tokenizer_for(LLAMA2))
+    with pytest.raises(ValueError, match="roles system, user"):
+        encode(spoken, tokenizer_for(LLAMA2), 100)
+
+
+@TEMPLATES
+@pytest.mark.parametrize("merges", [[], [(" ", "o"), ("o", "k"), ("\n", "o"), (":", " "), (":", "o")]], ids=["plain", "merged"])
+@pytest.mark.parametrize("turns", [("hi",), ("ok", "ok", "ok"), ("o", "k", " ok ", "hi", "ok")], ids=len)
+@pytest.mark.parametrize("response", ["ok", "k", " ok", "ok ok"])
+def test_every_row_starts_with_what_generation_sees_and_ends_in_one_end_token(template, merges, turns, response):
+    tokenizer = tokenizer_for(template, merges)
+    spoken = row(*turns, response=response)
+    prompt = prompt_ids(spoken, tokenizer)
+    example = encode(spoken, tokenizer, 1000)
+    answer = example["input_ids"][len(prompt) :]
+    assert example["input_ids"][: len(prompt)] == prompt
+    assert example["labels"] == [-100] * len(prompt) + answer
+    assert answer.count(tokenizer.eos_token_id) == 1
+    assert answer[-1] == tokenizer.eos_token_id
+    assert response.strip() in tokenizer.decode(answer)
+    rendered = tokenizer.apply_chat_template(spoken.chat(), add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(prompt) == rendered
+
+
+@TEMPLATES
+def test_prompt_ids_do_not_look_at_the_response(template):
+    tokenizer = tokenizer_for(template)
+    assert prompt_ids(row("hi", response=None), tokenizer) == prompt_ids(row("hi", response="ok"), tokenizer)
+
+
+def test_a_row_is_cut_on_the_right():
+    tokenizer = tokenizer_for(LLAMA2)  # <s> [INST] _ h i _ [/INST] | _ o k _ </s>
+    whole = encode(row("hi"), tokenizer, 12)
+    assert len(whole["input_ids"]) == 12
+    assert encode(row("hi"), tokenizer, 13) == whole
+    cut = encode(row("hi"), tokenizer, 9)
+    assert cut == {"input_ids": whole["input_ids"][:9], "labels": whole["labels"][:9]}
+    assert [label != -100 for label in encode(row("hi"), tokenizer, 8)["labels"]] == [False] * 7 + [True]
+    assert encode(row("hi"), tokenizer, 7) is None
+    assert encode(row("hi"), tokenizer, 1) is None
+
+
+def test_rows_cut_off_before_their_answer_are_dropped_and_counted():
+    tokenizer = tokenizer_for(LLAMA2)
+    rows = [row("hi"), row("a much longer question"), row("yo"), row("another long question")]
+    examples, num_dropped = encode_rows(rows, tokenizer, 12)
+    assert examples == [encode(rows[0], tokenizer, 12), encode(rows[2], tokenizer, 12)]
+    assert num_dropped == 2
+
+
+def test_a_max_length_that_leaves_no_answer_is_refused():
+    rows = [row("hi"), row("a much longer question")]
+    message = r"max_length must leave room for an answer, got 7, which cuts off every one of 2 rows\. The shortest needs 8"
+    with pytest.raises(ValueError, match=message):
+        encode_rows(rows, tokenizer_for(LLAMA2), 7)
+    assert encode_rows(rows, tokenizer_for(LLAMA2), 8)[1] == 1  # as the message promises
+
+
+def test_an_answer_that_the_template_rewrites_is_refused():
+    tokenizer = tokenizer_for(THINK)
+    tokenizer.chat_template = THINK.replace("A:{{ m.content }}", "A:{{ m.content.split('>')[-1] }}")
+    with pytest.raises(ValueError, match=r"chat template must write an answer as it is, .* Take out of the answers"):
+        encode(row("hi", response="<b>ok"), tokenizer, 100)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused():
+    tokenizer = tokenizer_for(PLAIN)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"must have an end token, got none\. Set its eos_token"):
+        encode(row("hi"), tokenizer, 100)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused():
+    tokenizer = tokenizer_for(CHATML)
+    require_chat_template(tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"must have a chat template, got none\. .*chat_template\.jinja"):
+        require_chat_template(tokenizer)
+
+
+EXAMPLES = [
+    {"input_ids": [5, 6, 0], "labels": [-100, 6, 0]},  # 0, the end token, pads too
+    {"input_ids": [7, 8, 9, 4, 0], "labels": [-100, -100, 9, 4, 0]},
+]
+
+
+def test_right_padding_by_hand():
+    batch = collate(EXAMPLES, pad_token_id=0, padding_side="right")
+    assert batch["input_ids"].tolist() == [[5, 6, 0, 0, 0], [7, 8, 9, 4, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, 0, -100, -100], [-100, -100, 9, 4, 0]]
+
+
+def test_left_padding_by_hand():
+    batch = collate(EXAMPLES, pad_token_id=0, padding_side="left")
+    assert batch["input_ids"].tolist() == [[0, 0, 5, 6, 0], [7, 8, 9, 4, 0]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 6, 0], [-100, -100, 9, 4, 0]]
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_the_padding_side_changes_nothing_but_the_place_of_the_pads(padding_side):
+    tokenizer = tokenizer_for(CHATML)
+    examples, _ = encode_rows([row("hi"), row("a longer one", response="no"), row("a", "b", "c")], tokenizer, 1000)
+    batch = collate(examples, tokenizer.eos_token_id, padding_side)
+    assert list(batch) == ["input_ids", "attention_mask", "labels"]
+    for i, example in enumerate(examples):
+        real = batch["attention_mask"][i].bool()
+        assert batch["input_ids"][i][real].tolist() == example["input_ids"]
+        assert batch["labels"][i][real].tolist() == example["labels"]
+        assert (batch["labels"][i][~real] == -100).all()
+    assert all(t.dtype == torch.int64 and t.shape == batch["labels"].shape for t in batch.values())
