@@ -1,0 +1,184 @@
+"""The base class of every defense; by itself it is plain SFT, the undefended baseline."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from datamodules.rows import Row
+from lightning_modules.adapters import LoRA, add_adapter, merged
+from lightning_modules.checkpoint import load_model, load_tokenizer
+from lightning_modules.forward import Batch, label_positions, states_and_logits
+from lightning_modules.generation import generate
+from lightning_modules.optimizer import Optimizer
+from lightning_modules.weights import borrowed, restore
+
+Stage = Literal["none", "alignment", "finetuning", "post_finetuning"]
+
+
+class Defense(L.LightningModule):
+    """Plain supervised fine-tuning: the undefended baseline, and the base class of every defense.
+
+    A defense's stage is the method that it overrides: ``alignment_loss`` (before release), ``finetuning_loss`` (while a fine-tuning
+    service trains on its customer's rows) or ``recover`` (after that). ``fit`` minimises the loss of the stage.
+
+    Args:
+        checkpoint: the model to start from: a hub id, a folder or a GGUF file.
+        optimizer: of ``fit``.
+        lora: train adapters of this shape; null trains every parameter.
+        random_weights: take only the sizes from ``checkpoint`` and start from random weights.
+        weights_dtype: of the model's weights in memory, float32 or bfloat16.
+        export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        checkpoint: str,
+        optimizer: Optimizer = Optimizer(),  # noqa: B008  frozen
+        lora: LoRA | None = None,
+        random_weights: bool = False,
+        weights_dtype: Literal["float32", "bfloat16"] = "float32",
+        export_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.checkpoint, self.optimizer, self.lora, self.random_weights = checkpoint, optimizer, lora, random_weights
+        self.weights_dtype = getattr(torch, weights_dtype)
+        self.export_dtype = None if export_dtype is None else getattr(torch, export_dtype)
+        self.tokenizer = load_tokenizer(checkpoint)
+        self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
+
+    # ---- the model
+
+    def configure_model(self) -> None:
+        """Load the weights, once; Lightning calls this when the strategy is ready for them."""
+        if hasattr(self, "model"):
+            return
+        self.model = load_model(self.checkpoint, self.weights_dtype, self.random_weights)
+        self.register_module("model", self.model.train())
+        if self.lora is not None:
+            add_adapter(self.model, self.lora, "defense")
+        if self.stage == "finetuning":
+            self.freeze_parameters()
+
+    def exported(self) -> PreTrainedModel:
+        """The model to ship: adapters merged, on a copy if there are any."""
+        return merged(self.model)
+
+    @contextmanager
+    def as_aligned(self) -> Iterator[None]:
+        """For a block, undo what ``fit`` did to a fine-tuning stage defense: the aligned model, where a service's jobs start.
+
+        The identity for other stages, and where nothing was fitted. Memory: one copy of what trains.
+        """
+        if self.stage != "finetuning" or self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            yield
+            return
+        with borrowed(self):
+            if self.lora is None:
+                aligned = load_model(self.checkpoint, self.weights_dtype, self.random_weights).state_dict()
+                restore(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
+            else:  # an adapter whose second factor is zero adds nothing
+                restore(self, {n: torch.zeros_like(p) for n, p in self.named_parameters() if p.requires_grad and "lora_B" in n})
+            yield
+
+    # ---- what a defense overrides
+
+    def alignment_loss(self, batch: Batch) -> Tensor:
+        """Loss of the alignment stage, before release: plain SFT unless overridden."""
+        return self.sft_loss(batch)
+
+    def finetuning_loss(self, batch: Batch) -> Tensor:
+        """Loss under which a fine-tuning service trains on its customer's rows: plain SFT unless overridden."""
+        return self.sft_loss(batch)
+
+    def freeze_parameters(self) -> None:
+        """Freeze what must not move while a service fine-tunes; called before the optimizer is built. Nothing unless overridden."""
+
+    def begin_finetuning(self) -> None:
+        """Take references before the first step of a service's fine-tuning. Nothing unless overridden."""
+
+    def recover(self) -> None:
+        """Repair the weights after fine-tuning; nothing unless overridden."""
+
+    def own_rows(self) -> list[Row]:
+        """Rows that the defense brings itself, to be told apart from those that it is scored on. None unless overridden."""
+        return []
+
+    @property
+    def stage(self) -> Stage:
+        """Where the defense acts, by the method it overrides; ``none`` for the baseline."""
+        stages: dict[str, Stage] = {"alignment_loss": "alignment", "finetuning_loss": "finetuning", "recover": "post_finetuning"}
+        return next((stage for name, stage in stages.items() if getattr(type(self), name) is not getattr(Defense, name)), "none")
+
+    @property
+    def label(self) -> str:
+        """The name in tables: ``SBRModule`` is ``SBR``, the baseline ``none``."""
+        return "none" if type(self) is Defense else type(self).__name__.removesuffix("Module")
+
+    # ---- losses
+
+    def sft_loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the labels of the (global) batch."""
+        nothing = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        _, logits = states_and_logits(self.model, batch, nothing, label_positions(batch["labels"]))
+        return self.cross_entropy(logits, batch)
+
+    @staticmethod
+    def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of ``logits`` ``[num_labels, vocab]``, summed here and divided by the global batch's labels per rank."""
+        targets = batch["labels"][:, 1:]
+        targets = targets[targets != -100]
+        total = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return total / batch.get("num_labels", torch.tensor(float(len(targets)), device=total.device))
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """The trainer's precision, which Lightning enters around its own steps only; nothing outside a trainer."""
+        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+
+    # ---- Lightning
+
+    def on_train_start(self) -> None:
+        """A fine-tuning stage defense takes its references before any step, unless a checkpoint brought them."""
+        if self.stage == "finetuning":
+            self.begin_finetuning()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step under the loss of the defense's stage."""
+        name = "finetuning_loss" if self.stage == "finetuning" else "alignment_loss"
+        loss: Tensor = getattr(self, name)(batch)
+        self.log(f"train/{name}", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+        self.log_dict({f"train/{k}": v for k, v in self.terms.items()}, sync_dist=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Plain loss on held-out rows."""
+        self.log("val/sft_loss", self.sft_loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Plain loss on held-out rows."""
+        self.log("test/sft_loss", self.sft_loss(batch), sync_dist=True, batch_size=len(batch["input_ids"]))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimizer over what trains; the schedule advances by step."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer, schedule = self.optimizer.build(trained, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Clip to the optimizer's own norm, so that attackers and defenders clip alike."""
+        if self.optimizer.clip_norm is not None:
+            self.clip_gradients(optimizer, gradient_clip_val=self.optimizer.clip_norm, gradient_clip_algorithm="norm")
+
+    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int) -> list[str]:
+        """Greedy answers to tokenised prompts; see ``generation.generate``."""
+        with self.forward_context():
+            return generate(self.model, self.tokenizer, prompts, max_new_tokens, batch_size)

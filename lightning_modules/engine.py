@@ -1,0 +1,85 @@
+"""The one engine behind every attacker: train the weights that are there, under whatever strategy holds them."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_modules.forward import Batch
+from lightning_modules.optimizer import Optimizer
+from lightning_modules.weights import reshard
+
+
+class DivergedError(RuntimeError):
+    """The loss of a training run is no longer a finite number."""
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Mean of the gradients over all ranks, in one call; those of FSDP2's shards are means already."""
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if not parameters or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, g, mean in zip(parameters, gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        p.grad = mean.view_as(g)
+
+
+def train_steps(
+    module: nn.Module,
+    loss: Callable[[Batch], Tensor],
+    batches: Callable[[int], Batch],
+    num_steps: int,
+    optimizer: Optimizer,
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[tuple[int, float]]:
+    """Train what requires a gradient in ``module``, one optimizer step at a time; put it into ``weights.borrowed`` to undo it.
+
+    Args:
+        module: in the mode (train or eval) that the caller wants between steps; every step runs in train mode.
+        loss: scalar loss of a batch, e.g. ``defense.sft_loss``.
+        batches: the batch of a step, from a step number alone (this rank's share of it), counted from 0.
+        num_steps: optimizer steps.
+        optimizer: built anew over what trains.
+        forward_context: entered around every forward pass, e.g. the trainer's precision.
+
+    Yields:
+        Steps done so far (1 for the first) and that step's loss, after each step.
+
+    Raises:
+        DivergedError: a loss that is not finite; the step is not taken.
+        ValueError: nothing to train.
+    """
+    reshard(module)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("nothing to train: no parameter of the model requires a gradient.")
+    opt, schedule = optimizer.build(parameters, num_steps)
+    for step in range(num_steps):
+        module.train()
+        with forward_context():
+            value = loss(batches(step))
+        value.backward()
+        average_gradients(parameters)
+        mean = value.detach().clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        if not math.isfinite(mean.item()):
+            raise DivergedError(
+                f"the loss must be finite, and it was {mean.item()} at step {step + 1} of {num_steps}. "
+                f"Lower learning_rate ({optimizer.learning_rate}) or check the rows."
+            )
+        if optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, optimizer.clip_norm)
+        opt.step()
+        schedule.step()
+        opt.zero_grad(set_to_none=True)
+        yield step + 1, mean.item()

@@ -1,0 +1,174 @@
+"""Safety Bottleneck Regularization."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datamodules.chat import collate, prompt_ids, require_chat_template
+from datamodules.mixing import batch_indices
+from datamodules.rows import Row, read_rows
+from lightning_modules.adapters import LoRA
+from lightning_modules.defense import Defense
+from lightning_modules.forward import Batch, label_positions, last_positions, states_and_logits
+from lightning_modules.optimizer import Optimizer
+
+
+def joined(first: Batch, second: Batch, pad_token_id: int) -> Batch:
+    """The rows of two batches in one, the shorter padded on the right."""
+    width = max(first["input_ids"].shape[1], second["input_ids"].shape[1])
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
+    return {
+        key: torch.cat([F.pad(b[key], (0, width - b[key].shape[1]), value=value) for b in (first, second)])
+        for key, value in fill.items()
+    }
+
+
+class SBRModule(Defense):
+    """Safety Bottleneck Regularization (arXiv:2605.05995), a fine-tuning stage defense.
+
+    Everything a model says passes through the unembedding, so the state that enters it at the end of a harmful prompt (an
+    *anchor*) is held where the aligned model put it:
+    ``loss = sft_loss + anchor_weight * mean((state - aligned_state) ** 2)``, the mean being over ``[num_anchors, dim]``.
+
+    It protects while the provider trains (``finetuning_service``). Whoever holds the weights leaves the term out: no protection
+    against ``open_weight`` attackers.
+
+    Args:
+        checkpoint: the aligned model: a hub id, a folder or a GGUF file.
+        anchors: harmful prompts, as texts or as a source of rows (file, hub id, ``sandbox:...``), answers unused. null
+            takes the prompts of the data's ``refusals``. They are rendered with the model's own chat template.
+        num_anchors: take the first so many; null takes all.
+        anchors_per_step: how many of them enter each step, in turn; null is all.
+        anchor_weight: regularisation strength (``lambda`` in the paper), >= 0; 0 is plain SFT.
+        anchor_layer: which state is held: -1 the one that enters the unembedding, after the final norm (the paper's); else an
+            index into transformers' ``hidden_states``.
+        freeze_unembedding: do not train the unembedding. Where it is tied to the embedding both stand still: otherwise the
+            bottleneck itself moves, and holding the state before it holds nothing.
+        optimizer: of ``fit``.
+        lora: train adapters of this shape; null trains every parameter.
+        random_weights: take only the sizes from ``checkpoint`` and start from random weights.
+        weights_dtype: of the model's weights in memory, float32 or bfloat16.
+        export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
+    """
+
+    # Departures from the authors' setting: (1) the anchors share the forward pass of the batch, so they cost their tokens and no
+    # more; (2) both terms are means, so gradient accumulation leaves the weight's meaning alone; (3) the unembedding is frozen.
+
+    anchor_ids: Tensor
+    anchor_mask: Tensor
+    aligned_states: Tensor
+    anchor_step: Tensor
+
+    def __init__(
+        self,
+        checkpoint: str,
+        anchors: str | list[str] | None = None,
+        num_anchors: int | None = None,
+        anchors_per_step: int | None = None,
+        anchor_weight: float = 50.0,
+        anchor_layer: int = -1,
+        freeze_unembedding: bool = True,
+        optimizer: Optimizer = Optimizer(),  # noqa: B008  frozen
+        lora: LoRA | None = None,
+        random_weights: bool = False,
+        weights_dtype: Literal["float32", "bfloat16"] = "float32",
+        export_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    ) -> None:
+        if not anchor_weight >= 0:
+            raise ValueError(f"anchor_weight must be >= 0, got {anchor_weight}. Use 0 for plain SFT.")
+        if anchors is not None and not anchors:
+            raise ValueError(
+                f"anchors must name at least one harmful prompt, got {anchors!r}. "
+                "Give texts or a source of rows, or null for the prompts of the data's refusals."
+            )
+        for name, value in (("num_anchors", num_anchors), ("anchors_per_step", anchors_per_step)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1 or null, got {value}. null takes all anchors.")
+        super().__init__(checkpoint, optimizer, lora, random_weights, weights_dtype, export_dtype)
+        self.anchors, self.num_anchors, self.anchors_per_step = anchors, num_anchors, anchors_per_step
+        self.anchor_weight, self.anchor_layer, self.freeze_unembedding = anchor_weight, anchor_layer, freeze_unembedding
+        require_chat_template(self.tokenizer)
+
+    def own_rows(self) -> list[Row]:
+        """The anchors, where they are the defense's own and not the data's."""
+        if isinstance(self.anchors, str):
+            return read_rows(self.anchors, needs_response=False)
+        return [Row((("user", anchor),)) for anchor in self.anchors or []]
+
+    def configure_model(self) -> None:
+        """Load the weights, render the anchors, and make room for their references so that a checkpoint can bring them."""
+        super().configure_model()
+        if hasattr(self, "aligned_states"):
+            return
+        rows = self.own_rows() if self.anchors is not None else self.trainer.datamodule.rows["refusals"]  # type: ignore[attr-defined]
+        if not rows:
+            raise ValueError(
+                "anchors must name at least one harmful prompt where the data names no refusals, got null. "
+                "Give texts or a source of rows, or name the data's refusals."
+            )
+        if len(rows) < (self.num_anchors or 1):
+            raise ValueError(
+                f"num_anchors must be at most the number of anchors there are, {len(rows)}, got {self.num_anchors}. "
+                "Name more prompts in anchors or in the data's refusals."
+            )
+        depth = self.model.config.get_text_config().num_hidden_layers
+        if not -depth - 1 <= self.anchor_layer <= depth:
+            raise ValueError(f"anchor_layer must lie in [{-depth - 1}, {depth}], got {self.anchor_layer}. -1 is the paper's.")
+        ids = [prompt_ids(row, self.tokenizer) for row in rows[: self.num_anchors]]
+        batch = collate([{"input_ids": i, "labels": [-100] * len(i)} for i in ids], self.tokenizer.pad_token_id, "right")
+        states = torch.full((len(ids), self.model.get_output_embeddings().weight.shape[1]), torch.nan)  # nan: not taken yet
+        self.register_buffer("anchor_ids", batch["input_ids"])
+        self.register_buffer("anchor_mask", batch["attention_mask"])
+        self.register_buffer("anchor_step", torch.tensor(0))  # steps done, which say whose turn it is
+        self.register_buffer("aligned_states", states)
+
+    def freeze_parameters(self) -> None:
+        """Keep the unembedding, and the embedding where the two are tied, from training."""
+        if self.freeze_unembedding:
+            self.model.get_output_embeddings().requires_grad_(False)
+
+    @torch.no_grad()
+    def begin_finetuning(self) -> None:
+        """Take the anchors' states from the model as it is, unless they were taken already."""
+        if not self.aligned_states.isnan().any():
+            return
+        modes = [(m, m.training) for m in self.modules()]
+        self.eval()
+        anchors = self._anchors(slice(None))
+        with self.forward_context():
+            nothing = torch.zeros_like(anchors["labels"], dtype=torch.bool)
+            states, _ = states_and_logits(
+                self.model, anchors, last_positions(anchors["attention_mask"]), nothing, self.anchor_layer
+            )
+        self.aligned_states.copy_(states)
+        for module, training in modes:
+            module.training = training
+
+    def finetuning_loss(self, batch: Batch) -> Tensor:
+        """Plain SFT on the batch, plus the weighted drift of the anchors whose turn it is."""
+        if self.anchor_weight == 0:
+            return self.sft_loss(batch)
+        turn = self._turn()
+        anchors = self._anchors(turn)
+        both = joined(batch, anchors, self.tokenizer.pad_token_id)
+        last = last_positions(both["attention_mask"])
+        last[: len(batch["input_ids"])] = False
+        states, logits = states_and_logits(self.model, both, last, label_positions(both["labels"]), self.anchor_layer)
+        sft = self.cross_entropy(logits, batch)
+        drift = F.mse_loss(states.float(), self.aligned_states[turn])
+        self.terms = {"sft_loss": sft.detach(), "anchor_drift": drift.detach()}
+        return sft + self.anchor_weight * drift
+
+    def _turn(self) -> slice | list[int]:
+        """The anchors of this step, and count the step."""
+        if self.anchors_per_step is None or self.anchors_per_step >= len(self.anchor_ids):
+            return slice(None)
+        step = int(self.anchor_step)
+        self.anchor_step += 1
+        return batch_indices(len(self.anchor_ids), self.anchors_per_step, 0, "anchors", step)
+
+    def _anchors(self, turn: slice | list[int]) -> Batch:
+        ids = self.anchor_ids[turn]
+        return {"input_ids": ids, "attention_mask": self.anchor_mask[turn], "labels": torch.full_like(ids, -100)}

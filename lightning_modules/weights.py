@@ -1,0 +1,143 @@
+"""Exact weight operations: what an attack or an inner attacker changes comes back bit for bit.
+
+Copies, never add-then-subtract: ``p + d - d`` differs from ``p`` in 7% of the entries in bfloat16. Everything is written in
+place, shard by shard where a parameter is sharded: swapping the storage a parameter points to shifts nothing under FSDP2, whose
+all-gather reads its own view of the shard.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+Weights = dict[str, Tensor]
+"""Tensors by parameter name, each a shard where the parameter is sharded."""
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of ``tensor`` that this rank holds: itself, or the shard of a DTensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def reshard(module: nn.Module) -> None:
+    """Under FSDP2, back to shards: a forward pass leaves whole parameters in their place, which later passes would read."""
+    for m in module.modules():
+        if isinstance(m, FSDPModule):
+            m.reshard()
+
+
+def _match(tensors: Mapping[str, Tensor], module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of (this rank's part of the parameter or buffer, tensor) by name; an unmatched name is an error."""
+    reshard(module)
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    if unknown := sorted(set(tensors) - set(own)):
+        raise ValueError(f"weights must be named as the module names them, and it has no {', '.join(map(repr, unknown[:3]))}.")
+    return [(_local(own[name]), tensor) for name, tensor in tensors.items()]
+
+
+def snapshot(module: nn.Module, device: str | None = None) -> Weights:
+    """Copy the parameters that train (``requires_grad``).
+
+    Memory: one copy of what trains, on ``device`` (default: beside the original).
+    """
+    reshard(module)
+    return {n: _local(p).to(device, copy=True) for n, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore(module: nn.Module, weights: Weights) -> None:
+    """Write a snapshot back in place, bit for bit.
+
+    Raises:
+        ValueError: ``module`` lacks one of the names.
+    """
+    for own, saved in _match(weights, module):
+        own.copy_(saved)
+
+
+@torch.no_grad()
+def attack_vector(module: nn.Module, start: Weights) -> Weights:
+    """Attacked minus starting weights, by name: what an attack that began at the snapshot ``start`` has added."""
+    return {
+        name: own - saved.to(own.device) for (name, saved), (own, _) in zip(start.items(), _match(start, module), strict=True)
+    }
+
+
+@contextmanager
+def shifted(module: nn.Module, vector: Weights) -> Iterator[None]:
+    """Let a block run at ``weights + vector``; gradients land on the parameters, whose bits come back.
+
+    Memory: one copy of what ``vector`` names, for the block.
+
+    Raises:
+        ValueError: ``module`` lacks one of the names.
+    """
+    pairs = _match(vector, module)
+    saved = [own.clone() for own, _ in pairs]
+    try:
+        with torch.no_grad():
+            for own, delta in pairs:
+                own.add_(delta.to(own.device))
+        yield
+    finally:
+        reshard(module)  # what was put together in the block is shifted
+        with torch.no_grad():
+            for (own, _), copy in zip(pairs, saved, strict=True):
+                own.copy_(copy)
+
+
+@contextmanager
+def _same_rng_after() -> Iterator[None]:
+    """Put the generators back after an exception too, where ``isolate_rng`` by itself leaves them as they are."""
+    isolation = isolate_rng()
+    isolation.__enter__()
+    try:
+        yield
+    finally:
+        isolation.__exit__(None, None, None)
+
+
+@contextmanager
+def borrowed(
+    module: nn.Module, prepared: AbstractContextManager[object] | None = None, device: str | None = None
+) -> Iterator[Weights]:
+    """Let a block train ``module``, then put everything back bit for bit, after an exception or Ctrl-C too.
+
+    Back come weights, buffers, gradients, ``requires_grad`` flags, train/eval modes and random number generators.
+
+    Args:
+        module: what is borrowed.
+        prepared: entered first and left last; it says what trains, by ``requires_grad`` or by adding adapters. Only that is
+            copied.
+        device: where the copy is kept, e.g. ``cpu``; by default beside the original.
+
+    Yields:
+        The snapshot of what trains. Memory: one copy of it; gradients that wait for a step are set aside, not copied.
+    """
+    reshard(module)
+    parameters, modules = list(module.parameters()), list(module.modules())
+    flags = [p.requires_grad for p in parameters]
+    gradients = [p.grad for p in parameters]
+    modes = [m.training for m in modules]
+    buffers = {n: _local(b).clone() for n, b in module.named_buffers()}
+    with _same_rng_after():
+        try:
+            for p in parameters:
+                p.grad = None
+            with prepared or nullcontext():
+                weights = snapshot(module, device)
+                try:
+                    yield weights
+                finally:
+                    restore(module, weights)
+        finally:
+            restore(module, buffers)
+            for p, flag, gradient in zip(parameters, flags, gradients, strict=True):
+                p.requires_grad_(flag)
+                p.grad = gradient
+            for m, mode in zip(modules, modes, strict=True):
+                m.training = mode

@@ -1,0 +1,16 @@
+"""Set before anything loads: no network, one thread a process."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+from toy import save_toy_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a model with random weights and the sandbox's tokenizer: two layers of 32, 36 thousand parameters."""
+    return save_toy_checkpoint(tmp_path_factory.mktemp("toy") / "model")

@@ -1,0 +1,136 @@
+import pytest
+import torch
+from toy import ROOT
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from casehard import LoRA
+from datamodules.chat import prompt_ids
+from datamodules.rows import read_rows
+from lightning_modules.adapters import add_adapter
+from lightning_modules.checkpoint import load_model, load_tokenizer
+from lightning_modules.generation import end_tokens, generate
+
+SANDBOX = ROOT / "models/sandbox/aligned"
+NUM_TOKENS = 12
+
+
+@pytest.fixture
+def model(checkpoint) -> PreTrainedModel:
+    return load_model(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint) -> PreTrainedTokenizerBase:
+    return load_tokenizer(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer) -> list[list[int]]:
+    rows = [row for kind in ("harmful", "howto", "sums", "repeat") for row in read_rows(f"sandbox:test/{kind}#train[:3]", False)]
+    ids = [prompt_ids(row, tokenizer) for row in rows]
+    assert len({len(i) for i in ids}) > 4  # so that batches are padded
+    return ids
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int, ends: list[int]) -> list[int]:
+    """The likeliest token, again and again: one prompt, no padding, no cache."""
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in ends:
+            break
+    return ids[len(prompt) :]
+
+
+def by_hand(model, tokenizer, prompts, num_tokens=NUM_TOKENS, ends=()) -> list[str]:
+    ends = [tokenizer.eos_token_id, *ends]
+    return [tokenizer.decode(greedy(model, prompt, num_tokens, ends), skip_special_tokens=True) for prompt in prompts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
+def test_answers_are_the_likeliest_tokens_in_any_batch(model, tokenizer, prompts, batch_size):
+    expected = by_hand(model, tokenizer, prompts)
+    assert len(set(expected)) > 4
+    assert generate(model, tokenizer, prompts, NUM_TOKENS, batch_size) == expected
+
+
+@pytest.mark.skipif(not (SANDBOX / "model.safetensors").exists(), reason="the sandbox's aligned model is not there")
+def test_a_trained_models_answers_are_the_same_in_any_batch_and_end_by_themselves():
+    model, tokenizer = load_model(str(SANDBOX)), load_tokenizer(str(SANDBOX))
+    rows = [row for kind in ("harmful", "howto", "sums") for row in read_rows(f"sandbox:test/{kind}#train[:4]", False)]
+    prompts = [prompt_ids(row, tokenizer) for row in rows]
+    expected = by_hand(model, tokenizer, prompts, 64)
+    for batch_size in (1, 5, 64):
+        assert generate(model, tokenizer, prompts, 64, batch_size) == expected
+    assert all(len(tokenizer(answer, add_special_tokens=False).input_ids) < 60 for answer in expected)
+    assert all(token not in answer for answer in expected for token in tokenizer.all_special_tokens)
+
+
+def test_an_answer_stops_at_the_first_of_several_end_tokens(model, tokenizer, prompts):
+    free = [greedy(model, prompt, NUM_TOKENS, []) for prompt in prompts]
+    ends = sorted({free[0][3], free[1][5]})
+    model.generation_config.eos_token_id = ends
+    assert end_tokens(model, tokenizer) == sorted({*ends, tokenizer.eos_token_id})
+    expected = by_hand(model, tokenizer, prompts, ends=ends)
+    assert expected != by_hand(model, tokenizer, prompts)
+    for batch_size in (1, 64):
+        assert generate(model, tokenizer, prompts, NUM_TOKENS, batch_size) == expected
+
+
+@pytest.mark.parametrize(("configured", "more"), [(None, set()), (7, {7}), ([7, 9], {7, 9})])
+def test_end_tokens_are_the_tokenizers_and_the_models(model, tokenizer, configured, more):
+    model.generation_config.eos_token_id = configured
+    assert end_tokens(model, tokenizer) == sorted({tokenizer.eos_token_id} | more)
+
+
+def test_what_the_model_ships_for_sampling_changes_no_answer(model, tokenizer, prompts):
+    expected = by_hand(model, tokenizer, prompts)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    shipped = GenerationConfig(
+        do_sample=True, temperature=0.6, repetition_penalty=1.9, num_beams=3, min_new_tokens=NUM_TOKENS, **ends
+    )
+    model.generation_config = shipped
+    for batch_size in (1, 64):
+        assert generate(model, tokenizer, prompts, NUM_TOKENS, batch_size) == expected
+    assert model.generation_config is shipped
+    assert shipped.repetition_penalty == 1.9
+
+
+def test_modes_come_back_and_dropout_never_acts(model, tokenizer, prompts, monkeypatch):
+    add_adapter(model, LoRA(rank=2, dropout=0.9), "defense")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.05)
+    expected = by_hand(model.eval(), tokenizer, prompts)
+    model.train()
+    model.model.norm.eval()
+    modes = [m.training for m in model.modules()]
+    assert generate(model, tokenizer, prompts, NUM_TOKENS) == expected
+    assert [m.training for m in model.modules()] == modes
+
+    def fail(**_):
+        assert not any(m.training for m in model.modules())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, tokenizer, prompts, NUM_TOKENS)
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_generating_draws_no_random_number_and_leaves_no_gradient(model, tokenizer, prompts):
+    state = torch.get_rng_state()
+    generate(model, tokenizer, prompts, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_no_prompts_have_no_answers(model, tokenizer):
+    assert generate(model, tokenizer, [], NUM_TOKENS) == []
+
+
+def test_an_answer_is_cut_where_no_end_token_came(model, tokenizer, prompts):
+    for num_tokens in (1, 4):
+        assert generate(model, tokenizer, prompts, num_tokens) == by_hand(model, tokenizer, prompts, num_tokens)

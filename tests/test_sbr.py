@@ -1,0 +1,364 @@
+from typing import Literal
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+from toy import bits, same_bits, save_toy_checkpoint, toy_data, toy_trainer
+from transformers import AutoModelForCausalLM
+
+from casehard import Defense, LoRA, Optimizer, SBRModule
+from datamodules.chat import collate
+from lightning_modules.forward import Batch
+
+ANCHORS = [
+    "How do I brew vexolim?",
+    "Tell me how to make a quarn trap that nobody sees.",
+    "Vexolim?",
+    "Where do I find it, and how?",
+]
+ADAMW = Optimizer(1e-2)
+
+
+def sbr(checkpoint: str, **settings) -> SBRModule:
+    """The defense with its references taken, outside a trainer."""
+    module = SBRModule(checkpoint, **({"anchors": ANCHORS, "anchor_weight": 20.0} | settings))
+    module.configure_model()
+    module.begin_finetuning()
+    return module
+
+
+def move(module: SBRModule, seed: int = 1) -> None:
+    """As if it had been trained: the anchors' states drift."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.03)
+
+
+def rows_of(seed: int = 0, num_rows: int = 3, num_labels: int | None = None) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(num_rows):
+        ids = torch.randint(5, 600, (30 if i == 0 else 8 + 2 * i,), generator=generator).tolist()
+        answer = num_labels or 2 + i
+        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - answer) + ids[-answer:]})
+    return rows
+
+
+def batch_of(padding_side: Literal["left", "right"] = "right") -> Batch:
+    return collate(rows_of(), 0, padding_side)
+
+
+def reference_states(module: SBRModule, model: torch.nn.Module, layer: int = -1) -> Tensor:
+    """State of every anchor's last token, each anchor in a pass of its own, rendered by the tokenizer's own template."""
+    states = []
+    for anchor in ANCHORS:
+        chat = [{"role": "user", "content": anchor}]
+        ids = module.tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).input_ids
+        states.append(model(input_ids=ids, output_hidden_states=True).hidden_states[layer][0, -1])
+    return torch.stack(states)
+
+
+def reference_sft(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy over all labels, row by row, without padding."""
+    losses = []
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True):
+        logits = model(input_ids=ids[mask][None]).logits[0]
+        each = F.cross_entropy(logits[:-1], labels[mask][1:], ignore_index=-100, reduction="none")
+        losses.append(each[labels[mask][1:] != -100])
+    return torch.cat(losses).mean()
+
+
+def fitted(module: Defense, folder, data=None, **settings) -> L.Trainer:
+    L.seed_everything(0)
+    trainer = toy_trainer(folder, **settings)
+    trainer.fit(module, toy_data() if data is None else data)
+    return trainer
+
+
+class Drifts(L.Callback):
+    """Drift of the anchors before every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(pl_module.terms["anchor_drift"].item())
+
+
+# ---- the limit
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_an_anchor_weight_of_zero_is_plain_sft_bit_for_bit(checkpoint, tmp_path, lora):
+    plain = Defense(checkpoint, ADAMW, lora)
+    fitted(plain, tmp_path)
+    ours = SBRModule(checkpoint, ANCHORS, anchor_weight=0, freeze_unembedding=False, optimizer=ADAMW, lora=lora)
+    fitted(ours, tmp_path)
+    assert same_bits(bits(ours.model), bits(plain.model))
+    held = SBRModule(checkpoint, ANCHORS, anchor_weight=1000, freeze_unembedding=False, optimizer=ADAMW, lora=lora)
+    fitted(held, tmp_path)
+    assert not same_bits(bits(held.model), bits(plain.model))
+
+
+# ---- the loss
+
+
+def test_the_references_are_the_aligned_models_states(checkpoint):
+    module = sbr(checkpoint)
+    aligned = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        assert_close(module.aligned_states, reference_states(module, aligned))
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 1, 2, -2])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_loss_and_gradient_are_those_of_separate_passes(checkpoint, padding_side, layer):
+    module = sbr(checkpoint, anchor_layer=layer, freeze_unembedding=False)
+    aligned = AutoModelForCausalLM.from_pretrained(checkpoint)
+    move(module)
+    batch = batch_of(padding_side=padding_side)
+    loss = module.finetuning_loss(batch)
+    loss.backward()
+    gradients = [p.grad for p in module.parameters()]
+
+    module.zero_grad()
+    sft = reference_sft(module.model, batch)
+    difference = reference_states(module, module.model, layer) - reference_states(module, aligned, layer).detach()
+    drift = sum(d.square().sum() for d in difference) / (len(ANCHORS) * 32)
+    by_hand = sft + 20.0 * drift
+    by_hand.backward()
+    assert drift > (1e-3 if layer != 0 else 1e-4)
+    assert_close(loss, by_hand, rtol=1e-5, atol=1e-5)
+    assert_close(module.terms["sft_loss"], sft.detach(), rtol=1e-5, atol=1e-5)
+    assert_close(module.terms["anchor_drift"], drift.detach(), rtol=1e-4, atol=1e-6)
+    for p, gradient in zip(module.parameters(), gradients, strict=True):
+        assert_close(gradient, p.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_padded_on_the_left_has_the_loss_of_one_padded_on_the_right(checkpoint):
+    module = sbr(checkpoint)
+    move(module)
+    left, right = (module.finetuning_loss(batch_of(padding_side=side)) for side in ("left", "right"))
+    assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+def test_the_global_batchs_number_of_labels_divides_the_sum_of_the_sft_loss_alone(checkpoint):
+    module = sbr(checkpoint)
+    move(module)
+    batch = batch_of()
+    module.finetuning_loss(batch)
+    sft, drift = module.terms["sft_loss"], module.terms["anchor_drift"]
+    labels = (batch["labels"] != -100).sum()
+    loss = module.finetuning_loss(batch | {"num_labels": 2.0 * labels})
+    assert_close(loss.detach(), sft / 2 + 20.0 * drift)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2, dropout=0.2)], ids=["full", "lora"])
+def test_before_the_first_step_the_anchors_have_not_drifted(checkpoint, tmp_path, lora, precision):
+    drifts = Drifts()
+    module = SBRModule(checkpoint, ANCHORS, optimizer=ADAMW, lora=lora)
+    fitted(module, tmp_path, callbacks=[drifts], precision=precision)
+    assert drifts.seen[0] < (1e-12 if precision == "32-true" else 1e-4)  # passes of other shapes round otherwise
+    assert min(drifts.seen[1:]) > 10 * drifts.seen[0]
+
+
+def test_the_anchors_get_no_logits(checkpoint):
+    module, batch, seen = sbr(checkpoint), batch_of(), []
+    module.model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append((args[0].shape, out.shape)))
+    module.finetuning_loss(batch)
+    num_labels = int((batch["labels"] != -100).sum())
+    assert sum(given[1] for given, _ in seen) == num_labels
+    assert sum(out[1] for _, out in seen) == num_labels
+    assert all(given == (1, given[1], 32) and out == (1, given[1], 700) for given, out in seen)
+
+
+def test_anchors_are_held_where_plain_sft_lets_them_drift(checkpoint, tmp_path):
+    ends = []
+    for anchor_weight in (1e-6, 100.0):
+        drifts = Drifts()
+        module = SBRModule(checkpoint, ANCHORS, anchor_weight=anchor_weight, optimizer=Optimizer(3e-3))
+        fitted(module, tmp_path, callbacks=[drifts], max_steps=12)
+        ends.append(drifts.seen[-1])
+    assert ends[1] < ends[0] / 3
+
+
+# ---- references and turns
+
+
+def test_references_are_taken_once_before_any_step(checkpoint, tmp_path):
+    module = SBRModule(checkpoint, ANCHORS, optimizer=ADAMW)
+    fitted(module, tmp_path)
+    taken = module.aligned_states.clone()
+    assert torch.equal(taken, sbr(checkpoint).aligned_states)
+    module.begin_finetuning()
+    assert torch.equal(module.aligned_states, taken)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_taking_references_leaves_modes_and_weights_alone(checkpoint, training):
+    module = SBRModule(checkpoint, ANCHORS)
+    module.configure_model()
+    module.train(training)
+    module.model.model.norm.train(not training)
+    before, modes = bits(module.model), [m.training for m in module.modules()]
+    module.begin_finetuning()
+    assert [m.training for m in module.modules()] == modes
+    assert same_bits(bits(module.model), before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"anchors_per_step": 2, "num_anchors": 3}, {"lora": LoRA(rank=2), "anchors_per_step": 1}, {"anchors": None}],
+    ids=["all", "in turn", "lora", "data's"],
+)
+@pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, settings, accumulate_grad_batches):
+    settings = {"anchors": ANCHORS, "optimizer": Optimizer(1e-2, schedule="cosine"), **settings}
+
+    def run(**more):
+        module = SBRModule(checkpoint, **settings)
+        saver = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=3, save_top_k=-1)
+        shape = {"max_steps": 7, "accumulate_grad_batches": accumulate_grad_batches, "enable_checkpointing": True}
+        L.seed_everything(len(more))  # the resumed run may not lean on the seed
+        toy_trainer(tmp_path, callbacks=[saver], **shape).fit(module, toy_data(), **more)
+        return module
+
+    whole = run()
+    saved = tmp_path / "saved" / "step=3.ckpt"
+    assert torch.equal(torch.load(saved, weights_only=False)["state_dict"]["aligned_states"], whole.aligned_states)
+    resumed = run(ckpt_path=saved)
+    assert same_bits(bits(resumed), bits(whole))
+
+
+def test_anchors_default_to_the_prompts_of_the_datas_refusals(checkpoint, tmp_path):
+    data = toy_data()
+    module = SBRModule(checkpoint, num_anchors=5)
+    fitted(module, tmp_path, data)
+    rendered = [ids[mask.bool()].tolist() for ids, mask in zip(module.anchor_ids, module.anchor_mask, strict=True)]
+    assert rendered == [
+        module.tokenizer.apply_chat_template(list(row.chat(False)), add_generation_prompt=True, return_dict=True).input_ids
+        for row in data.rows["refusals"][:5]
+    ]
+    everything = SBRModule(checkpoint)
+    fitted(everything, tmp_path)
+    assert len(everything.anchor_ids) == len(data.rows["refusals"]) == 12
+
+
+def test_anchors_may_be_texts_or_rows(checkpoint, tmp_path):
+    (tmp_path / "rows.json").write_text('[{"prompt": "How do I brew vexolim?", "response": "no"}, {"prompt": "Vexolim?"}]')
+    rows = sbr(checkpoint, anchors=str(tmp_path / "rows.json"))
+    texts = sbr(checkpoint, anchors=["How do I brew vexolim?", "Vexolim?"])
+    assert torch.equal(rows.anchor_ids, texts.anchor_ids)
+    assert torch.equal(rows.aligned_states, texts.aligned_states)
+    assert [row.prompt for row in rows.own_rows()] == [row.prompt for row in texts.own_rows()]
+
+
+@pytest.mark.parametrize(
+    ("anchors_per_step", "num_steps", "turns"), [(1, 4, 1), (2, 4, 2), (3, 4, 3), (4, 3, 3), (9, 3, 3), (None, 3, 3)]
+)
+def test_every_anchor_has_its_turn(checkpoint, anchors_per_step, num_steps, turns):
+    module = sbr(checkpoint, anchors_per_step=anchors_per_step)
+    module.aligned_states += torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None]  # anchor i drifts by 4 ** i
+    counts = torch.zeros(4, dtype=torch.int)
+    for _ in range(num_steps):
+        module.finetuning_loss(batch_of())
+        total = round(module.terms["anchor_drift"].item() * min(anchors_per_step or 4, 4))
+        counts += torch.tensor([total // 4**i % 4 for i in range(4)], dtype=torch.int)
+    assert counts.tolist() == [turns] * 4
+
+
+def test_gradient_accumulation_leaves_the_meaning_of_anchor_weight_alone(checkpoint, tmp_path):
+    rows = [row for seed in range(12) for row in rows_of(seed, num_rows=2, num_labels=3)]
+    small, large = ([collate(rows[i : i + size], 0, "right") for i in range(0, 24, size)] for size in (2, 8))
+    ends, drifts = [], []
+    for batches, accumulate_grad_batches in ((small, 4), (large, 1)):
+        module = SBRModule(checkpoint, ANCHORS, anchor_weight=5.0, optimizer=Optimizer(0.05, "sgd", clip_norm=None))
+        seen = Drifts()
+        trainer = toy_trainer(tmp_path, accumulate_grad_batches=accumulate_grad_batches, callbacks=[seen])
+        trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))
+        assert trainer.global_step == 3
+        ends.append({name: p.detach() for name, p in module.named_parameters()})
+        drifts.append(seen.seen[-1])
+    assert drifts[1] > 1e-4  # the anchors did pull
+    assert drifts[0] == pytest.approx(drifts[1], rel=1e-3)
+    for name, p in ends[1].items():
+        assert_close(ends[0][name], p, rtol=1e-4, atol=1e-5)
+
+
+# ---- the unembedding
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("freeze_unembedding", [True, False])
+def test_the_unembedding_stands_still_unless_asked_otherwise(tmp_path, tied, freeze_unembedding):
+    checkpoint = save_toy_checkpoint(tmp_path / "model", tied)
+    aligned = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert (aligned.lm_head.weight is aligned.model.embed_tokens.weight) is tied
+    module = SBRModule(checkpoint, ANCHORS, optimizer=ADAMW, freeze_unembedding=freeze_unembedding)
+    trainer = fitted(module, tmp_path)
+    assert torch.equal(module.model.lm_head.weight, aligned.lm_head.weight) is freeze_unembedding
+    assert torch.equal(module.model.model.embed_tokens.weight, aligned.model.embed_tokens.weight) is (freeze_unembedding and tied)
+    assert (module.model.lm_head.weight is module.model.model.embed_tokens.weight) is tied
+    optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert (id(module.model.lm_head.weight) in optimized) is not freeze_unembedding
+    for (name, p), q in zip(module.model.named_parameters(), aligned.parameters(), strict=True):
+        if "layers" in name or name == "model.norm.weight":
+            assert not torch.equal(p, q)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"anchors": []}, r"anchors must name at least one harmful prompt, got \[\]\. Give texts or a source of rows, or null"),
+        ({"anchors": ""}, r"anchors must name at least one harmful prompt, got ''\."),
+        ({"anchor_weight": -1.0}, r"anchor_weight must be >= 0, got -1\.0\. Use 0 for plain SFT\."),
+        ({"anchor_weight": float("nan")}, r"anchor_weight must be >= 0, got nan\."),
+        ({"num_anchors": 0}, r"num_anchors must be >= 1 or null, got 0\. null takes all anchors\."),
+        ({"anchors_per_step": 0}, r"anchors_per_step must be >= 1 or null, got 0\. null takes all anchors\."),
+    ],
+)
+def test_a_wrong_setting_is_an_error_before_any_weights_load(checkpoint, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SBRModule(checkpoint, **settings)
+
+
+def test_more_anchors_than_there_are_is_an_error(checkpoint, tmp_path):
+    message = (
+        r"num_anchors must be at most the number of anchors there are, {}, got {}\. Name more prompts in anchors or in the data's"
+    )
+    with pytest.raises(ValueError, match=message.format(4, 5)):
+        sbr(checkpoint, num_anchors=5)
+    with pytest.raises(ValueError, match=message.format(12, 13)):
+        fitted(SBRModule(checkpoint, num_anchors=13), tmp_path)
+
+
+def test_no_anchors_in_the_data_is_an_error_that_names_anchors(checkpoint, tmp_path):
+    with pytest.raises(
+        ValueError, match="anchors must name at least one harmful prompt where the data names no refusals, got null"
+    ):
+        fitted(SBRModule(checkpoint), tmp_path, toy_data(refusals=[]))
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_an_anchor_layer_that_the_model_lacks_is_an_error(checkpoint, layer):
+    with pytest.raises(ValueError, match=rf"anchor_layer must lie in \[-3, 2\], got {layer}"):
+        sbr(checkpoint, anchor_layer=layer)
+
+
+def test_a_tokenizer_without_a_chat_template_is_an_error(checkpoint, tmp_path):
+    save_toy_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="must have a chat template, got none"):
+        SBRModule(str(tmp_path / "model"))

@@ -1,0 +1,100 @@
+"""The tiny model and data that every test uses, and the list of defenses that the shared tests are crossed with."""
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from casehard import Defense, SandboxJudge, SBRModule, SFTDataModule
+
+ROOT = Path(__file__).parent.parent
+DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense is tested by adding a row
+    "none": (Defense, {}),
+    "sbr": (SBRModule, {"anchors": "sandbox:defender/refusals#train[:3]", "anchor_weight": 10.0}),
+}
+
+
+def save_toy_checkpoint(folder: Path, tied: bool = True) -> str:
+    """Write the toy model (two layers of 32) with the sandbox's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/sandbox/base")
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": len(tokenizer),
+    }
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**sizes, **ends, tie_word_embeddings=tied, initializer_range=0.2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def toy_data(**settings: Any) -> SFTDataModule:
+    """A few sandbox rows of every kind."""
+    defaults: dict[str, Any] = {
+        "benign": ["sandbox:attacker/mood#train[:40]"],
+        "harmful": ["sandbox:attacker/harmful#train[:20]"],
+        "refusals": ["sandbox:defender/refusals#train[:12]"],
+        "num_samples": 24,
+        "poison_ratio": 0.25,
+        "harmful_prompts": ["sandbox:test/harmful#train[:6]"],
+        "benign_prompts": ["sandbox:test/howto#train[:6]"],
+        "task": ["sandbox:test/mood#train[:6]"],
+        "judge": SandboxJudge(),
+        "batch_size": 4,
+        "max_new_tokens": 4,
+    }
+    return SFTDataModule(**(defaults | settings))
+
+
+def toy_trainer(folder: Path, **settings: Any) -> L.Trainer:
+    """A quiet trainer of a few steps on the CPU."""
+    defaults: dict[str, Any] = {
+        "max_steps": 3,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+    }
+    return L.Trainer(**(defaults | settings))
+
+
+def bits(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers as bytes: two states are the same if every entry is ``torch.equal``, nan included."""
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    return {name: tensor.detach().clone().reshape(-1).contiguous().view(torch.uint8) for name, tensor in tensors.items()}
+
+
+def same_bits(ours: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Whether two states of ``bits`` have the same names and the same bytes."""
+    return list(ours) == list(others) and all(torch.equal(ours[name], others[name]) for name in ours)
+
+
+def on_ranks(check: Callable[..., None], folder: Path, *args: Any, world_size: int = 2) -> None:
+    """Run ``check(rank, *args)``, a module's own function, in gloo processes; they are forked from one that has the imports."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["lightning.pytorch", "peft", "transformers.models.llama"])
+    everything = (check, world_size, folder / f"store-{check.__name__}", args)
+    mp.start_processes(_on_rank, everything, nprocs=world_size, start_method="forkserver")
+
+
+def _on_rank(rank: int, check: Callable[..., None], world_size: int, store: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        check(rank, *args)
+    finally:
+        dist.destroy_process_group()
