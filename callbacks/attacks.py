@@ -1,0 +1,240 @@
+"""Harmful fine-tuning attacks: poisoned SFT rounds that borrow the model, are scored step by step, and give it back bit for bit."""
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from callbacks.results import ResultRow, Results
+from callbacks.scoring import Scores, defense_and_data, score
+from datamodules.sft import SFTDataModule
+from lightning_modules.adapters import LoRA, temporary_adapter
+from lightning_modules.defense import Defense
+from lightning_modules.engine import DivergedError, train_steps
+from lightning_modules.forward import Batch
+from lightning_modules.optimizer import Optimizer
+from lightning_modules.weights import borrowed
+
+ThreatModel = Literal["open_weight", "finetuning_service"]
+
+
+class HarmfulFineTuning(L.Callback):
+    """Base of the attacks: fine-tune on a poisoned mixture, score at ``score_steps``, put the model back.
+
+    Runs when ``fit`` ends, in ``test`` on any checkpoint, and every ``every_n_epochs`` if set. The rows come from the run's data. A
+    ``finetuning_service`` job is fine-tuning itself: it starts from the model that the service aligned, so for a fine-tuning stage
+    defense from ``checkpoint``, whatever ``fit`` made of it since. An ``open_weight`` attacker starts from what is released.
+
+    Args:
+        threat_model: finetuning_service: the provider trains, under the defense's ``finetuning_loss``; open_weight: the attacker
+            holds the weights and trains by plain SFT, so that only alignment stage defenses can act.
+        poison_ratio: harmful share of the rows, in [0, 1].
+        num_samples: rows of the mixture.
+        num_attack_steps: optimizer steps, >= 1.
+        batch_size: rows a step, over all processes.
+        optimizer: the attacker's own.
+        seed: of the mixture, the order and the adapters.
+        score_steps: steps after which to score; 0 (before the attack) is always scored; null scores the last step.
+        undefended: under finetuning_service, first run the same job by plain SFT: the same rows, order, optimizer and seed.
+        every_n_epochs: also attack after every so many epochs of ``fit``; null only when it ends.
+        name: in tables and dashboards; by default the class's.
+        copy_device: where the copy of the weights waits, such as cpu; null keeps it beside the model.
+    """
+
+    def __init__(
+        self,
+        threat_model: ThreatModel,
+        poison_ratio: float = 0.1,
+        num_samples: int = 500,
+        num_attack_steps: int = 100,
+        batch_size: int = 8,
+        optimizer: Optimizer = Optimizer(),  # noqa: B008  frozen
+        seed: int = 0,
+        score_steps: list[int] | None = None,
+        undefended: bool = True,
+        every_n_epochs: int | None = None,
+        name: str | None = None,
+        copy_device: str | None = None,
+    ) -> None:
+        if threat_model not in ("open_weight", "finetuning_service"):
+            raise ValueError(f"threat_model must be open_weight or finetuning_service, got {threat_model!r}.")
+        if not 0 <= poison_ratio <= 1:
+            raise ValueError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
+        for setting, value in (("num_samples", num_samples), ("num_attack_steps", num_attack_steps), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{setting} must be >= 1, got {value}.")
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be >= 1 or null, got {every_n_epochs}. null attacks when fit ends.")
+        steps = sorted({0, *([num_attack_steps] if score_steps is None else score_steps)})
+        if steps[0] < 0 or steps[-1] > num_attack_steps:
+            raise ValueError(f"score_steps must lie between 0 and num_attack_steps ({num_attack_steps}), got {score_steps}.")
+        self.threat_model, self.poison_ratio, self.num_samples = threat_model, poison_ratio, num_samples
+        self.num_attack_steps, self.batch_size, self.optimizer, self.seed = num_attack_steps, batch_size, optimizer, seed
+        self.score_steps, self.undefended, self.every_n_epochs = steps, undefended, every_n_epochs
+        self.name, self.copy_device = name or type(self).__name__, copy_device
+
+    @property
+    def state_key(self) -> str:
+        """Several attacks of one class may stand in one run."""
+        return self._generate_state_key(name=self.name, threat_model=self.threat_model, seed=self.seed, poison=self.poison_ratio)
+
+    # ---- when it runs
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The trained model is exported and its checkpoint saved: attack it."""
+        if not trainer.interrupted:
+            self.run(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Attack the checkpoint as it is."""
+        self.run(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Attack in the middle of training, which goes on as if nothing had happened."""
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs is not None and epoch % self.every_n_epochs == 0:
+            self.run(trainer, pl_module, epoch)
+
+    # ---- what it does
+
+    @abstractmethod
+    def trainable(self, module: Defense) -> AbstractContextManager[object]:
+        """For a block, make what this attack trains the only thing that requires a gradient."""
+
+    def run(self, trainer: L.Trainer, module: L.LightningModule, epoch: int | None = None) -> None:
+        """The attack, undefended and defended where both have a meaning, recorded in ``Results``."""
+        module, data = defense_and_data(trainer, module)
+        service = self.threat_model == "finetuning_service"
+        acts = service and module.stage == "finetuning"  # elsewhere a service trains by plain SFT, as everybody does
+        runs = [False, True] if acts and self.undefended else [acts]
+        rows = data.mixture(self.num_samples, self.poison_ratio, self.seed)
+        with torch.inference_mode(False), torch.enable_grad():
+            draw = data.batches(rows, self.batch_size, self.seed, "attack")
+            with module.as_aligned() if acts else nullcontext():
+                before = score(module, data.evaluation)
+                for defended in runs:
+                    self._record(trainer, module, data, defended, 0, before, 0.0, epoch)
+                    self._attack(trainer, module, data, defended, draw, epoch)
+
+    def _attack(
+        self,
+        trainer: L.Trainer,
+        module: Defense,
+        data: SFTDataModule,
+        defended: bool,
+        draw: Callable[[int], Batch],
+        epoch: int | None,
+    ) -> None:
+        def batches(step: int) -> dict[str, Tensor]:
+            return {name: tensor.to(module.device) for name, tensor in draw(step).items()}
+
+        shown = f"{self.name} ({self.threat_model}, {module.label if defended else 'undefended'})"
+        bar = tqdm(
+            total=self.num_attack_steps, desc=shown, disable=not trainer.is_global_zero or trainer.progress_bar_callback is None
+        )
+        with bar, borrowed(module, self._prepared(module, defended), self.copy_device):
+            loss = module.finetuning_loss if defended else module.sft_loss
+            steps = train_steps(module, loss, batches, self.num_attack_steps, self.optimizer, module.forward_context)
+            trained = 0.0
+            while True:
+                start = time.perf_counter()
+                try:
+                    step, value = next(steps)
+                except StopIteration:
+                    break
+                except DivergedError as error:
+                    raise DivergedError(f"{shown}: {error}") from error
+                trained += time.perf_counter() - start
+                bar.update()
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+                if step in self.score_steps:
+                    scores = score(module, data.evaluation)
+                    bar.set_postfix(loss=f"{value:.3f}", harmful_score=f"{scores.metrics['harmful_score']:.1f}")
+                    self._record(trainer, module, data, defended, step, scores, trained, epoch)
+
+    @contextmanager
+    def _prepared(self, module: Defense, defended: bool) -> Iterator[None]:
+        torch.manual_seed(self.seed)  # adapters start alike in every run; ``borrowed`` brings the generators back
+        with self.trainable(module):
+            if defended:
+                module.freeze_parameters()
+                module.begin_finetuning()
+            yield
+
+    def _record(
+        self,
+        trainer: L.Trainer,
+        module: Defense,
+        data: SFTDataModule,
+        defended: bool,
+        step: int,
+        scores: Scores,
+        seconds: float,
+        epoch: int | None,
+    ) -> None:
+        twin = not defended and self.threat_model == "finetuning_service" and module.stage == "finetuning"  # the undefended run
+        beyond = self.threat_model == "open_weight" and module.stage in ("finetuning", "post_finetuning")
+        m = scores.metrics
+        row = ResultRow(
+            defense="none" if twin else module.label,
+            stage="none" if twin else module.stage,
+            attack=self.name,
+            threat_model=self.threat_model,
+            poison_ratio=self.poison_ratio,
+            learning_rate=self.optimizer.learning_rate,
+            seed=self.seed,
+            num_attack_steps=step,
+            harmful_score=m["harmful_score"],
+            attack_success_rate=m["attack_success_rate"],
+            num_scored=int(m["num_scored"]),
+            num_unscored=int(m["num_unscored"]),
+            finetune_accuracy=m["finetune_accuracy"],
+            refusal_rate_benign=m["refusal_rate_benign"],
+            degenerate_rate=m["degenerate_rate"],
+            wall_seconds=round(seconds, 3),
+            num_samples=self.num_samples,
+            batch_size=self.batch_size,
+            judge=data.judge.name,
+            epoch="" if epoch is None else str(epoch),
+            note="expected to break: the defense acts only while a service fine-tunes" if beyond else "",
+        )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Results):
+                callback.record(trainer, row, scores.generations)
+
+
+class FullParameterAttack(HarmfulFineTuning):
+    """Harmful fine-tuning of every parameter (Qi et al., arXiv:2310.03693; the attack of Patcher, arXiv:2606.07970).
+
+    Under a defense that freezes some of them (SBR: the unembedding), the provider leaves those out. For the settings see
+    ``HarmfulFineTuning``.
+    """
+
+    @contextmanager
+    def trainable(self, module: Defense) -> Iterator[None]:
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)
+        yield
+
+
+class LoRAAttack(HarmfulFineTuning):
+    """Harmful fine-tuning of a new LoRA adapter, on top of whatever adapters the model has. For the settings see
+    ``HarmfulFineTuning``.
+
+    Args:
+        threat_model: finetuning_service or open_weight.
+        lora: shape of the adapter.
+    """
+
+    def __init__(self, threat_model: ThreatModel, lora: LoRA = LoRA(), **settings: object) -> None:  # noqa: B008  frozen
+        super().__init__(threat_model, **settings)  # type: ignore[arg-type]
+        self.lora = lora
+
+    def trainable(self, module: Defense) -> AbstractContextManager[object]:
+        return temporary_adapter(module.model, self.lora)

@@ -1,0 +1,147 @@
+"""What a run leaves behind: tidy result rows, generations, the trained model, and a closing table."""
+
+import csv
+import io
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from lightning_modules.checkpoint import save_model
+from lightning_modules.defense import Defense
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One evaluation of an attack: a row of ``attacks.csv``. Scores and rates are percentages, 0 to 100, nan where not measured.
+
+    ``num_attack_steps`` 0 is the model before the attack; ``wall_seconds`` is what training took up to that step, scoring not
+    counted; ``epoch`` is the epoch of ``fit`` after which the attack ran, empty at its end.
+    """
+
+    defense: str
+    stage: str
+    attack: str
+    threat_model: str
+    poison_ratio: float
+    learning_rate: float
+    seed: int
+    num_attack_steps: int
+    harmful_score: float
+    attack_success_rate: float
+    num_scored: int
+    num_unscored: int
+    finetune_accuracy: float
+    refusal_rate_benign: float
+    degenerate_rate: float
+    wall_seconds: float
+    num_samples: int
+    batch_size: int
+    judge: str
+    epoch: str
+    note: str
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``path`` so that it is there whole or as it was: to a file beside it, to the disk, then in one move.
+
+    Raises:
+        OSError: naming ``path``, e.g. when the disk is full; what was there stays.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} could not be written ({error.strerror}); what it held before is unharmed") from error
+
+
+class Results(L.Callback):
+    """Keep every result row, write it the moment it is known, and close with a table.
+
+    ``attacks.csv`` has a row an evaluation, ``generations.jsonl`` an answer a line (local only: no logger gets them), ``model/`` the
+    trained weights in Hugging Face format. Each appears whole or not at all.
+
+    Args:
+        folder: the run's folder.
+        export: write the model when training ends.
+        generations: write the generated answers.
+    """
+
+    def __init__(self, folder: str, export: bool = True, generations: bool = True) -> None:
+        self.folder, self.export, self.generations = Path(folder), export, generations
+        self.rows: list[ResultRow] = []
+        self._answers: list[dict[str, Any]] = []
+
+    @rank_zero_only
+    def record(self, trainer: L.Trainer, row: ResultRow, answers: list[dict[str, Any]]) -> None:
+        """Keep a row and its answers, on disk and in every logger (``attack/<attack>/<metric>`` against ``attack_step``)."""
+        self.rows.append(row)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, [f.name for f in fields(ResultRow)])
+        writer.writeheader()
+        writer.writerows(asdict(r) for r in self.rows)
+        write_whole(self.folder / "attacks.csv", table.getvalue())
+        if self.generations:
+            key = {k: getattr(row, k) for k in ("defense", "attack", "threat_model", "seed", "num_attack_steps")}
+            self._answers += [key | answer for answer in answers]
+            lines = (json.dumps(a, ensure_ascii=False, default=str) for a in self._answers)
+            write_whole(self.folder / "generations.jsonl", "".join(f"{line}\n" for line in lines))
+        names = (
+            "harmful_score",
+            "attack_success_rate",
+            "num_unscored",
+            "finetune_accuracy",
+            "refusal_rate_benign",
+            "degenerate_rate",
+        )
+        prefix = f"attack/{row.attack}-{row.threat_model}-{row.defense}"
+        metrics = {f"{prefix}/{n}": float(getattr(row, n)) for n in names if not math.isnan(getattr(row, n))}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics | {"attack_step": float(row.num_attack_steps)}, step=trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Export before any attack runs, so that no attack can cost the model."""
+        if self.export and trainer.is_global_zero and not trainer.interrupted and isinstance(pl_module, Defense):
+            save_model(pl_module.exported(), pl_module.tokenizer, self.folder / "model", pl_module.export_dtype)
+
+    def table(self) -> Table:
+        """The rows as a table for people."""
+        table = Table(title="Results (percent; harmful score: lower is safer)")
+        for column in ("attack", "threat model", "defense"):
+            table.add_column(column)
+        for column in ("poison", "step", "harmful score", "finetune accuracy", "benign refused", "degenerate"):
+            table.add_column(column, justify="right")
+        last, notes = None, sorted({r.note for r in self.rows if r.note})
+        for r in self.rows:
+            job = (r.attack, r.threat_model, "undefended" if r.defense == "none" else r.defense)
+            if last not in (None, job):
+                table.add_section()
+            numbers = (r.harmful_score, r.finetune_accuracy, r.refusal_rate_benign, r.degenerate_rate)
+            cells = [f"{n:.1f}" for n in numbers]
+            if r.note:
+                cells[0] = f"{cells[0]}{'*' * (notes.index(r.note) + 1)}"
+            table.add_row(*(job if job != last else ("", "", "")), f"{r.poison_ratio:g}", str(r.num_attack_steps), *cells)
+            last = job
+        table.caption = "\n".join(f"{'*' * i} {note}" for i, note in enumerate(notes, start=1)) or None
+        return table
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Print the table and where everything is."""
+        console = Console(width=None if Console().is_terminal else 130)
+        if self.rows:
+            console.print(self.table())
+        console.print(f"Run folder: {self.folder}", soft_wrap=True)

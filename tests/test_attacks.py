@@ -1,0 +1,187 @@
+import csv
+import signal
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from toy import DEFENSES, toy_data, toy_trainer
+
+from callbacks.attacks import HarmfulFineTuning
+from callbacks.results import Results
+from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
+from lightning_modules import DivergedError
+
+FAST = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
+ATTACKS = {
+    "full": lambda **s: FullParameterAttack(**(FAST | s)),
+    "lora": lambda **s: LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
+}
+
+
+class Spy(L.Callback):
+    """Weights before, inside and after the attacks: callbacks run in order, so it stands around them."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seen.append({k: v.clone() for k, v in pl_module.state_dict().items()})
+
+
+def fitted(folder: Path, checkpoint: str, callbacks: list[L.Callback], defense: str = "none", **settings) -> Defense:
+    kind, arguments = DEFENSES[defense]
+    L.seed_everything(1)
+    module = kind(checkpoint, optimizer=Optimizer(learning_rate=1e-3), **arguments)
+    toy_trainer(folder, callbacks=callbacks, **settings).fit(module, datamodule=toy_data())
+    return module
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k].nan_to_num(7.0), b[k].nan_to_num(7.0)) for k in a)
+
+
+@pytest.mark.parametrize("threat_model", ["open_weight", "finetuning_service"])
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_run_with_attacks_ends_with_the_bits_of_the_run_without(tmp_path, checkpoint, defense, attack, threat_model):
+    results = Results(str(tmp_path / "run"), export=False)
+    # after every epoch too: training goes on as if nothing had happened
+    epochs = {"max_steps": 3, "limit_train_batches": 2}
+    attack = ATTACKS[attack](threat_model=threat_model, every_n_epochs=1)
+    attacked = fitted(tmp_path, checkpoint, [results, attack], defense, **epochs)
+    drawn = torch.rand(1)
+    reference = fitted(tmp_path, checkpoint, [], defense, **epochs)
+    assert same(attacked.state_dict(), reference.state_dict())
+    assert [type(m) for m in attacked.modules()] == [type(m) for m in reference.modules()]
+    assert [p.requires_grad for p in attacked.parameters()] == [p.requires_grad for p in reference.parameters()]
+    assert torch.equal(drawn, torch.rand(1))  # the generators go on from the same place
+    assert {r.epoch for r in results.rows} == {"1", "2", ""}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attack_changes_what_is_scored_and_leaves_no_trace(tmp_path, checkpoint, attack, monkeypatch):
+    scored: list[torch.Tensor] = []
+    prompt = torch.tensor([[5, 6, 7]])
+
+    def spied(module, evaluation):
+        from callbacks.scoring import score
+
+        with torch.no_grad():
+            scored.append(module.model(prompt).logits.clone())
+        return score(module, evaluation)
+
+    monkeypatch.setattr("callbacks.attacks.score", spied)
+    before, after = Spy(), Spy()
+    fitted(tmp_path, checkpoint, [before, ATTACKS[attack](threat_model="open_weight"), after])
+    assert same(before.seen[0], after.seen[0])
+    assert len(scored) == 2
+    assert not torch.allclose(scored[0], scored[1])  # it did attack
+
+
+class Interrupting(FullParameterAttack):
+    """Raises, or is sent Ctrl-C, when its second step is scored."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__("open_weight", **(FAST | {"score_steps": [2, 3]}))
+        self.how = how
+
+    def _record(self, trainer, module, data, defended, step, *rest):
+        super()._record(trainer, module, data, defended, step, *rest)
+        if step == 2:
+            if self.how == "error":
+                raise RuntimeError("boom")
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("how", ["error", "ctrl-c"])
+def test_interrupted_attack_leaves_the_model_restored_and_its_rows_written(tmp_path, checkpoint, how):
+    results, before = Results(str(tmp_path), export=False), Spy()
+    module = Defense(checkpoint)
+    trainer = toy_trainer(tmp_path, callbacks=[results, before, Interrupting(how)])
+    with pytest.raises(RuntimeError if how == "error" else (KeyboardInterrupt, SystemExit)):
+        trainer.fit(module, datamodule=toy_data())
+    assert same(before.seen[0], module.state_dict())
+    assert all(p.requires_grad for p in module.parameters())
+    rows = list(csv.DictReader((tmp_path / "attacks.csv").open()))
+    assert [row["num_attack_steps"] for row in rows] == ["0", "2"]
+
+
+def test_undefended_twin_is_the_same_job_and_the_defended_run_differs(tmp_path, checkpoint):
+    results = Results(str(tmp_path), export=False)
+    fitted(tmp_path, checkpoint, [results, ATTACKS["full"](threat_model="finetuning_service", score_steps=[1, 3])], "sbr")
+    key = [(r.defense, r.stage, r.threat_model, r.num_attack_steps) for r in results.rows]
+    twin, own = ("none", "none", "finetuning_service"), ("SBR", "finetuning", "finetuning_service")
+    assert key == [(*twin, 0), (*twin, 1), (*twin, 3), (*own, 0), (*own, 1), (*own, 3)]
+
+
+def test_open_weight_row_of_a_finetuning_stage_defense_says_that_it_breaks(tmp_path, checkpoint):
+    results = Results(str(tmp_path), export=False)
+    fitted(tmp_path, checkpoint, [results, ATTACKS["lora"](threat_model="open_weight")], "sbr")
+    assert [(r.defense, r.stage, r.threat_model) for r in results.rows] == [("SBR", "finetuning", "open_weight")] * 2
+    assert all("expected to break" in r.note for r in results.rows)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_service_job_starts_from_the_aligned_model_and_not_from_what_fit_made(tmp_path, checkpoint, monkeypatch, lora):
+    prompt = torch.tensor([[5, 6, 7]])
+    logits: list[torch.Tensor] = []
+
+    def spied(module, evaluation):
+        from callbacks.scoring import score
+
+        with torch.no_grad():
+            logits.append(module.model(prompt).logits.clone())
+        return score(module, evaluation)
+
+    monkeypatch.setattr("callbacks.attacks.score", spied)
+    kind, arguments = DEFENSES["sbr"]
+    fresh = kind(checkpoint, lora=lora, **arguments)
+    fresh.configure_model()
+    with torch.no_grad():
+        aligned = fresh.model.eval()(prompt).logits
+    module = kind(checkpoint, lora=lora, optimizer=Optimizer(learning_rate=1e-2), **arguments)
+    attack = ATTACKS["full"](threat_model="finetuning_service")
+    toy_trainer(tmp_path, callbacks=[attack]).fit(module, datamodule=toy_data())
+    with torch.no_grad():
+        assert not torch.allclose(module.model.eval()(prompt).logits, aligned)  # fit moved it
+    assert torch.equal(logits[0], aligned)
+
+
+def test_diverging_attack_says_which_and_what_to_do(tmp_path, checkpoint):
+    attack = ATTACKS["full"](threat_model="open_weight", optimizer=Optimizer(learning_rate=1e30, clip_norm=None))
+    before, module = Spy(), Defense(checkpoint)
+    with pytest.raises(DivergedError, match=r"FullParameterAttack \(open_weight.*the loss must be finite, and it was nan at step .*Lower"):
+        toy_trainer(tmp_path, callbacks=[before, attack]).fit(module, datamodule=toy_data())
+    assert same(before.seen[0], module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"poison_ratio": 1.2}, r"poison_ratio must lie in \[0, 1\], got 1.2"),
+        ({"threat_model": "white_box"}, "threat_model must be open_weight or finetuning_service, got 'white_box'"),
+        ({"num_attack_steps": 0}, "num_attack_steps must be >= 1, got 0"),
+        ({"score_steps": [200]}, r"score_steps must lie between 0 and num_attack_steps \(100\), got \[200\]"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be >= 1 or null, got 0"),
+    ],
+)
+def test_bad_settings_fail_at_construction(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FullParameterAttack(**({"threat_model": "open_weight"} | settings))
+
+
+def test_more_harmful_rows_than_there_are_is_an_error(tmp_path, checkpoint):
+    attack = FullParameterAttack("open_weight", poison_ratio=1.0, num_samples=50, num_attack_steps=1)
+    with pytest.raises(ValueError, match="must find 50 harmful rows, got 20"):
+        toy_trainer(tmp_path, callbacks=[attack]).fit(Defense(checkpoint), datamodule=toy_data())
+
+
+def test_attacks_run_in_test_on_a_checkpoint(tmp_path, checkpoint):
+    results = Results(str(tmp_path), export=False)
+    attacks: list[HarmfulFineTuning] = [ATTACKS["lora"](threat_model="open_weight"), ATTACKS["full"](threat_model="open_weight")]
+    module = Defense(checkpoint)
+    toy_trainer(tmp_path, callbacks=[results, *attacks]).test(module, datamodule=toy_data())
+    assert [(r.attack, r.num_attack_steps) for r in results.rows] == [
+        (name, step) for name in ("LoRAAttack", "FullParameterAttack") for step in (0, 3)
+    ]

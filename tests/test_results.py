@@ -1,0 +1,93 @@
+import csv
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from toy import toy_data, toy_trainer
+from transformers import AutoModelForCausalLM
+
+from callbacks.results import ResultRow, Results, write_whole
+from casehard import Defense, FullParameterAttack, LoRA
+
+ROW = ResultRow(
+    defense="SBR", stage="finetuning", attack="LoRAAttack", threat_model="finetuning_service", poison_ratio=0.1, learning_rate=1e-3,
+    seed=0, num_attack_steps=5, harmful_score=float("nan"), attack_success_rate=float("nan"), num_scored=0, num_unscored=3,
+    finetune_accuracy=50.0, refusal_rate_benign=0.0, degenerate_rate=0.0, wall_seconds=1.5, num_samples=500, batch_size=8, judge="sandbox",
+    epoch="", note="",
+)  # fmt: skip
+
+
+class Disk:
+    """Stands in for a full disk: fails when the last byte is to reach it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(_: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("callbacks.results.os.fsync", full)
+
+
+def test_full_disk_leaves_what_was_there_and_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "attacks.csv"
+    write_whole(path, "first")
+    Disk(monkeypatch)
+    with pytest.raises(OSError, match=r"attacks.csv could not be written \(No space left on device\); what it held before is unharmed"):
+        write_whole(path, "second")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_survive_a_disk_that_fills_up(tmp_path, monkeypatch):
+    trainer = toy_trainer(tmp_path)
+    results = Results(str(tmp_path))
+    results.record(trainer, ROW, [{"prompt": "p", "response": "r"}])
+    with monkeypatch.context() as patch:
+        Disk(patch)
+        with pytest.raises(OSError, match="could not be written"):
+            results.record(trainer, replace(ROW, num_attack_steps=6), [])
+    assert len(list(csv.DictReader((tmp_path / "attacks.csv").open()))) == 1
+    assert len((tmp_path / "generations.jsonl").read_text().splitlines()) == 1
+
+
+def test_unmeasured_is_nan_in_the_csv_and_left_out_of_the_loggers(tmp_path):
+    class Log:
+        def log_metrics(self, metrics, step):
+            self.metrics = metrics
+
+    trainer, log = toy_trainer(tmp_path), Log()
+    trainer._loggers = [log]  # type: ignore[attr-defined]
+    Results(str(tmp_path)).record(trainer, ROW, [])
+    (row,) = csv.DictReader((tmp_path / "attacks.csv").open())
+    assert list(row) == [f.name for f in fields(ResultRow)]
+    assert row["harmful_score"] == "nan"
+    assert log.metrics["attack/LoRAAttack-finetuning_service-SBR/finetune_accuracy"] == 50.0
+    assert log.metrics["attack/LoRAAttack-finetuning_service-SBR/num_unscored"] == 3
+    assert log.metrics["attack_step"] == 5
+    assert not any("harmful_score" in name for name in log.metrics)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_exported_model_is_loaded_by_transformers_and_is_the_trained_one(tmp_path, checkpoint, lora):
+    module = Defense(checkpoint, lora=lora)
+    attack = FullParameterAttack("open_weight", num_samples=8, num_attack_steps=1, batch_size=4)
+    toy_trainer(tmp_path, callbacks=[Results(str(tmp_path / "run")), attack]).fit(module, datamodule=toy_data())
+    prompt = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+        torch.testing.assert_close(loaded(prompt).logits, module.model.eval()(prompt).logits)
+    kept = json.loads((tmp_path / "run" / "generations.jsonl").read_text().splitlines()[0])
+    assert {"prompt", "response", "score", "refused", "degenerate", "num_attack_steps"} <= set(kept)
+    assert not list(Path(tmp_path / "run").glob("*.partial"))
+
+
+def test_closing_table_says_undefended_and_shows_every_row(tmp_path, capsys):
+    results = Results(str(tmp_path))
+    results.rows = [replace(ROW, defense="none", harmful_score=100.0), replace(ROW, harmful_score=2.0)]
+    results.close()
+    shown = capsys.readouterr().out
+    assert "undefended" in shown
+    assert "SBR" in shown
+    assert "100.0" in shown
+    assert str(tmp_path) in shown
