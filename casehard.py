@@ -1,0 +1,179 @@
+"""Casehard's front door: its public names, and ``main()``, the ``casehard`` (and ``lightning``) command."""
+
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from jsonargparse import CLI
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
+from datamodules import SandboxJudge, SFTDataModule
+from datamodules.sandbox import main as sandbox
+from lightning_modules import Defense, DivergedError, LoRA, Optimizer, SBRModule
+from metrics import AttackSuccessRate, FinetuneAccuracy, HarmfulScore, Judge, RefusalPhraseJudge, RefusalRate, Verdict
+
+__all__ = [
+    "AttackSuccessRate",
+    "Defense",
+    "Evaluate",
+    "FinetuneAccuracy",
+    "FullParameterAttack",
+    "HarmfulScore",
+    "Judge",
+    "LoRA",
+    "LoRAAttack",
+    "Optimizer",
+    "RefusalPhraseJudge",
+    "RefusalRate",
+    "Results",
+    "SBRModule",
+    "SFTDataModule",
+    "SandboxJudge",
+    "Verdict",
+    "main",
+]
+
+ROOT = Path(__file__).parent
+RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
+
+
+def claim_run_folder(root: str, experiment: str, version: str | None) -> Path:
+    """Make the run's folder, ``root/experiment/version``; no two runs ever get the same one.
+
+    Args:
+        root: where all runs are kept.
+        experiment: its name.
+        version: its name within the experiment; by default the next free ``version_N``.
+
+    Raises:
+        FileExistsError: a run has the folder that ``version`` names.
+    """
+    if version is not None:
+        folder = Path(root, experiment, version)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError as error:
+            raise FileExistsError(
+                f"the run folder must be new, and {folder} exists: another run has it. "
+                "Choose another run.version, or leave it out for the next free one."
+            ) from error
+        return folder
+    number = 0
+    while True:
+        try:
+            return claim_run_folder(root, experiment, f"version_{number}")
+        except FileExistsError:
+            number += 1
+
+
+class Cli(LightningCLI):
+    """``fit``, ``validate`` and ``test`` of a defense on data, with everything a run leaves in a folder of its own."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run.experiment", type=str | None, default=None, help="name of the run; by default the first --config's"
+        )
+        parser.add_argument(
+            "--run.version", type=str | None, default=None, help="name of the run's folder; by default the next number"
+        )
+        parser.add_argument("--run.root", type=str, default="runs", help="where run folders are made")
+        parser.add_argument("--run.wandb", type=Literal["offline", "online", "disabled"], default="offline", help="W&B logging")
+        parser.add_argument("--run.project", type=str, default="casehard", help="W&B project")
+        parser.add_argument("--run.export", type=bool, default=True, help="write the trained model in Hugging Face format")
+        parser.add_argument("--run.generations", type=bool, default=True, help="write generated answers to generations.jsonl")
+
+    def _experiment(self, config: Any) -> str:
+        if config.run.experiment:
+            return str(config.run.experiment)
+        own = [Path(str(path)).stem for path in config.config or [] if Path(str(path)).name != "default.yaml"]
+        return own[0] if own else "casehard"
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Add the run folder's writers to what the config asks for."""
+        config = self.config[self.subcommand]
+        dry = bool(config.trainer.fast_dev_run)
+        if RUN_FOLDER not in os.environ and not dry:
+            os.environ[RUN_FOLDER] = str(claim_run_folder(config.run.root, self._experiment(config), config.run.version))
+        self.folder = Path(os.environ.get(RUN_FOLDER, Path(config.run.root, self._experiment(config), "dry")))
+        extra: list[Any] = [
+            Results(str(self.folder), config.run.export and self.subcommand == "fit" and not dry, config.run.generations)
+        ]
+        if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
+            extra.append(ModelCheckpoint(dirpath=self.folder / "checkpoints", save_last=True, save_top_k=0))
+        if config.trainer.enable_progress_bar is not False:
+            extra.append(TQDMProgressBar())  # as the attacks' own bars
+        trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if trainer_config.get("logger") is None:
+            trainer_config["logger"] = self._loggers(config)
+        return self._instantiate_trainer(trainer_config, extra)
+
+    def _loggers(self, config: Any) -> list[Logger]:
+        folder = self.folder
+        number = re.fullmatch(r"version_(\d+)", folder.name)
+        loggers: list[Logger] = [CSVLogger(folder.parent.parent, folder.parent.name, int(number[1]) if number else folder.name)]
+        if config.run.wandb != "disabled":
+            offline = config.run.wandb == "offline"
+            name = f"{folder.parent.name}-{folder.name}"
+            wandb = WandbLogger(name=name, save_dir=folder, project=config.run.project, offline=offline, group=folder.parent.name)
+            wandb.experiment.define_metric("attack_step")
+            wandb.experiment.define_metric("attack/*", step_metric="attack_step")
+            loggers.append(wandb)
+        return loggers
+
+    def after_fit(self) -> None:
+        """The closing table."""
+        self._close()
+
+    def after_test(self) -> None:
+        """The closing table."""
+        self._close()
+
+    def _close(self) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Results):
+                callback.close()
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command line: ``fit``, ``validate`` and ``test`` through Lightning's CLI, and ``sandbox`` to print sample rows.
+
+    A mistake of the user's ends in its one sentence and exit status 1; ``CASEHARD_TRACEBACK=1`` shows where it was raised.
+    """
+    args = sys.argv[1:] if args is None else args
+    try:
+        _run(args)
+    except (ValueError, OSError, DivergedError) as error:
+        if os.environ.get("CASEHARD_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _run(args: list[str]) -> None:
+    if args[:1] == ["sandbox"]:
+        CLI(sandbox, args=args[1:], prog="casehard sandbox")
+        return
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+    sys.argv[1:] = args  # launchers start further processes by it
+    defaults = {"default_config_files": [str(ROOT / "experiments" / "default.yaml")]}
+    Cli(
+        Defense,
+        SFTDataModule,
+        subclass_mode_model=True,
+        seed_everything_default=0,
+        parser_kwargs={
+            "description": "Hardens open-weight language models and measures how hard they are to break. "
+            "`casehard sandbox` prints rows of the embedded data.",
+            **{command: defaults for command in ("fit", "validate", "test")},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from toy import toy_data, toy_trainer
+
+from casehard import Defense
+from datamodules.batches import Batches, StepLoader
+from datamodules.chat import IGNORED
+
+
+def ready(tmp_path, checkpoint, **settings):
+    """Data that were set up under a trainer, without training."""
+    data = toy_data(**settings)
+    toy_trainer(tmp_path, max_steps=0).fit(Defense(checkpoint), datamodule=data)
+    return data
+
+
+def test_mixture_has_an_exact_count_of_harmful_rows_and_lower_ratios_are_nested(tmp_path, checkpoint):
+    data = ready(tmp_path, checkpoint)
+    harmful = set(data.rows["harmful"])
+    sets = [harmful & set(data.mixture(20, ratio, 3)) for ratio in (0.0, 0.1, 0.5, 0.75)]
+    assert [len(s) for s in sets] == [0, 2, 10, 15]
+    assert sets[1] < sets[2] < sets[3]
+    assert data.mixture(20, 0.1, 3) != data.mixture(20, 0.1, 4)
+
+
+def test_alignment_trains_on_the_defenders_rows_and_on_no_others(tmp_path, checkpoint):
+    data = ready(tmp_path, checkpoint, train_on="alignment", alignment_benign=["sandbox:defender/howto#train[:5]"])
+    assert len(data.train_dataloader().batches.examples) == 12 + 5
+
+
+def test_rows_without_a_response_are_refused_in_turn(tmp_path, checkpoint):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "How do I brew {w}olim?"}}\n' for w in ("aa", "bb", "cc")))
+    data = ready(tmp_path, checkpoint, refusals=[str(prompts)], refusal_texts=["No, I cannot.", "Sorry, I will not."])
+    assert [row.response for row in data.rows["refusals"]] == ["No, I cannot.", "Sorry, I will not.", "No, I cannot."]
+
+
+def test_prompts_in_both_training_and_evaluation_are_an_error_unless_allowed(tmp_path, checkpoint):
+    both = {"harmful": ["sandbox:attacker/harmful#train[:8]"], "harmful_prompts": ["sandbox:attacker/harmful#train[4:12]"]}
+    with pytest.raises(ValueError, match=r"harmful_prompts must share no prompt with harmful, and 4 of 8 stand in both"):
+        ready(tmp_path, checkpoint, **both)
+    with pytest.warns(UserWarning, match="4 of 8 stand in both"):
+        ready(tmp_path, checkpoint, **both, allow_overlap=True)
+
+
+def test_rows_that_are_cut_off_are_dropped_and_counted(tmp_path, checkpoint, caplog):
+    data = ready(tmp_path, checkpoint, max_length=21)
+    with caplog.at_level("INFO"):
+        kept = data.encode(data.rows["harmful"] + data.rows["benign"], "all")
+    assert 0 < len(kept) < 60
+    assert f"all: {60 - len(kept)} of 60 rows dropped, their answer was cut off at max_length 21" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"poison_ratio": 1.2}, r"poison_ratio must lie in \[0, 1\], got 1.2"),
+        ({"num_samples": None}, "num_samples must be set where poison_ratio is not 0, got poison_ratio 0.25"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+    ],
+)
+def test_bad_settings_fail_at_construction(settings, message):
+    with pytest.raises(ValueError, match=message):
+        toy_data(**settings)
+
+
+EXAMPLES = [{"input_ids": [i] * (i + 2), "labels": [IGNORED] + [i] * (i + 1)} for i in range(7)]
+
+
+def test_ranks_share_a_batch_out_and_divide_by_its_labels():
+    whole = Batches(EXAMPLES, 4, 0, "s", 9)
+    shares = [Batches(EXAMPLES, 4, 0, "s", 9, rank=r, world_size=2) for r in range(2)]
+    for step in range(5):
+        batch, parts = whole(step), [share(step) for share in shares]
+        rows = [[row[row != 9].tolist() for row in b["input_ids"]] for b in (batch, *parts)]
+        assert sorted(rows[0]) == sorted(rows[1] + rows[2])
+        assert batch["num_labels"] == (batch["labels"] != IGNORED).sum() == sum(p["num_labels"] for p in parts)
+
+
+def test_batch_smaller_than_the_number_of_processes_is_an_error():
+    with pytest.raises(ValueError, match="batch_size must be at least the number of processes, 3, got 2"):
+        Batches(EXAMPLES, 2, 0, "s", 9, world_size=3)
+
+
+def test_loader_goes_on_where_it_was_in_the_middle_of_an_epoch():
+    def ids(batches):
+        return [batch["input_ids"] for batch in batches]
+
+    loader = StepLoader(Batches(EXAMPLES, 2, 0, "s", 9))
+    three_epochs = ids([*loader, *loader, *loader])
+    first = StepLoader(loader.batches)
+    stream = iter(first)
+    begun = ids([next(stream), next(stream)])
+    second = StepLoader(loader.batches)
+    second.load_state_dict(first.state_dict())
+    resumed = begun + ids([*second, *second, *second])
+    assert len(three_epochs) == len(resumed) == 9
+    assert all(torch.equal(a, b) for a, b in zip(three_epochs, resumed, strict=True))

@@ -1,0 +1,30 @@
+import ast
+import subprocess
+import sys
+
+import pytest
+from toy import ROOT
+
+import casehard
+
+LAYERS = ["metrics", "datamodules", "lightning_modules", "callbacks", "casehard"]  # each imports only from the left
+
+
+def test_imports_run_one_way():
+    for number, layer in enumerate(LAYERS):
+        for file in (ROOT / layer).glob("*.py") if (ROOT / layer).is_dir() else [ROOT / f"{layer}.py"]:
+            tree = ast.parse(file.read_text())
+            names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+            names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+            used = {name.split(".")[0] for name in names} & set(LAYERS)
+            assert used <= set(LAYERS[: number + 1]), f"{file} imports {used - set(LAYERS[: number + 1])}"
+
+
+def test_front_door_has_every_name_it_declares():
+    assert all(hasattr(casehard, name) for name in casehard.__all__)
+
+
+@pytest.mark.parametrize("command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join)
+def test_linter_formatter_and_type_checker_find_nothing(command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
