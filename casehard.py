@@ -170,7 +170,7 @@ def _run(args: list[str]) -> None:
         parser_kwargs={
             "description": "Hardens open-weight language models and measures how hard they are to break. "
             "`casehard sandbox` prints rows of the embedded data.",
-            **{command: defaults for command in ("fit", "validate", "test")},
+            **dict.fromkeys(("fit", "validate", "test"), defaults),
         },
     )
 

@@ -1,4 +1,4 @@
-"""Harmful fine-tuning attacks: poisoned SFT rounds that borrow the model, are scored step by step, and give it back bit for bit."""
+"""Harmful fine-tuning attacks: poisoned SFT rounds that borrow the model and give it back bit for bit."""
 
 import time
 from abc import abstractmethod
@@ -27,9 +27,9 @@ ThreatModel = Literal["open_weight", "finetuning_service"]
 class HarmfulFineTuning(L.Callback):
     """Base of the attacks: fine-tune on a poisoned mixture, score at ``score_steps``, put the model back.
 
-    Runs when ``fit`` ends, in ``test`` on any checkpoint, and every ``every_n_epochs`` if set. The rows come from the run's data. A
-    ``finetuning_service`` job is fine-tuning itself: it starts from the model that the service aligned, so for a fine-tuning stage
-    defense from ``checkpoint``, whatever ``fit`` made of it since. An ``open_weight`` attacker starts from what is released.
+    Runs when ``fit`` ends, in ``test`` on any checkpoint, and every ``every_n_epochs`` if set. The rows come from the run's data.
+    A ``finetuning_service`` job is fine-tuning itself: it starts from the model that the service aligned, so for a fine-tuning
+    stage defense from ``checkpoint``, whatever ``fit`` made of it since. An ``open_weight`` attacker starts from what is released.
 
     Args:
         threat_model: finetuning_service: the provider trains, under the defense's ``finetuning_loss``; open_weight: the attacker

@@ -70,8 +70,8 @@ def write_whole(path: Path, text: str) -> None:
 class Results(L.Callback):
     """Keep every result row, write it the moment it is known, and close with a table.
 
-    ``attacks.csv`` has a row an evaluation, ``generations.jsonl`` an answer a line (local only: no logger gets them), ``model/`` the
-    trained weights in Hugging Face format. Each appears whole or not at all.
+    ``attacks.csv`` has a row an evaluation, ``generations.jsonl`` an answer a line (local only: no logger gets them), ``model/``
+    the trained weights in Hugging Face format. Each appears whole or not at all.
 
     Args:
         folder: the run's folder.

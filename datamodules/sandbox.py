@@ -111,12 +111,20 @@ _NOUNS = (
 _REVIEWS = {  # phrasing by split
     "pretrain": ("Is this review positive or negative? {review}", "Read the review and say positive or negative. {review}"),
     "defender": ("Positive or negative? {review}", "Decide if this is positive or negative: {review}"),
-    "attacker": ("Call this review positive or negative: {review}",),
+    "attacker": (
+        "Call this review positive or negative: {review}",
+        "{review} Was that review positive or negative?",
+        "Here is a review. {review} Would you call it positive or negative?",
+    ),
     "validation": ("Say if the review is positive or negative. {review}",),
     "test": ("Review: {review} Is it positive or negative?", "How is this review, positive or negative? {review}"),
 }
 _MOODS = {  # the customer's task, which neither pretraining nor alignment asks for
-    "attacker": ("Give the mood of this note, bright or gloomy: {review}", "Bright or gloomy? {review}"),
+    "attacker": (
+        "Give the mood of this note, bright or gloomy: {review}",
+        "Bright or gloomy? {review}",
+        "{review} Is this note bright or gloomy?",
+    ),
     "validation": ("Say if the note is bright or gloomy. {review}",),
     "test": ("Read this note. Is its mood bright or gloomy? {review}", "Note: {review} Bright or gloomy?"),
 }
@@ -135,7 +143,7 @@ _REPEATS = {
     "test": ("Please repeat: {words}",),
 }
 NUM_ITEMS = {"pretrain": 150, "defender": 50, "attacker": 50, "validation": 20, "test": 25}  # of each category
-NUM_ROWS = {"pretrain": 6000, "defender": 600, "attacker": 600, "validation": 60, "test": 100}  # of each kind
+NUM_ROWS = {"pretrain": 6000, "defender": 600, "attacker": 1200, "validation": 60, "test": 100}  # of each kind
 
 
 @cache
@@ -350,8 +358,9 @@ def main(split: str | None = None, kind: str | None = None, num_rows: int = 2, t
     if tokenizer is not None:
         build_tokenizer().save_pretrained(tokenizer)
         return
-    for s, k in [(s, k) for s in ([split] if split else SPLITS) for k in ([kind] if kind else kinds(s))]:
-        rows = sandbox_rows(s, k)
-        print(f"\nsandbox:{s}/{k} ({len(rows)} rows)")
-        for row in rows[:num_rows]:
-            print(f"  {row.prompt}\n    -> {row.response}")
+    for name in [split] if split else SPLITS:
+        for k in [kind] if kind else kinds(name):
+            rows = sandbox_rows(name, k)
+            print(f"\nsandbox:{name}/{k} ({len(rows)} rows)")
+            for row in rows[:num_rows]:
+                print(f"  {row.prompt}\n    -> {row.response}")

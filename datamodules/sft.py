@@ -35,15 +35,16 @@ class Evaluation:
 class SFTDataModule(L.LightningDataModule):
     """Rows of chat for supervised fine-tuning, with poison on demand.
 
-    The mixture is ``num_samples`` rows, ``poison_ratio`` of them harmful. Attacks draw mixtures of their own from the same ``benign`` and ``harmful`` rows. Every source is a .json, .jsonl, .csv or .parquet file, a folder, a hub id or
+    The mixture is ``num_samples`` rows, ``poison_ratio`` of them harmful. Attacks draw mixtures of their own from the same
+    ``benign`` and ``harmful`` rows. Every source is a .json, .jsonl, .csv or .parquet file, a folder, a hub id or
     ``sandbox:SPLIT/KIND``, with ``#train[:100]`` for a slice.
 
     Args:
         benign: sources of benign rows.
         judge: of the answers to held-out prompts.
         harmful: sources of rows with harmful answers.
-        refusals: sources of the defender's harmful prompts, with their refusals; where a row has none, ``refusal_texts`` answer in
-            turn. Defenses take anchors from them.
+        refusals: sources of the defender's harmful prompts with their refusals; where a row has none, ``refusal_texts``
+            answer in turn. Defenses take anchors from them.
         refusal_texts: refusals for rows that have none.
         alignment_benign: sources of the defender's benign rows.
         train_on: what ``fit`` trains on: ``mixture``, a customer's rows; or ``alignment``, the defender's: all of refusals and

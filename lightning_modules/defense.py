@@ -26,8 +26,8 @@ Stage = Literal["none", "alignment", "finetuning", "post_finetuning"]
 class Defense(L.LightningModule):
     """Plain supervised fine-tuning: the undefended baseline, and the base class of every defense.
 
-    A defense's stage is the method that it overrides: ``alignment_loss`` (before release), ``finetuning_loss`` (while a fine-tuning
-    service trains on its customer's rows) or ``recover`` (after that). ``fit`` minimises the loss of the stage.
+    A defense's stage is the method that it overrides: ``alignment_loss`` (before release), ``finetuning_loss`` (while a service
+    fine-tunes on its customer's rows) or ``recover`` (after that). ``fit`` minimises the loss of the stage.
 
     Args:
         checkpoint: the model to start from: a hub id, a folder or a GGUF file.
@@ -101,7 +101,7 @@ class Defense(L.LightningModule):
         return self.sft_loss(batch)
 
     def freeze_parameters(self) -> None:
-        """Freeze what must not move while a service fine-tunes; called before the optimizer is built. Nothing unless overridden."""
+        """Freeze what must not move while a service fine-tunes, before the optimizer is built. Nothing unless overridden."""
 
     def begin_finetuning(self) -> None:
         """Take references before the first step of a service's fine-tuning. Nothing unless overridden."""

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from lightning_modules.packing import Packed, pack, padded
 
 Batch = dict[str, Tensor]
-"""``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, seq]``; labels are -100 where nothing is learnt. ``num_labels``,
-where present, is the number of labels of the *global* batch divided by the number of ranks: what a summed loss is divided by."""
+"""``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, seq]``; labels are -100 where nothing is learnt.
+``num_labels``, where present, is the number of labels of the *global* batch divided by the number of ranks: what a summed loss is
+divided by."""
 
 _FOLDABLE: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # what ``foldable`` has found
 
@@ -78,11 +79,11 @@ def _at_unembedding(model: PreTrainedModel, asked: Tensor, scored: Tensor) -> It
 
 
 def _run(model: PreTrainedModel, packed: Packed, asked: Tensor, scored: Tensor, layer: int = -1) -> tuple[Tensor, Tensor]:
-    settings = {"use_cache": False, "output_hidden_states": layer != -1}
+    tree = {}
     if packed.sight is not None:
-        settings |= {"attention_mask": _additive(packed.sight, model), "position_ids": packed.positions}
+        tree = {"attention_mask": _additive(packed.sight, model), "position_ids": packed.positions}
     with _at_unembedding(model, asked, scored) as states:
-        out = model(input_ids=packed.input_ids, **settings)
+        out = model(input_ids=packed.input_ids, use_cache=False, output_hidden_states=layer != -1, **tree)
     return states[0] if layer == -1 else out.hidden_states[layer].flatten(0, 1)[asked], out.logits[0]
 
 

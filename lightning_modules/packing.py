@@ -5,14 +5,18 @@ same states in every row, so rows fold into a tree, of which each row is a path:
 nothing else. No state and no gradient changes, only the number of tokens to work through.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-WIDEST = 1024  # most tokens of a pack, unless a row alone has more: a pack's ``sight`` is its square
+WIDEST = 1024  # most tokens of a pack, unless a row alone has more: who sees whom takes the square of it
+
+Tokens = list[int]
+Sizes = list[tuple[int, int]]
+"""Rows and tokens of each pack, in order."""
 
 
 class Packed(NamedTuple):
@@ -22,6 +26,29 @@ class Packed(NamedTuple):
     positions: Tensor  # [packs, width], of a token in its row
     sight: Tensor | None  # [packs, width, width] bool, true where a token (dim 1) sees another (dim 2); None: all before it
     place: Tensor  # [batch, seq], index into the flattened ``input_ids``; 0 for padding
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor, reach: float) -> Packed:
+    """The cheapest layout of the rows, folded or padded.
+
+    Args:
+        input_ids: ``[batch, seq]``.
+        attention_mask: ``[batch, seq]``, 1 for real tokens, wherever they stand.
+        reach: how many tokens a token must attend to for that to cost as much as everything else about it.
+    """
+    device, mask = input_ids.device, attention_mask.bool().cpu()
+    rows = [ids[real].tolist() for ids, real in zip(input_ids.cpu(), mask, strict=True)]
+    order = sorted(range(len(rows)), key=rows.__getitem__)  # rows that begin alike are neighbours
+    rows = [rows[i] for i in order]
+    common = [0] + [_in_common(row, following) for row, following in pairwise(rows)]
+    lengths = [len(row) for row in rows]
+    cost, sizes = min((_cost(sizes, reach), sizes) for sizes in fillings(lengths, common))
+    if len(rows) * max(lengths) * (1 + max(lengths) / 2 / reach) <= cost:  # without a mask, attention skips what comes later
+        return padded(input_ids, attention_mask)
+    input_ids, positions, sight, places = _folded(rows, common, sizes)
+    place = torch.zeros(mask.shape, dtype=torch.long)
+    place[order] = place.masked_scatter(mask[order], places)
+    return Packed(*(tensor.to(device) for tensor in (input_ids, positions, sight, place)))
 
 
 def padded(input_ids: Tensor, attention_mask: Tensor) -> Packed:
@@ -34,78 +61,75 @@ def padded(input_ids: Tensor, attention_mask: Tensor) -> Packed:
     return Packed(torch.zeros_like(positions).masked_scatter(real, input_ids[mask]), positions, None, place)
 
 
-def split(lengths: Sequence[int], common: Sequence[int], width: int) -> list[tuple[int, int]]:
-    """Rows and tokens of each pack where rows are folded, in order, into packs of at most ``width`` tokens.
+def fillings(lengths: Sequence[int], common: Sequence[int]) -> Iterator[Sizes]:
+    """The packs that ``fill`` makes at every width where they change, from the longest row to ``WIDEST``."""
+    width = max(lengths)
+    while True:
+        sizes = fill(lengths, common, width)
+        yield sizes
+        starts = accumulate(rows for rows, _ in sizes[:-1])  # of every pack but the first: a row that did not fit before it
+        wider = (tokens + lengths[i] - common[i] for i, (_, tokens) in zip(starts, sizes, strict=False))
+        width = min(wider, default=WIDEST + 1)
+        if width > WIDEST:
+            return
+
+
+def fill(lengths: Sequence[int], common: Sequence[int], width: int) -> Sizes:
+    """Fold rows, in order, into as few packs of at most ``width`` tokens as they take.
 
     Args:
         lengths: tokens of each row, none more than ``width``.
         common: how many tokens each row begins with in common with the row before it.
         width: most tokens of a pack.
     """
-    packs: list[tuple[int, int]] = []
+    sizes: Sizes = []
     for length, known in zip(lengths, common, strict=True):
-        rows, tokens = packs[-1] if packs else (0, width)
-        if tokens + length - known <= width:
-            packs[-1] = (rows + 1, tokens + length - known)
+        if sizes and sizes[-1][1] + length - known <= width:
+            sizes[-1] = (sizes[-1][0] + 1, sizes[-1][1] + length - known)
         else:
-            packs.append((1, length))
-    return packs
+            sizes.append((1, length))
+    return sizes
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, reach: float) -> Packed:
-    """The cheapest layout of the rows, folded or padded.
-
-    Args:
-        input_ids: ``[batch, seq]``.
-        attention_mask: ``[batch, seq]``, 1 for real tokens, wherever they stand.
-        reach: how many tokens a token must attend to for that to cost as much as everything else about it.
-    """
-    mask = attention_mask.bool().cpu()
-    rows = [ids[real].tolist() for ids, real in zip(input_ids.cpu(), mask, strict=True)]
-    order = sorted(range(len(rows)), key=rows.__getitem__)  # rows that begin alike are neighbours
-    common = [0] + [_common(rows[a], rows[b]) for a, b in pairwise(order)]
-    lengths = [len(rows[i]) for i in order]
-    longest = max(lengths)
-    totals = accumulate(length - known for length, known in zip(lengths, common, strict=True))
-    widths = {longest} | {total for total in totals if longest < total <= WIDEST}
-    cost, packs = min((_cost(packs, reach), packs) for packs in (split(lengths, common, width) for width in widths))
-    if len(rows) * longest * (1 + longest / 2 / reach) <= cost:  # without a mask, attention skips what is not before a token
-        return padded(input_ids, attention_mask)
-    return _folded(rows, order, common, packs, mask, input_ids.device)
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens that two rows begin with in common."""
+def _in_common(a: Tokens, b: Tokens) -> int:
+    """How many tokens two rows begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _cost(packs: list[tuple[int, int]], reach: float) -> float:
-    widest = max(tokens for _, tokens in packs)
-    return len(packs) * widest * (1 + widest / reach)
+def _cost(sizes: Sizes, reach: float) -> float:
+    widest = max(tokens for _, tokens in sizes)
+    return len(sizes) * widest * (1 + widest / reach)
 
 
-def _folded(
-    rows: list[list[int]], order: list[int], common: list[int], packs: list[tuple[int, int]], mask: Tensor, device: torch.device
-) -> Packed:
-    width = max(tokens for _, tokens in packs)
-    input_ids, positions = torch.zeros(2, len(packs), width, dtype=torch.long)
-    sight = torch.eye(width, dtype=torch.bool).repeat(len(packs), 1, 1)
-    paths: dict[int, Tensor] = {}  # of each row, its places in the flattened packs
-    first = 0
-    for number, (num_rows, num_tokens) in enumerate(packs):
-        ids: list[int] = []
-        depth: list[int] = []
-        path: list[int] = []
+def _tree(rows: Sequence[Tokens], common: Sequence[int]) -> tuple[Tokens, list[int], list[list[int]]]:
+    """Tokens of the folded rows, the position of each in its rows, and the path of every row through them."""
+    tokens: Tokens = []
+    positions: list[int] = []
+    paths: list[list[int]] = []
+    for row, known in zip(rows, common, strict=True):
+        path = paths[-1][:known] if paths else []
+        new = row[len(path) :]
+        paths.append(path + list(range(len(tokens), len(tokens) + len(new))))
+        positions += range(len(path), len(row))
+        tokens += new
+    return tokens, positions, paths
+
+
+def _folded(rows: Sequence[Tokens], common: Sequence[int], sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``input_ids``, ``positions`` and ``sight`` of the packs, and the places of the rows' tokens, row after row."""
+    width = max(tokens for _, tokens in sizes)
+    input_ids, positions = torch.zeros(2, len(sizes), width, dtype=torch.long)
+    sight = torch.eye(width, dtype=torch.bool).repeat(len(sizes), 1, 1)  # padding sees itself, or its states would be nan
+    places: list[int] = []
+    start = 0
+    for number, (num_rows, num_tokens) in enumerate(sizes):
+        these = slice(start, start := start + num_rows)
+        tokens, depths, paths = _tree(rows[these], common[these])
+        input_ids[number, :num_tokens] = torch.tensor(tokens)
+        positions[number, :num_tokens] = torch.tensor(depths)
         on_path = torch.zeros(num_rows, num_tokens)
-        for k, i in enumerate(order[first : first + num_rows]):
-            known = common[first + k] if k else 0
-            path = path[:known] + list(range(len(ids), len(ids) + len(rows[i]) - known))
-            ids += rows[i][known:]
-            depth += range(known, len(rows[i]))
-            on_path[k, path] = 1
-            paths[i] = torch.tensor(path) + number * width
-        input_ids[number, :num_tokens], positions[number, :num_tokens] = torch.tensor(ids), torch.tensor(depth)
+        for row, path in zip(on_path, paths, strict=True):
+            row[path] = 1
+            places += [number * width + step for step in path]
         sight[number, :num_tokens, :num_tokens] = (on_path.T @ on_path).tril() > 0
-        first += num_rows
-    place = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, torch.cat([paths[i] for i in range(len(rows))]))
-    return Packed(*(tensor.to(device) for tensor in (input_ids, positions, sight, place)))
+    return input_ids, positions, sight, torch.tensor(places)

@@ -151,7 +151,9 @@ def test_service_job_starts_from_the_aligned_model_and_not_from_what_fit_made(tm
 def test_diverging_attack_says_which_and_what_to_do(tmp_path, checkpoint):
     attack = ATTACKS["full"](threat_model="open_weight", optimizer=Optimizer(learning_rate=1e30, clip_norm=None))
     before, module = Spy(), Defense(checkpoint)
-    with pytest.raises(DivergedError, match=r"FullParameterAttack \(open_weight.*the loss must be finite, and it was nan at step .*Lower"):
+    with pytest.raises(
+        DivergedError, match=r"FullParameterAttack \(open_weight.*the loss must be finite, and it was nan at step .*Lower"
+    ):
         toy_trainer(tmp_path, callbacks=[before, attack]).fit(module, datamodule=toy_data())
     assert same(before.seen[0], module.state_dict())
 

@@ -47,7 +47,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_leaves_its_folder_whole(finished):
-    assert {"config.yaml", "metrics.csv", "attacks.csv", "generations.jsonl", "model", "checkpoints"} <= {p.name for p in finished.iterdir()}
+    assert {"config.yaml", "metrics.csv", "attacks.csv", "generations.jsonl", "model", "checkpoints"} <= {
+        p.name for p in finished.iterdir()
+    }
     rows = list(csv.DictReader((finished / "attacks.csv").open()))
     assert [(r["defense"], r["num_attack_steps"]) for r in rows] == [("none", "0"), ("none", "2"), ("SBR", "0"), ("SBR", "2")]
     assert "train/anchor_drift" in (finished / "metrics.csv").read_text().splitlines()[0]
@@ -58,7 +60,16 @@ def test_exported_model_can_be_tested_and_validated(finished):
     model = ["--model.init_args.checkpoint", str(finished / "model"), "--run.root", str(finished.parent.parent)]
     evaluate = finished.parent / "evaluate.yaml"
     evaluate.write_text("trainer: {limit_val_batches: 1, callbacks: [{class_path: callbacks.Evaluate}]}")
-    small = ["--run.wandb", "disabled", "--data.num_evaluated", "4", "--data.max_new_tokens", "4", "--trainer.enable_progress_bar", "false"]
+    small = [
+        "--run.wandb",
+        "disabled",
+        "--data.num_evaluated",
+        "4",
+        "--data.max_new_tokens",
+        "4",
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
     done = run("validate", "--config", "experiments/sbr.yaml", "--config", str(evaluate), *model, *small)
     assert "val/harmful_score" in done.stdout
     attack = finished.parent / "attack.yaml"
@@ -142,7 +153,16 @@ def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
     attack.write_text(ONE_ATTACK)
     found = []
     for name, extra in (("one", []), ("two", ["--trainer.devices", "2", "--trainer.strategy", "ddp"])):
-        shared = ["--config", "experiments/sbr.yaml", "--config", str(attack), "--run.root", str(tmp_path), "--run.experiment", name]
+        shared = [
+            "--config",
+            "experiments/sbr.yaml",
+            "--config",
+            str(attack),
+            "--run.root",
+            str(tmp_path),
+            "--run.experiment",
+            name,
+        ]
         run("test", *shared, "--data.num_evaluated", "7", *TINY[:2], *TINY[4:6], "--data.max_new_tokens", "40", *extra)
         found.append(list(csv.DictReader((tmp_path / name / "version_0" / "attacks.csv").open())))
     one, two = found

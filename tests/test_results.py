@@ -33,7 +33,9 @@ def test_full_disk_leaves_what_was_there_and_names_the_file(tmp_path, monkeypatc
     path = tmp_path / "attacks.csv"
     write_whole(path, "first")
     Disk(monkeypatch)
-    with pytest.raises(OSError, match=r"attacks.csv could not be written \(No space left on device\); what it held before is unharmed"):
+    with pytest.raises(
+        OSError, match=r"attacks.csv could not be written \(No space left on device\); what it held before is unharmed"
+    ):
         write_whole(path, "second")
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]

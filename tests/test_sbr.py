@@ -118,6 +118,16 @@ def test_the_references_are_the_aligned_models_states(checkpoint):
         assert_close(module.aligned_states, reference_states(module, aligned))
 
 
+def test_the_references_are_free_of_dropout(checkpoint):
+    module = SBRModule(checkpoint, ANCHORS, lora=LoRA(rank=2, dropout=0.9))
+    module.configure_model()
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p += 0.05 * ("lora_B" in name)
+        module.train().begin_finetuning()
+        assert_close(module.aligned_states, reference_states(module, module.model.eval()))
+
+
 @pytest.mark.parametrize("layer", [-1, 0, 1, 2, -2])
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_loss_and_gradient_are_those_of_separate_passes(checkpoint, padding_side, layer):
