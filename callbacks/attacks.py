@@ -29,7 +29,7 @@ class HarmfulFineTuning(L.Callback):
 
     Runs when ``fit`` ends, in ``test`` on any checkpoint, and every ``every_n_epochs`` if set. The rows come from the run's data.
     A ``finetuning_service`` job is fine-tuning itself: it starts from the model that the service aligned, so for a fine-tuning
-    stage defense from ``checkpoint``, whatever ``fit`` made of it since. An ``open_weight`` attacker starts from what is released.
+    stage defense from ``checkpoint``, whatever ``fit`` made of it since. An ``open_weight`` attacker starts from the release.
 
     Args:
         threat_model: finetuning_service: the provider trains, under the defense's ``finetuning_loss``; open_weight: the attacker

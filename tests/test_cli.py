@@ -2,7 +2,7 @@ import csv
 import os
 import subprocess
 import sys
-from itertools import permutations
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from toy import ROOT
 import casehard
 
 TINY = [
-    "--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16",
+    "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16",
     "--data.num_evaluated", "4", "--data.max_new_tokens", "4", "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
 ONE_ATTACK = """
@@ -24,13 +24,37 @@ trainer:
 """
 
 
-def run(*args: str, cwd: Path = ROOT, fails: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command as its user runs it."""
-    env = {k: v for k, v in os.environ.items() if k != casehard.RUN_FOLDER} | environment
+def run(*args: str) -> str:
+    """What the command prints, run as its user runs it."""
+    env = {k: v for k, v in os.environ.items() if k != casehard.RUN_FOLDER}
     command = [sys.executable, str(ROOT / "casehard.py"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=env, check=False)
-    assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=env, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+Call = Callable[..., str]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """What the command prints, run in this process, which spares it the imports; a failing one gives its error."""
+
+    def called(*args: str, fails: bool = False) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.delenv(casehard.RUN_FOLDER, raising=False)
+        monkeypatch.setattr(sys, "argv", ["casehard"])
+        try:
+            casehard.main(list(args))
+            code: object = None
+        except SystemExit as stop:
+            code = stop.code
+        os.environ.pop(casehard.RUN_FOLDER, None)
+        shown = capsys.readouterr()
+        assert bool(code) == fails, shown.err
+        return shown.err + str(code) if fails else shown.out
+
+    return called
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +63,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     attack = root / "attack.yaml"
     attack.write_text(ONE_ATTACK)
-    done = run("fit", "--config", "experiments/sbr.yaml", "--config", str(attack), "--run.root", str(root), *TINY)
-    assert "undefended" in done.stdout
+    shown = run("fit", "--config", "experiments/sbr.yaml", "--config", str(attack), "--run.root", str(root), *TINY)
+    assert "undefended" in shown
     folder = root / "sbr" / "version_0"
-    assert f"Run folder: {folder}" in done.stdout
+    assert f"Run folder: {folder}" in shown
     return folder
 
 
@@ -56,41 +80,38 @@ def test_run_leaves_its_folder_whole(finished):
     assert not list(finished.rglob("*.partial"))
 
 
-def test_exported_model_can_be_tested_and_validated(finished):
-    model = ["--model.init_args.checkpoint", str(finished / "model"), "--run.root", str(finished.parent.parent)]
-    evaluate = finished.parent / "evaluate.yaml"
-    evaluate.write_text("trainer: {limit_val_batches: 1, callbacks: [{class_path: callbacks.Evaluate}]}")
-    small = [
-        "--run.wandb",
-        "disabled",
-        "--data.num_evaluated",
-        "4",
-        "--data.max_new_tokens",
-        "4",
-        "--trainer.enable_progress_bar",
-        "false",
+def test_exported_model_can_be_tested_and_validated(finished, call, tmp_path):
+    model = [
+        "--model.init_args.checkpoint",
+        str(finished / "model"),
+        "--run.root",
+        str(tmp_path),
+        *TINY[:2],
+        *TINY[6:8],
+        *TINY[10:],
     ]
-    done = run("validate", "--config", "experiments/sbr.yaml", "--config", str(evaluate), *model, *small)
-    assert "val/harmful_score" in done.stdout
-    attack = finished.parent / "attack.yaml"
+    evaluate = tmp_path / "evaluate.yaml"
+    evaluate.write_text("trainer: {limit_val_batches: 1, callbacks: [{class_path: callbacks.Evaluate}]}")
+    assert "val/harmful_score" in call("validate", "--config", "experiments/sbr.yaml", "--config", str(evaluate), *model)
+    attack = tmp_path / "attack.yaml"
     attack.write_text(ONE_ATTACK)
-    done = run("test", "--config", "experiments/sbr.yaml", "--config", str(attack), *model, *small)
-    assert "undefended" in done.stdout
-    assert "SBR" in done.stdout
+    shown = call("test", "--config", "experiments/sbr.yaml", "--config", str(attack), *model)
+    assert "undefended" in shown
+    assert "SBR" in shown
 
 
-def test_printed_config_resolves_to_itself(tmp_path):
-    first = run("fit", "--config", "experiments/sbr.yaml", "--print_config").stdout
+def test_printed_config_resolves_to_itself(call, tmp_path):
+    first = call("fit", "--config", "experiments/sbr.yaml", "--print_config")
     again = tmp_path / "again.yaml"
     again.write_text(first)
-    assert yaml.safe_load(run("fit", "--config", str(again), "--print_config").stdout) == yaml.safe_load(first)
+    assert yaml.safe_load(call("fit", "--config", str(again), "--print_config")) == yaml.safe_load(first)
 
 
-def test_a_taken_run_folder_is_refused(finished):
+def test_a_taken_run_folder_is_refused(finished, call):
     root = str(finished.parent.parent)
-    done = run("fit", "--config", "experiments/sbr.yaml", "--run.root", root, "--run.version", "version_0", *TINY, fails=True)
-    assert "the run folder must be new, and" in done.stderr
-    assert "Choose another run.version" in done.stderr
+    error = call("fit", "--config", "experiments/sbr.yaml", "--run.root", root, "--run.version", "version_0", *TINY, fails=True)
+    assert "the run folder must be new, and" in error
+    assert "Choose another run.version" in error
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
@@ -98,11 +119,10 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
     assert [f.name for f in folders] == ["version_0", "version_1", "version_2"]
 
 
-def test_misspelt_key_in_yaml_stops_the_run_with_its_name(tmp_path):
+def test_misspelt_key_in_yaml_stops_the_run_with_its_name(call, tmp_path):
     config = tmp_path / "misspelt.yaml"
     config.write_text("model: {init_args: {anchor_wieght: 3}}")
-    done = run("fit", "--config", "experiments/sbr.yaml", "--config", str(config), fails=True)
-    assert "anchor_wieght" in done.stderr
+    assert "anchor_wieght" in call("fit", "--config", "experiments/sbr.yaml", "--config", str(config), fails=True)
 
 
 @pytest.mark.parametrize(
@@ -119,33 +139,33 @@ def test_misspelt_key_in_yaml_stops_the_run_with_its_name(tmp_path):
         (["--data.refusals", "[sandbox:test/harmful]"], "harmful_prompts must share no prompt with refusals, and 4 of 4 stand in both"),
     ],
 )  # fmt: skip
-def test_bad_input_ends_in_one_sentence_without_a_traceback(tmp_path, args, message):
+def test_bad_input_ends_in_one_sentence(call, tmp_path, args, message):
     tiny = [a for a in TINY if a not in ("--data.num_samples", "16")]
-    done = run("fit", "--config", "experiments/sbr.yaml", "--run.root", str(tmp_path), *tiny, *args, fails=True)
-    assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+    error = call("fit", "--config", "experiments/sbr.yaml", "--run.root", str(tmp_path), *tiny, *args, fails=True)
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
 
 
 def experiment_files() -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "experiments").rglob("*.yaml"))
 
 
+def resolved(call: Call, files: Iterable[str]) -> Any:
+    return yaml.safe_load(call("fit", *(a for file in files for a in ("--config", file)), "--print_config"))
+
+
 @pytest.mark.parametrize("file", experiment_files())
-def test_every_experiment_file_is_dry_run(file):
-    folder = Path(file).parent.name
-    configs = ["experiments/sbr.yaml", file] if folder in ("scale", "data", "attack") else [file]
-    resolved = yaml.safe_load(run("fit", *(a for c in configs for a in ("--config", c)), "--print_config").stdout)
-    assert resolved["model"]["class_path"].endswith(("SBRModule", "Defense"))
+def test_every_experiment_file_is_dry_run(call, file):
+    overlay = Path(file).parent.name in ("scale", "data", "attack")
+    config = resolved(call, ["experiments/sbr.yaml", file] if overlay else [file])
+    assert config["model"]["class_path"].endswith(("SBRModule", "Defense"))
 
 
-def merged(files: list[str]) -> Any:
-    return yaml.safe_load(run("fit", *(a for f in files for a in ("--config", f)), "--print_config").stdout)
-
-
-def test_order_of_overlays_does_not_matter():
-    files = ["experiments/sbr.yaml", "experiments/scale/smollm2_135m.yaml", "experiments/data/sst2_beavertails.yaml"]
-    first, *others = (merged(list(order)) for order in permutations(files))
-    assert all(other == first for other in others)
+def test_order_of_overlays_does_not_matter(call):
+    overlays = ["scale/smollm2_135m", "data/sst2_beavertails", "attack/sst2_p10"]
+    files = ["experiments/sbr.yaml", *(f"experiments/{name}.yaml" for name in overlays)]
+    first = resolved(call, files)
+    assert all(resolved(call, order) == first for order in (files[::-1], files[1:] + files[:1], files[2:] + files[:2]))
 
 
 def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
@@ -163,7 +183,7 @@ def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
             "--run.experiment",
             name,
         ]
-        run("test", *shared, "--data.num_evaluated", "7", *TINY[:2], *TINY[4:6], "--data.max_new_tokens", "40", *extra)
+        run("test", *shared, "--data.num_evaluated", "7", *TINY[:2], *TINY[6:8], "--data.max_new_tokens", "40", *extra)
         found.append(list(csv.DictReader((tmp_path / name / "version_0" / "attacks.csv").open())))
     one, two = found
     assert len(one) == len(two) == 4
@@ -173,13 +193,12 @@ def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
         assert one[2][name] == two[2][name]
 
 
-def test_sandbox_command_prints_rows_of_every_split():
-    shown = run("sandbox", "--num_rows", "1").stdout
+def test_sandbox_command_prints_rows_of_every_split(call):
+    shown = call("sandbox", "--num_rows", "1")
     for split in ("pretrain", "defender", "attacker", "validation", "test"):
         assert f"sandbox:{split}/harmful" in shown
-    assert run("sandbox", "--help").stdout.count("--") > 3
+    assert "--num_rows" in call("sandbox", "--help")
 
 
-def test_help_explains_the_settings():
-    shown = run("fit", "--model.help", "SBRModule").stdout
-    assert "regularisation strength" in shown
+def test_help_explains_the_settings(call):
+    assert "regularisation strength" in call("fit", "--model.help", "SBRModule")
