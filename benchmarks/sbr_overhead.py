@@ -46,7 +46,7 @@ def main(
         num_warmup: steps before those.
         seed: of the mixture and the draw.
     """
-    print(f"{'anchors':>7}  {'SFT, ms':24}  {'SBR, ms':24}  {'ratio':24}  {'of the tokens':24}  ratio / tokens'")
+    print(f"{'anchors':>7}  {'SFT, ms':24}  {'SBR, ms':24}  {'ratio':24}  {'limit by tokens':24}  ratio / limit")
     for number in num_anchors:
         module = SBRModule(checkpoint, anchors, number, freeze_unembedding=False)
         module.configure_model()
