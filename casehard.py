@@ -160,6 +160,7 @@ def _run(args: list[str]) -> None:
         CLI(sandbox, args=args[1:], prog="casehard sandbox")
         return
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
     sys.argv[1:] = args  # launchers start further processes by it
     defaults = {"default_config_files": [str(ROOT / "experiments" / "default.yaml")]}
     Cli(
