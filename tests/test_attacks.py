@@ -94,6 +94,15 @@ class Interrupting(FullParameterAttack):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def ctrl_c_raises():
+    """As at a terminal: a shell's background jobs are started with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
 @pytest.mark.parametrize("how", ["error", "ctrl-c"])
 def test_interrupted_attack_leaves_the_model_restored_and_its_rows_written(tmp_path, checkpoint, how):
     results, before = Results(str(tmp_path), export=False), Spy()
