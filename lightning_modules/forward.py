@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_modules.packing import Packed, pack, padded
+from lightning_modules.weights import same_modes_after
 
 Batch = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, seq]``; labels are -100 where nothing is learnt.
@@ -118,12 +119,9 @@ def _takes_mask(model: PreTrainedModel) -> bool:
 def _folds(model: PreTrainedModel) -> bool:
     """Try it on two short rows that fork."""
     ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 3, 4]], device=model.device)
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    with torch.autocast(ids.device.type, enabled=False):
+    with same_modes_after(model), torch.autocast(ids.device.type, enabled=False):
+        model.eval()
         layouts = pack(ids, torch.ones_like(ids), torch.inf), padded(ids, torch.ones_like(ids))
         folded, alone = (_run(model, packed, packed.place.flatten(), packed.place[0, :1])[0] for packed in layouts)
-    for module, training in modes:
-        module.training = training
     tolerance = 1e-3 if folded.dtype == torch.float32 else 5e-2
     return bool((folded - alone).norm() <= tolerance * alone.norm())

@@ -1,6 +1,6 @@
 """Safety Bottleneck Regularization."""
 
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,9 @@ from torch import Tensor
 from datamodules.chat import collate, prompt_ids, require_chat_template
 from datamodules.mixing import batch_indices
 from datamodules.rows import Row, read_rows
-from lightning_modules.adapters import LoRA
 from lightning_modules.defense import Defense
 from lightning_modules.forward import Batch, label_positions, last_positions, states_and_logits
-from lightning_modules.optimizer import Optimizer
+from lightning_modules.weights import same_modes_after
 
 
 def joined(first: Batch, second: Batch, pad_token_id: int) -> Batch:
@@ -36,7 +35,7 @@ class SBRModule(Defense):
     against ``open_weight`` attackers.
 
     Args:
-        checkpoint: the aligned model: a hub id, a folder or a GGUF file.
+        checkpoint: the aligned model, as for ``Defense``.
         anchors: harmful prompts, as texts or as a source of rows (file, hub id, ``sandbox:...``), answers unused. null
             takes the prompts of the data's ``refusals``. They are rendered with the model's own chat template.
         num_anchors: take the first so many; null takes all.
@@ -46,11 +45,7 @@ class SBRModule(Defense):
             index into transformers' ``hidden_states``.
         freeze_unembedding: do not train the unembedding. Where it is tied to the embedding both stand still: otherwise the
             bottleneck itself moves, and holding the state before it holds nothing.
-        optimizer: of ``fit``.
-        lora: train adapters of this shape; null trains every parameter.
-        random_weights: take only the sizes from ``checkpoint`` and start from random weights.
-        weights_dtype: of the model's weights in memory, float32 or bfloat16.
-        export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
+        settings: the rest of ``Defense``'s.
     """
 
     # Departures from the authors' setting: (1) the anchors share the forward pass of the batch, so they cost their tokens and no
@@ -70,11 +65,7 @@ class SBRModule(Defense):
         anchor_weight: float = 50.0,
         anchor_layer: int = -1,
         freeze_unembedding: bool = True,
-        optimizer: Optimizer = Optimizer(),  # noqa: B008  frozen
-        lora: LoRA | None = None,
-        random_weights: bool = False,
-        weights_dtype: Literal["float32", "bfloat16"] = "float32",
-        export_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        **settings: Any,
     ) -> None:
         if not anchor_weight >= 0:
             raise ValueError(f"anchor_weight must be >= 0, got {anchor_weight}. Use 0 for plain SFT.")
@@ -86,7 +77,7 @@ class SBRModule(Defense):
         for name, value in (("num_anchors", num_anchors), ("anchors_per_step", anchors_per_step)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1 or null, got {value}. null takes all anchors.")
-        super().__init__(checkpoint, optimizer, lora, random_weights, weights_dtype, export_dtype)
+        super().__init__(checkpoint, **settings)
         self.anchors, self.num_anchors, self.anchors_per_step = anchors, num_anchors, anchors_per_step
         self.anchor_weight, self.anchor_layer, self.freeze_unembedding = anchor_weight, anchor_layer, freeze_unembedding
         require_chat_template(self.tokenizer)
@@ -134,17 +125,14 @@ class SBRModule(Defense):
         """Take the anchors' states from the model as it is, unless they were taken already."""
         if not self.aligned_states.isnan().any():
             return
-        modes = [(m, m.training) for m in self.modules()]
-        self.eval()
         anchors = self._anchors(slice(None))
-        with self.forward_context():
+        with same_modes_after(self), self.forward_context():
+            self.eval()
             nothing = torch.zeros_like(anchors["labels"], dtype=torch.bool)
             states, _ = states_and_logits(
                 self.model, anchors, last_positions(anchors["attention_mask"]), nothing, self.anchor_layer
             )
         self.aligned_states.copy_(states)
-        for module, training in modes:
-            module.training = training
 
     def finetuning_loss(self, batch: Batch) -> Tensor:
         """Plain SFT on the batch, plus the weighted drift of the anchors whose turn it is."""

@@ -67,9 +67,15 @@ def attack_vector(module: nn.Module, start: Weights) -> Weights:
     }
 
 
+def vector_norm(vector: Weights) -> Tensor:
+    """Euclidean norm of an attack vector, over all ranks where it is sharded."""
+    squares = torch.stack([v.detach().float().square().sum() for v in vector.values()]).sum()
+    return squares.sqrt()
+
+
 @contextmanager
-def shifted(module: nn.Module, vector: Weights) -> Iterator[None]:
-    """Let a block run at ``weights + vector``; gradients land on the parameters, whose bits come back.
+def shifted(module: nn.Module, vector: Weights, scale: float = 1.0) -> Iterator[None]:
+    """Let a block run at ``weights + scale * vector``; gradients land on the parameters, whose bits come back.
 
     Memory: one copy of what ``vector`` names, for the block.
 
@@ -81,13 +87,24 @@ def shifted(module: nn.Module, vector: Weights) -> Iterator[None]:
     try:
         with torch.no_grad():
             for own, delta in pairs:
-                own.add_(delta.to(own.device))
+                own.add_(delta.to(own.device), alpha=scale)
         yield
     finally:
         reshard(module)  # what was put together in the block is shifted
         with torch.no_grad():
             for (own, _), copy in zip(pairs, saved, strict=True):
                 own.copy_(copy)
+
+
+@contextmanager
+def same_modes_after(module: nn.Module) -> Iterator[None]:
+    """Let a block change train and eval modes, then put each back."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 @contextmanager
@@ -119,12 +136,11 @@ def borrowed(
         The snapshot of what trains. Memory: one copy of it; gradients that wait for a step are set aside, not copied.
     """
     reshard(module)
-    parameters, modules = list(module.parameters()), list(module.modules())
+    parameters = list(module.parameters())
     flags = [p.requires_grad for p in parameters]
     gradients = [p.grad for p in parameters]
-    modes = [m.training for m in modules]
     buffers = {n: _local(b).clone() for n, b in module.named_buffers()}
-    with _same_rng_after():
+    with same_modes_after(module), _same_rng_after():
         try:
             for p in parameters:
                 p.grad = None
@@ -139,5 +155,3 @@ def borrowed(
             for p, flag, gradient in zip(parameters, flags, gradients, strict=True):
                 p.requires_grad_(flag)
                 p.grad = gradient
-            for m, mode in zip(modules, modes, strict=True):
-                m.training = mode

@@ -1,7 +1,15 @@
 import pytest
 import torch
 from toy import ROOT
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from casehard import LoRA
 from datamodules.chat import prompt_ids
@@ -110,11 +118,11 @@ def test_modes_come_back_and_dropout_never_acts(model, tokenizer, prompts, monke
     assert generate(model, tokenizer, prompts, NUM_TOKENS) == expected
     assert [m.training for m in model.modules()] == modes
 
-    def fail(**_):
+    def fail(past_key_values, position_ids, **_):
         assert not any(m.training for m in model.modules())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "generate", fail)
+    monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(KeyboardInterrupt):
         generate(model, tokenizer, prompts, NUM_TOKENS)
     assert [m.training for m in model.modules()] == modes
@@ -134,3 +142,54 @@ def test_no_prompts_have_no_answers(model, tokenizer):
 def test_an_answer_is_cut_where_no_end_token_came(model, tokenizer, prompts):
     for num_tokens in (1, 4):
         assert generate(model, tokenizer, prompts, num_tokens) == by_hand(model, tokenizer, prompts, num_tokens)
+
+
+class Widths:
+    """How many rows every pass through the model has."""
+
+    def __init__(self, model, monkeypatch) -> None:
+        self.seen, forward = [], model.forward
+
+        def noted(input_ids, past_key_values, position_ids, **more):
+            self.seen.append(tuple(input_ids.shape))
+            return forward(input_ids=input_ids, past_key_values=past_key_values, position_ids=position_ids, **more)
+
+        monkeypatch.setattr(model, "forward", noted)
+
+
+def test_rows_leave_the_batch_with_their_end_token_and_say_the_same(model, tokenizer, prompts, monkeypatch):
+    free = [greedy(model, prompt, NUM_TOKENS, []) for prompt in prompts]
+    model.generation_config.eos_token_id = ends = sorted({answer[2 * (i % 5)] for i, answer in enumerate(free)})
+    expected = by_hand(model, tokenizer, prompts, ends=ends)
+    assert len({len(tokenizer(text).input_ids) for text in expected}) > 2
+    widths = Widths(model, monkeypatch)
+    assert generate(model, tokenizer, prompts, NUM_TOKENS) == expected
+    rows = [rows for rows, tokens in widths.seen if tokens == 1]
+    assert rows == sorted(rows, reverse=True)
+    assert len(set(rows)) > 1
+
+
+def test_prompts_of_like_length_are_read_together(model, tokenizer, prompts, monkeypatch):
+    monkeypatch.setattr("lightning_modules.generation.PREFILL", 3)
+    expected, widths = by_hand(model, tokenizer, prompts), Widths(model, monkeypatch)
+    assert generate(model, tokenizer, prompts, NUM_TOKENS) == expected
+    read = [shape for shape in widths.seen if shape[1] > 1]
+    assert [rows for rows, _ in read] == [3, 3, 3, 3]
+    assert len({tokens for _, tokens in read}) > 2
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "window", "mamba"])
+def test_answers_of_other_architectures_are_the_likeliest_tokens_too(tokenizer, prompts, kind):
+    sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {
+        "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=2, initializer_range=0.2, bos_token_id=None, **sizes),
+        "window": lambda: MistralConfig(**small, num_key_value_heads=2, sliding_window=8, initializer_range=0.2, **sizes),
+        "mamba": lambda: MambaConfig(hidden_size=32, num_hidden_layers=2, initializer_range=0.2, **sizes),
+    }[kind]()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = by_hand(model, tokenizer, prompts)
+    assert len(set(expected)) > 4
+    batch_size = 1 if kind == "mamba" else 5  # a recurrent layer reads the padding on the left
+    assert generate(model, tokenizer, prompts, NUM_TOKENS, batch_size) == expected
