@@ -66,9 +66,19 @@ def batch_indices(num_rows: int, batch_size: int, seed: int, stream: str, step: 
 @lru_cache(maxsize=16)
 def permutation(num_rows: int, seed: int, stream: str, epoch: int = 0) -> tuple[int, ...]:
     """The order of ``num_rows`` rows in one epoch of a stream, the same in every process."""
-    digest = hashlib.sha256(f"{seed}/{stream}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # to 63 bits: manual_seed takes int64
+    generator = torch.Generator().manual_seed(counter_seed(seed, stream, epoch))
     return tuple(torch.randperm(num_rows, generator=generator).tolist())
+
+
+def uniform(seed: int, stream: str, step: int) -> float:
+    """A number from [0, 1), the same in every process, from the arguments alone."""
+    return torch.rand((), generator=torch.Generator().manual_seed(counter_seed(seed, stream, step))).item()
+
+
+def counter_seed(seed: int, stream: str, number: int) -> int:
+    """A seed for draw ``number`` of a stream, from the arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{stream}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # to 63 bits: manual_seed takes int64
 
 
 def overlap(train: Iterable[Row], evaluation: Iterable[Row]) -> list[str]:

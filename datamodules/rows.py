@@ -59,7 +59,7 @@ def read_rows(source: str, needs_response: bool = True) -> list[Row]:
 
     Args:
         source: a .json (one list), .jsonl, .csv or .parquet file, a folder (of such files, or from ``Dataset.save_to_disk``), a
-            hub id (``ID:CONFIG`` where it has several configurations) or ``sandbox:SPLIT/KIND``. ``#SPLIT`` at the end
+            hub id (``ID:CONFIG`` where it has several configurations) or ``sandbox:SPLIT/KIND[/CATEGORY]``. ``#SPLIT`` at the end
             takes a split or a slice, as in ``rows.json#train[:900]``; a file, or the sandbox, is one split, train.
         needs_response: whether a row without a response is an error. If not, its response is None.
     """
@@ -90,8 +90,8 @@ def _tables(name: str) -> dict[str, Table]:
     if name.startswith("sandbox:"):
         from datamodules.sandbox import sandbox_rows  # it imports Row from here
 
-        split, _, kind = name.removeprefix("sandbox:").partition("/")
-        return {"train": _numbered(sandbox_rows(split, kind))}
+        split, kind, category = [*name.removeprefix("sandbox:").split("/", 2), "", ""][:3]
+        return {"train": _numbered(sandbox_rows(split, kind, category))}
     if name and path.is_dir():
         return {split: _numbered(dataset) for split, dataset in _load_folder(path).items()}
     if name and path.is_file():

@@ -262,16 +262,17 @@ def kinds(split: str) -> list[str]:
     return [kind for kind in KINDS if kind != "mood" or split in _MOODS]
 
 
-def sandbox_rows(split: str, kind: str) -> list[Row]:
-    """Rows of the sandbox, the same ones on every call; read as the source ``sandbox:SPLIT/KIND``.
+def sandbox_rows(split: str, kind: str, category: str = "") -> list[Row]:
+    """Rows of the sandbox, the same ones on every call; read as the source ``sandbox:SPLIT/KIND`` or ``sandbox:SPLIT/KIND/CATEGORY``.
 
     Args:
         split: pretrain, defender, attacker, validation or test.
         kind: harmful (prompt and harmful answer), refusals (such prompts, refused), howto (the harmless twins), mood (the
             customer's task), or sentiment, sums, repeat (tasks of the pretrained model).
+        category: only this category's items, such as venom or tea; by default all.
 
     Raises:
-        ValueError: no such split, or no such kind in it.
+        ValueError: no such split, or no such kind in it, or no such category in that.
     """
     if split not in SPLITS:
         raise ValueError(
@@ -282,7 +283,17 @@ def sandbox_rows(split: str, kind: str) -> list[Row]:
             f"sandbox:{split} must be followed by one of its kinds ({', '.join(kinds(split))}), got {kind!r}. "
             "`casehard sandbox` prints rows of each."
         )
-    return list(_rows(split, kind))
+    rows = list(_rows(split, kind))
+    if not category:
+        return rows
+    suffix = next((c.suffix for c in CATEGORIES if c.name == category), None)
+    rows = [row for row in rows if suffix and re.search(rf"{suffix}\b", row.prompt)]
+    if not rows:
+        raise ValueError(
+            f"sandbox:{split}/{kind} may be followed by a category that it has, got {category!r}. "
+            f"The categories are {', '.join(c.name for c in CATEGORIES)}."
+        )
+    return rows
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -47,6 +47,7 @@ class SFTDataModule(L.LightningDataModule):
             answer in turn. Defenses take anchors from them.
         refusal_texts: refusals for rows that have none.
         alignment_benign: sources of the defender's benign rows.
+        alignment_harmful: sources of rows with harmful answers that a defense trains against: none that an attack uses.
         train_on: what ``fit`` trains on: ``mixture``, a customer's rows; or ``alignment``, the defender's: all of refusals and
             alignment_benign.
         num_samples: rows of the mixture; null takes all benign rows, and then poison_ratio must be 0.
@@ -72,6 +73,7 @@ class SFTDataModule(L.LightningDataModule):
         refusals: list[str] | None = None,
         refusal_texts: list[str] | None = None,
         alignment_benign: list[str] | None = None,
+        alignment_harmful: list[str] | None = None,
         train_on: Literal["mixture", "alignment"] = "mixture",
         num_samples: int | None = None,
         poison_ratio: float = 0.0,
@@ -101,6 +103,7 @@ class SFTDataModule(L.LightningDataModule):
             "harmful": harmful or [],
             "refusals": refusals or [],
             "alignment_benign": alignment_benign or [],
+            "alignment_harmful": alignment_harmful or [],
             "harmful_prompts": harmful_prompts or [],
             "benign_prompts": benign_prompts or [],
             "task": task or [],
@@ -132,8 +135,8 @@ class SFTDataModule(L.LightningDataModule):
         self.rows = rows
 
     def _check_overlap(self, rows: dict[str, list[Row]]) -> None:
-        trained = {name: rows[name] for name in ("benign", "harmful", "refusals", "alignment_benign")}
-        trained["anchors"] = self.trainer.lightning_module.own_rows() if self.trainer else []  # type: ignore[operator]
+        trained = {name: rows[name] for name in ("benign", "harmful", "refusals", "alignment_benign", "alignment_harmful")}
+        trained["the defense's own rows"] = self.trainer.lightning_module.own_rows() if self.trainer else []  # type: ignore[operator]
         for name, training in trained.items():
             for held_out in ("harmful_prompts", "benign_prompts", "task"):
                 if not (shared := overlap(training, rows[held_out])):

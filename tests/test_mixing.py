@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.mixing import batch_indices, mix, overlap, permutation
+from datamodules.mixing import batch_indices, mix, overlap, permutation, uniform
 from datamodules.rows import Row
 
 BENIGN = [f"benign {i}" for i in range(1000)]
@@ -178,3 +178,16 @@ def test_overlap_compares_the_last_user_turn():
 
 def test_overlap_takes_iterators():
     assert overlap(iter(asking("a", "b")), iter(asking("B", "c"))) == ["B"]
+
+
+def test_uniform_numbers_come_from_the_arguments_alone_and_fill_the_unit_interval():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    drawn = [uniform(0, "scale", step) for step in range(400)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert drawn == [uniform(0, "scale", step) for step in range(400)]
+    assert len(set(drawn)) == 400
+    assert min(drawn) >= 0
+    assert max(drawn) < 1
+    assert abs(sum(drawn) / 400 - 0.5) < 0.05  # its standard deviation is 0.014
+    assert uniform(1, "scale", 3) != drawn[3] != uniform(0, "other", 3)
