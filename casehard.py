@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import CLI
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
 from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
-from lightning_modules import Defense, DivergedError, LoRA, Optimizer, SBRModule
+from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
 from metrics import AttackSuccessRate, FinetuneAccuracy, HarmfulScore, Judge, RefusalPhraseJudge, RefusalRate, Verdict
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "FinetuneAccuracy",
     "FullParameterAttack",
     "HarmfulScore",
+    "InnerAttacker",
     "Judge",
     "LoRA",
     "LoRAAttack",
     "Optimizer",
+    "PatcherModule",
     "RefusalPhraseJudge",
     "RefusalRate",
     "Results",
@@ -73,6 +76,28 @@ def claim_run_folder(root: str, experiment: str, version: str | None) -> Path:
             number += 1
 
 
+class ProgressBar(TQDMProgressBar):
+    """As the attacks' own bars; also shows where a defense stands, such as its round."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Lightning's, under their short names."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return {**getattr(pl_module, "progress", {}), **{k.removeprefix("train/"): v for k, v in metrics.items()}}
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, whole or not there: a kill in the middle of writing leaves the one before."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write beside ``path``, reach the disk, then move in one step."""
+        partial = Path(f"{path}.partial")
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
 class Cli(LightningCLI):
     """``fit``, ``validate`` and ``test`` of a defense on data, with everything a run leaves in a folder of its own."""
 
@@ -87,6 +112,12 @@ class Cli(LightningCLI):
         parser.add_argument("--run.wandb", type=Literal["offline", "online", "disabled"], default="offline", help="W&B logging")
         parser.add_argument("--run.project", type=str, default="casehard", help="W&B project")
         parser.add_argument("--run.export", type=bool, default=True, help="write the trained model in Hugging Face format")
+        parser.add_argument(
+            "--run.checkpoint_steps",
+            type=int | None,
+            default=None,
+            help="optimizer steps between checkpoints, from which --ckpt_path goes on; by default one an epoch",
+        )
         parser.add_argument("--run.generations", type=bool, default=True, help="write generated answers to generations.jsonl")
 
     def _experiment(self, config: Any) -> str:
@@ -106,10 +137,13 @@ class Cli(LightningCLI):
             Results(str(self.folder), config.run.export and self.subcommand == "fit" and not dry, config.run.generations)
         ]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
-            extra.append(ModelCheckpoint(dirpath=self.folder / "checkpoints", save_last=True, save_top_k=0))
+            steps = config.run.checkpoint_steps
+            extra.append(ModelCheckpoint(self.folder / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=steps))
         if config.trainer.enable_progress_bar is not False:
-            extra.append(TQDMProgressBar())  # as the attacks' own bars
+            extra.append(ProgressBar())
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        plugins = trainer_config.get("plugins") or []
+        trainer_config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         if trainer_config.get("logger") is None:
             trainer_config["logger"] = self._loggers(config)
         return self._instantiate_trainer(trainer_config, extra)

@@ -1,9 +1,9 @@
 """Harmful fine-tuning attacks: poisoned SFT rounds that borrow the model and give it back bit for bit."""
 
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import lightning as L
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from callbacks.results import ResultRow, Results
 from callbacks.scoring import Scores, defense_and_data, score
 from datamodules.sft import SFTDataModule
-from lightning_modules.adapters import LoRA, temporary_adapter
+from lightning_modules.adapters import LoRA, trainable
 from lightning_modules.defense import Defense
 from lightning_modules.engine import DivergedError, train_steps
 from lightning_modules.forward import Batch
@@ -45,7 +45,11 @@ class HarmfulFineTuning(L.Callback):
         every_n_epochs: also attack after every so many epochs of ``fit``; null only when it ends.
         name: in tables and dashboards; by default the class's.
         copy_device: where the copy of the weights waits, such as cpu; null keeps it beside the model.
+        undefended_checkpoint: an undefended model of the same architecture: first run the same job on it. The weights of both
+            are held, so one copy more.
     """
+
+    lora: LoRA | None = None  # every parameter trains
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class HarmfulFineTuning(L.Callback):
         every_n_epochs: int | None = None,
         name: str | None = None,
         copy_device: str | None = None,
+        undefended_checkpoint: str | None = None,
     ) -> None:
         if threat_model not in ("open_weight", "finetuning_service"):
             raise ValueError(f"threat_model must be open_weight or finetuning_service, got {threat_model!r}.")
@@ -78,6 +83,7 @@ class HarmfulFineTuning(L.Callback):
         self.num_attack_steps, self.batch_size, self.optimizer, self.seed = num_attack_steps, batch_size, optimizer, seed
         self.score_steps, self.undefended, self.every_n_epochs = steps, undefended, every_n_epochs
         self.name, self.copy_device = name or type(self).__name__, copy_device
+        self.undefended_checkpoint = undefended_checkpoint
 
     @property
     def state_key(self) -> str:
@@ -103,43 +109,37 @@ class HarmfulFineTuning(L.Callback):
 
     # ---- what it does
 
-    @abstractmethod
-    def trainable(self, module: Defense) -> AbstractContextManager[object]:
-        """For a block, make what this attack trains the only thing that requires a gradient."""
-
     def run(self, trainer: L.Trainer, module: L.LightningModule, epoch: int | None = None) -> None:
         """The attack, undefended and defended where both have a meaning, recorded in ``Results``."""
         module, data = defense_and_data(trainer, module)
-        service = self.threat_model == "finetuning_service"
-        acts = service and module.stage == "finetuning"  # elsewhere a service trains by plain SFT, as everybody does
-        runs = [False, True] if acts and self.undefended else [acts]
+        acts = (
+            self.threat_model == "finetuning_service" and module.stage == "finetuning"
+        )  # else a service trains by plain SFT too
         rows = data.mixture(self.num_samples, self.poison_ratio, self.seed)
         with torch.inference_mode(False), torch.enable_grad():
-            draw = data.batches(rows, self.batch_size, self.seed, "attack")
+            job = _Job(trainer, module, data, data.batches(rows, self.batch_size, self.seed, "attack"), epoch)
+            if self.undefended_checkpoint is not None:
+                with module.undefended_at(self.undefended_checkpoint):
+                    self._attack(replace(job, twin=True), score(module, data.evaluation))
             with module.as_aligned() if acts else nullcontext():
                 before = score(module, data.evaluation)
-                for defended in runs:
-                    self._record(trainer, module, data, defended, 0, before, 0.0, epoch)
-                    self._attack(trainer, module, data, defended, draw, epoch)
+                if acts and self.undefended and self.undefended_checkpoint is None:
+                    self._attack(replace(job, twin=True), before)
+                self._attack(replace(job, defended=acts), before)
 
-    def _attack(
-        self,
-        trainer: L.Trainer,
-        module: Defense,
-        data: SFTDataModule,
-        defended: bool,
-        draw: Callable[[int], Batch],
-        epoch: int | None,
-    ) -> None:
+    def _attack(self, job: "_Job", before: Scores) -> None:
+        trainer, module = job.trainer, job.module
+
         def batches(step: int) -> dict[str, Tensor]:
-            return {name: tensor.to(module.device) for name, tensor in draw(step).items()}
+            return {name: tensor.to(module.device) for name, tensor in job.draw(step).items()}
 
-        shown = f"{self.name} ({self.threat_model}, {module.label if defended else 'undefended'})"
+        self._record(job, 0, before, 0.0)
+        shown = f"{self.name} ({self.threat_model}, {'undefended' if job.twin else module.label})"
         bar = tqdm(
             total=self.num_attack_steps, desc=shown, disable=not trainer.is_global_zero or trainer.progress_bar_callback is None
         )
-        with bar, borrowed(module, self._prepared(module, defended), self.copy_device):
-            loss = module.finetuning_loss if defended else module.sft_loss
+        with bar, borrowed(module, self._prepared(module, job.defended), self.copy_device):
+            loss = module.finetuning_loss if job.defended else module.sft_loss
             steps = train_steps(module, loss, batches, self.num_attack_steps, self.optimizer, module.forward_context)
             trained = 0.0
             while True:
@@ -154,39 +154,29 @@ class HarmfulFineTuning(L.Callback):
                 bar.update()
                 bar.set_postfix(loss=f"{value:.3f}", refresh=False)
                 if step in self.score_steps:
-                    scores = score(module, data.evaluation)
+                    scores = score(module, job.data.evaluation)
                     bar.set_postfix(loss=f"{value:.3f}", harmful_score=f"{scores.metrics['harmful_score']:.1f}")
-                    self._record(trainer, module, data, defended, step, scores, trained, epoch)
+                    self._record(job, step, scores, trained)
 
     @contextmanager
     def _prepared(self, module: Defense, defended: bool) -> Iterator[None]:
         torch.manual_seed(self.seed)  # adapters start alike in every run; ``borrowed`` brings the generators back
-        with self.trainable(module):
+        with trainable(module, module.model, self.lora):
             if defended:
                 module.freeze_parameters()
                 module.begin_finetuning()
             yield
 
-    def _record(
-        self,
-        trainer: L.Trainer,
-        module: Defense,
-        data: SFTDataModule,
-        defended: bool,
-        step: int,
-        scores: Scores,
-        seconds: float,
-        epoch: int | None,
-    ) -> None:
-        twin = not defended and self.threat_model == "finetuning_service" and module.stage == "finetuning"  # the undefended run
-        beyond = self.threat_model == "open_weight" and module.stage in ("finetuning", "post_finetuning")
-        m = scores.metrics
+    def _record(self, job: "_Job", step: int, scores: Scores, seconds: float) -> None:
+        module, m = job.module, scores.metrics
+        beyond = self.threat_model == "open_weight" and module.stage in ("finetuning", "post_finetuning") and not job.twin
         row = ResultRow(
-            defense="none" if twin else module.label,
-            stage="none" if twin else module.stage,
+            defense="none" if job.twin else module.label,
+            stage="none" if job.twin else module.stage,
             attack=self.name,
             threat_model=self.threat_model,
             poison_ratio=self.poison_ratio,
+            optimizer=self.optimizer.name,
             learning_rate=self.optimizer.learning_rate,
             seed=self.seed,
             num_attack_steps=step,
@@ -200,13 +190,26 @@ class HarmfulFineTuning(L.Callback):
             wall_seconds=round(seconds, 3),
             num_samples=self.num_samples,
             batch_size=self.batch_size,
-            judge=data.judge.name,
-            epoch="" if epoch is None else str(epoch),
+            judge=job.data.judge.name,
+            epoch="" if job.epoch is None else str(job.epoch),
             note="expected to break: the defense acts only while a service fine-tunes" if beyond else "",
         )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in job.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):
-                callback.record(trainer, row, scores.generations)
+                callback.record(job.trainer, row, scores.generations)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run of an attack. ``defended``: under the defense's own loss; ``twin``: the undefended model beside it."""
+
+    trainer: L.Trainer
+    module: Defense
+    data: SFTDataModule
+    draw: Callable[[int], Batch]
+    epoch: int | None
+    defended: bool = False
+    twin: bool = False
 
 
 class FullParameterAttack(HarmfulFineTuning):
@@ -215,12 +218,6 @@ class FullParameterAttack(HarmfulFineTuning):
     Under a defense that freezes some of them (SBR: the unembedding), the provider leaves those out. For the settings see
     ``HarmfulFineTuning``.
     """
-
-    @contextmanager
-    def trainable(self, module: Defense) -> Iterator[None]:
-        for parameter in module.parameters():
-            parameter.requires_grad_(True)
-        yield
 
 
 class LoRAAttack(HarmfulFineTuning):
@@ -235,6 +232,3 @@ class LoRAAttack(HarmfulFineTuning):
     def __init__(self, threat_model: ThreatModel, lora: LoRA = LoRA(), **settings: object) -> None:  # noqa: B008  frozen
         super().__init__(threat_model, **settings)  # type: ignore[arg-type]
         self.lora = lora
-
-    def trainable(self, module: Defense) -> AbstractContextManager[object]:
-        return temporary_adapter(module.model, self.lora)

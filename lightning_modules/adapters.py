@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -101,6 +101,30 @@ def temporary_adapter(model: PreTrainedModel, settings: LoRA, name: str = "attac
                 layer.delete_adapter(name)
                 layer.set_adapter(list(layer.lora_A))
         _unwrap(model)
+
+
+@contextmanager
+def trainable(module: nn.Module, model: PreTrainedModel, lora: LoRA | None) -> Iterator[None]:
+    """For a block, what an attacker trains is the only thing that requires a gradient.
+
+    Args:
+        module: all of what could train.
+        model: the language model in it.
+        lora: shape of a new adapter, on top of whatever adapters the model has; None for every parameter.
+    """
+    if lora is not None:
+        with temporary_adapter(model, lora):
+            yield
+        return
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    yield
+
+
+def adapter_vector(model: PreTrainedModel, name: str = "attack") -> dict[int, Tensor]:
+    """What an adapter adds to the weights under it, by the ``id`` of the weight: names change when adapters come and go."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and name in layer.lora_A]
+    return {id(layer.get_base_layer().weight): layer.get_delta_weight(name).detach() for layer in layers}  # type: ignore[operator]
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:

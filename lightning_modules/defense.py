@@ -12,8 +12,9 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from datamodules.mixing import counter_seed
 from datamodules.rows import Row
-from lightning_modules.adapters import LoRA, add_adapter, merged
+from lightning_modules.adapters import LoRA, add_adapter, merged, trainable
 from lightning_modules.checkpoint import load_model, load_tokenizer
 from lightning_modules.forward import Batch, label_positions, states_and_logits
 from lightning_modules.generation import generate
@@ -55,6 +56,7 @@ class Defense(L.LightningModule):
         self.export_dtype = None if export_dtype is None else getattr(torch, export_dtype)
         self.tokenizer = load_tokenizer(checkpoint)
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
+        self.progress: dict[str, int] = {}  # what the progress bar shows beside the losses
 
     # ---- the model
 
@@ -88,6 +90,26 @@ class Defense(L.LightningModule):
                 restore(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
             else:  # an adapter whose second factor is zero adds nothing
                 restore(self, {n: torch.zeros_like(p) for n, p in self.named_parameters() if p.requires_grad and "lora_B" in n})
+            yield
+
+    @contextmanager
+    def undefended_at(self, checkpoint: str) -> Iterator[None]:
+        """For a block, hold the weights of another model of this architecture, adapters without effect. Memory: two copies.
+
+        Raises:
+            ValueError: ``checkpoint`` is of another architecture.
+        """
+        with borrowed(self, trainable(self, self.model, None)):
+            theirs = load_model(checkpoint, self.weights_dtype).state_dict()
+            own = dict(self.model.named_parameters())
+            plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
+            if unlike := [name for name, key in plain.items() if key not in theirs or theirs[key].shape != own[name].shape]:
+                raise ValueError(
+                    f"undefended_checkpoint must be of the defended model's architecture, and {checkpoint!r} has no {unlike[0]} "
+                    f"of shape {list(own[unlike[0]].shape)}. Name the model that the defense started from, or leave it out."
+                )
+            restore(self.model, {n: theirs[plain[n]] if n in plain else torch.zeros_like(p) for n, p in own.items()})
+            # an adapter whose factors are both zero adds nothing, and no training moves it
             yield
 
     # ---- what a defense overrides
@@ -151,12 +173,19 @@ class Defense(L.LightningModule):
         if self.stage == "finetuning":
             self.begin_finetuning()
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout, too, needs the batch's number and nothing else: a resumed run ends as the uninterrupted one."""
+        seed = getattr(self.trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
+        torch.manual_seed(counter_seed(seed, f"rank {self.global_rank}", self.trainer.fit_loop.total_batch_idx))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step under the loss of the defense's stage."""
         name = "finetuning_loss" if self.stage == "finetuning" else "alignment_loss"
         loss: Tensor = getattr(self, name)(batch)
         self.log(f"train/{name}", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
-        self.log_dict({f"train/{k}": v for k, v in self.terms.items()}, sync_dist=True, batch_size=len(batch["input_ids"]))
+        self.log_dict(
+            {f"train/{k}": v for k, v in self.terms.items()}, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"])
+        )
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -1,6 +1,7 @@
 """One optimizer and schedule for every trainer here, so that a defense, its baseline and every attacker are matched."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,3 +58,18 @@ class Optimizer:
             "constant_with_warmup" if self.schedule == "constant" else self.schedule
         )  # transformers' constant knows no warm-up
         return optimizer, get_scheduler(schedule, optimizer, self.num_warmup_steps, num_steps)
+
+
+@contextmanager
+def parked(optimizer: torch.optim.Optimizer, device: str | None) -> Iterator[None]:
+    """For a block in which it does not step, keep the optimizer's state (such as moments) on ``device``; None leaves it."""
+    home = [
+        (state, key, value.device) for state in optimizer.state.values() for key, value in state.items() if torch.is_tensor(value)
+    ]
+    try:
+        for state, key, _ in home if device is not None else []:
+            state[key] = state[key].to(device)
+        yield
+    finally:
+        for state, key, own in home:
+            state[key] = state[key].to(own)

@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from toy import DEFENSES, toy_data, toy_trainer
+from toy import DEFENSES, ROOT, save_toy_checkpoint, toy_data, toy_trainer
 
 from callbacks.attacks import HarmfulFineTuning
 from callbacks.results import Results
@@ -86,8 +86,8 @@ class Interrupting(FullParameterAttack):
         super().__init__("open_weight", **(FAST | {"score_steps": [2, 3]}))
         self.how = how
 
-    def _record(self, trainer, module, data, defended, step, *rest):
-        super()._record(trainer, module, data, defended, step, *rest)
+    def _record(self, job, step, *rest):
+        super()._record(job, step, *rest)
         if step == 2:
             if self.how == "error":
                 raise RuntimeError("boom")
@@ -122,6 +122,34 @@ def test_undefended_twin_is_the_same_job_and_the_defended_run_differs(tmp_path, 
     key = [(r.defense, r.stage, r.threat_model, r.num_attack_steps) for r in results.rows]
     twin, own = ("none", "none", "finetuning_service"), ("SBR", "finetuning", "finetuning_service")
     assert key == [(*twin, 0), (*twin, 1), (*twin, 3), (*own, 0), (*own, 1), (*own, 3)]
+
+
+@pytest.mark.parametrize("defense", ["patcher", "sbr"])
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_undefended_checkpoint_runs_the_same_job_on_another_model(tmp_path, checkpoint, lora, defense):
+    other = save_toy_checkpoint(tmp_path / "other", seed=1)
+    attack = {"threat_model": "open_weight", "score_steps": [3]}
+    beside, alone = (Results(str(tmp_path / name), export=False) for name in ("beside", "alone"))
+    kind, settings = DEFENSES[defense]
+    module, spy = kind(checkpoint, lora=lora, **settings), Spy()
+    both = ATTACKS["full"](**attack, undefended_checkpoint=other)
+    toy_trainer(tmp_path, callbacks=[beside, spy, both]).fit(module, datamodule=toy_data())
+    assert same(spy.seen[0], module.state_dict())
+    toy_trainer(tmp_path, callbacks=[alone, ATTACKS["full"](**attack)]).test(Defense(other), datamodule=toy_data(), verbose=False)
+    assert [(r.defense, r.stage, r.num_attack_steps) for r in beside.rows[:2]] == [("none", "none", 0), ("none", "none", 3)]
+    assert [r.defense for r in beside.rows[2:]] == [module.label] * 2
+    keep = lambda rows: [(a["prompt"], a["response"]) for a in rows]  # noqa: E731
+    assert keep(beside._answers[: len(alone._answers)]) == keep(alone._answers)
+    assert keep(beside._answers[len(alone._answers) :]) != keep(alone._answers)
+    assert not beside.rows[0].note
+
+
+def test_an_undefended_checkpoint_of_another_architecture_is_an_error(tmp_path, checkpoint):
+    attack = ATTACKS["full"](threat_model="open_weight", undefended_checkpoint=str(ROOT / "models/sandbox/aligned"))
+    with pytest.raises(
+        ValueError, match=r"undefended_checkpoint must be of the defended model's architecture, and '.*aligned' has"
+    ):
+        fitted(tmp_path, checkpoint, [attack], "none")
 
 
 def test_open_weight_row_of_a_finetuning_stage_defense_says_that_it_breaks(tmp_path, checkpoint):

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from toy import ROOT
 
 import casehard
+from casehard import AtomicCheckpointIO
 
 TINY = [
     "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16",
@@ -158,7 +160,7 @@ def resolved(call: Call, files: Iterable[str]) -> Any:
 def test_every_experiment_file_is_dry_run(call, file):
     overlay = Path(file).parent.name in ("scale", "data", "attack")
     config = resolved(call, ["experiments/sbr.yaml", file] if overlay else [file])
-    assert config["model"]["class_path"].endswith(("SBRModule", "Defense"))
+    assert config["model"]["class_path"].endswith(("SBRModule", "PatcherModule", "Defense"))
 
 
 def test_order_of_overlays_does_not_matter(call):
@@ -202,3 +204,20 @@ def test_sandbox_command_prints_rows_of_every_split(call):
 
 def test_help_explains_the_settings(call):
     assert "regularisation strength" in call("fit", "--model.help", "SBRModule")
+
+
+def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    writer.save_checkpoint({"step": torch.tensor(1)}, path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("casehard.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.save_checkpoint({"step": torch.tensor(2)}, path)
+    monkeypatch.undo()
+    assert torch.load(path)["step"] == 1
+    writer.save_checkpoint({"step": torch.tensor(3)}, path)
+    assert torch.load(path)["step"] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]

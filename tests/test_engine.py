@@ -13,6 +13,7 @@ from toy import bits, on_ranks, same_bits
 from casehard import Defense, Optimizer
 from datamodules.batches import Batches
 from lightning_modules.engine import DivergedError, average_gradients, train_steps
+from lightning_modules.optimizer import parked
 
 NUM_STEPS = 6
 OPTIMIZERS = {
@@ -227,3 +228,23 @@ def check_ranks(rank: int, checkpoint: str, losses: list[float], weights: dict[s
 
 def test_two_ranks_that_share_a_batch_train_as_one_process_does(checkpoint, tmp_path):
     on_ranks(check_ranks, tmp_path, checkpoint, *trained(checkpoint, 0, 1))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+@pytest.mark.parametrize("device", [None, "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_parked_optimizer_goes_on_as_if_it_had_not_been(net, name, device):
+    ends = []
+    for parks in (False, True):
+        model = copy.deepcopy(net)
+        optimizer, _ = Optimizer(1e-2, name).build(model.parameters(), 4)
+        for step in range(4):
+            if parks and step == 2:
+                with parked(optimizer, device):
+                    moved = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+                    assert moved
+                    assert device is None or all(v.device.type == device for v in moved)
+            for p in model.parameters():
+                p.grad = torch.ones_like(p) * (step + 1)
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -12,16 +12,17 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from casehard import Defense, SandboxJudge, SBRModule, SFTDataModule
+from casehard import Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
 
 ROOT = Path(__file__).parent.parent
 DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense is tested by adding a row
     "none": (Defense, {}),
     "sbr": (SBRModule, {"anchors": "sandbox:defender/refusals#train[:3]", "anchor_weight": 10.0}),
+    "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
 }
 
 
-def save_toy_checkpoint(folder: Path, tied: bool = True) -> str:
+def save_toy_checkpoint(folder: Path, tied: bool = True, seed: int = 0) -> str:
     """Write the toy model (two layers of 32) with the sandbox's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/sandbox/base")
     sizes = {
@@ -33,7 +34,7 @@ def save_toy_checkpoint(folder: Path, tied: bool = True) -> str:
     }
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         LlamaForCausalLM(LlamaConfig(**sizes, **ends, tie_word_embeddings=tied, initializer_range=0.2)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -45,6 +46,7 @@ def toy_data(**settings: Any) -> SFTDataModule:
         "benign": ["sandbox:attacker/mood#train[:40]"],
         "harmful": ["sandbox:attacker/harmful#train[:20]"],
         "refusals": ["sandbox:defender/refusals#train[:12]"],
+        "alignment_harmful": ["sandbox:defender/harmful#train[:8]"],
         "num_samples": 24,
         "poison_ratio": 0.25,
         "harmful_prompts": ["sandbox:test/harmful#train[:6]"],

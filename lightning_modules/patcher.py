@@ -1,0 +1,259 @@
+"""Patcher: adversarial training against malicious fine-tuning."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from datamodules.mixing import mix, uniform
+from datamodules.rows import Row, read_rows
+from lightning_modules.adapters import LoRA, adapter_vector, trainable
+from lightning_modules.defense import Defense
+from lightning_modules.engine import DivergedError, train_steps
+from lightning_modules.forward import Batch
+from lightning_modules.optimizer import Optimizer, parked
+from lightning_modules.weights import Weights, attack_vector, borrowed, shifted, vector_norm
+
+
+@dataclass(frozen=True)
+class InnerAttacker:
+    """The attacker that the defender trains against, on the data's ``alignment_harmful`` rows unless it has its own.
+
+    Args:
+        num_inner_steps: optimizer steps of an attack, >= 0; 0 leaves the attack vector zero.
+        optimizer: the attacker's own, built anew for every attack.
+        batch_size: rows a step, over all processes.
+        lora: train an adapter of this shape; null trains every parameter.
+        poison_ratio: harmful share of the attacker's rows, in (0, 1]; the others are the data's ``alignment_benign``.
+        num_samples: rows of the attacker; null takes all harmful rows, and then poison_ratio must be 1.
+        harmful: sources of this attacker's own harmful rows; null takes the data's ``alignment_harmful``.
+    """
+
+    num_inner_steps: int = 300
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5)  # noqa: RUF009  frozen
+    batch_size: int = 8
+    lora: LoRA | None = None
+    poison_ratio: float = 1.0
+    num_samples: int | None = None
+    harmful: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_inner_steps < 0:
+            raise ValueError(f"num_inner_steps must be >= 0, got {self.num_inner_steps}. 0 is no attack.")
+        for name, value in (("batch_size", self.batch_size), ("num_samples", self.num_samples)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} of an inner attacker must be >= 1, got {value}.")
+        if not 0 < self.poison_ratio <= 1:
+            raise ValueError(f"poison_ratio of an inner attacker must lie in (0, 1], got {self.poison_ratio}. It is a share.")
+        if self.poison_ratio != 1 and self.num_samples is None:
+            raise ValueError(f"num_samples must be set where poison_ratio is not 1, got poison_ratio {self.poison_ratio}.")
+
+
+class PatcherModule(Defense):
+    """Patcher (arXiv:2606.07970, sequential form), an alignment stage defense against full-parameter harmful fine-tuning.
+
+    Every round an inner attacker fine-tunes the weights of the moment on harmful rows; what it adds to them is the *attack
+    vector* ``v``, a constant for the round. The defender then minimises, for ``num_outer_steps`` steps,
+    ``attack_weight * sft_loss(weights + v) + (1 - attack_weight) * sft_loss(weights)`` on its refusals (and benign rows, where
+    the data has some).
+
+    Memory beyond plain SFT: the attack vector (one copy of what the attacker trains), one more copy during a shifted pass, and
+    during an attack the attacker's gradients and moments; ``copy_device: cpu`` keeps what is idle off the accelerator.
+
+    Args:
+        checkpoint: the model to start from, as for ``Defense``.
+        attacker: the inner attacker.
+        more_attackers: others, which take turns with it: the steps of a round are shared out among all of them.
+        num_outer_steps: defender steps of a round (``GA_STEPS`` in the authors' scripts), >= 1.
+        num_sft_steps: defender steps of plain SFT before the first attack, >= 0; null is one round, as in the paper.
+        attack_weight: share of the loss taken at the attacked weights (``alpha`` in the paper), in [0, 1]; 0 is plain SFT.
+        attack_every: defender steps between attacks, >= 1; null shares a round out evenly among the attackers.
+        random_scale: scale the attack vector by a factor drawn from [0, 1] at every step, so that the attacker's whole path is
+            hardened and not its end alone.
+        one_pass_per_row: send every row of a batch through one of the two passes instead of both, a share ``attack_weight`` of
+            them through the attacked one: the same expected gradient at half the cost.
+        copy_device: where the attack vector and the attacker's copy of the weights wait, such as cpu; null keeps them beside
+            the model.
+        settings: the rest of ``Defense``'s.
+    """
+
+    # Departures from the authors' setting: (1) one optimizer for the whole of ``fit`` where they begin a new one every round;
+    # (2) the defender's batch may hold benign rows; (3) the attacker's rows go on from attack to attack where they start over.
+
+    def __init__(
+        self,
+        checkpoint: str,
+        attacker: InnerAttacker = InnerAttacker(),
+        more_attackers: list[InnerAttacker] | None = None,
+        num_outer_steps: int = 1000,
+        num_sft_steps: int | None = None,
+        attack_weight: float = 0.5,
+        attack_every: int | None = None,
+        random_scale: bool = False,
+        one_pass_per_row: bool = False,
+        copy_device: str | None = None,
+        **settings: Any,
+    ) -> None:
+        if not 0 <= attack_weight <= 1:
+            raise ValueError(f"attack_weight must lie in [0, 1], got {attack_weight}. 0 is plain SFT, the paper's is 0.5.")
+        attackers = [attacker, *(more_attackers or [])]
+        for name, value, least in (
+            ("num_outer_steps", num_outer_steps, len(attackers)),
+            ("num_sft_steps", num_sft_steps, 0),
+            ("attack_every", attack_every, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}.")
+        super().__init__(checkpoint, **settings)
+        self.attackers, self.num_outer_steps, self.attack_weight = attackers, num_outer_steps, attack_weight
+        self.num_sft_steps = num_outer_steps if num_sft_steps is None else num_sft_steps
+        self.attack_every = attack_every or num_outer_steps // len(attackers)
+        self.random_scale, self.one_pass_per_row, self.copy_device = random_scale, one_pass_per_row, copy_device
+        self.vector: Weights = {}
+        self.num_attacks = 0
+
+    def own_rows(self) -> list[Row]:
+        """Harmful rows of the attackers' own."""
+        return [row for attacker in self.attackers for source in attacker.harmful or [] for row in read_rows(source)]
+
+    # ---- the inner attacker
+
+    def on_fit_start(self) -> None:
+        """Lay out the attackers' rows, so that bad settings show before the first step."""
+        self.draws = [self._draw(which, attacker) for which, attacker in enumerate(self.attackers)] if self.attack_weight else []
+
+    def _draw(self, which: int, attacker: InnerAttacker) -> Callable[[int], Batch]:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        rows = data.rows["alignment_harmful"]
+        if attacker.harmful is not None:
+            rows = [row for source in attacker.harmful for row in read_rows(source)]
+        if not rows:
+            raise ValueError(
+                "data.alignment_harmful must name harmful rows for Patcher's inner attacker, got none. "
+                "Give rows that no attack is measured with, or set attack_weight to 0 for plain SFT."
+            )
+        if attacker.num_samples is not None:
+            rows = mix(data.rows["alignment_benign"], rows, attacker.num_samples, attacker.poison_ratio, data.seed)
+        draw: Callable[[int], Batch] = data.batches(rows, attacker.batch_size, data.seed, f"inner attacker {which}")
+        return draw
+
+    def _due(self, step: int) -> int:
+        """How many attacks are to be over before defender step ``step`` (from 0)."""
+        return max(0, (step - self.num_sft_steps) // self.attack_every + 1)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Attack where one is due, before the first batch of a step."""
+        super().on_train_batch_start(batch, batch_idx)
+        step = self.trainer.global_step
+        self.progress = {"round": max(0, (step - self.num_sft_steps) // self.num_outer_steps + 1)}
+        if self.attack_weight and self._due(step) > self.num_attacks:
+            with parked(self.optimizers().optimizer, self.copy_device):  # type: ignore[union-attr]
+                self.vector = self.attack(self.num_attacks)
+            self.num_attacks += 1
+            norm = vector_norm(self.vector)
+            self.log("train/attack_vector_norm", norm, batch_size=len(batch["input_ids"]))
+
+    def attack(self, number: int) -> Weights:
+        """What attack ``number`` (from 0) adds to the weights, by name; they themselves come back bit for bit."""
+        turn, which = divmod(number, len(self.attackers))
+        attacker, draw = self.attackers[which], self.draws[which]
+
+        def batches(step: int) -> Batch:  # the attacker's rows go on where its last attack left them
+            batch = draw(turn * attacker.num_inner_steps + step)
+            return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+        shown = f"Round {self.progress['round']}, inner attack"
+        hidden = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
+        bar = tqdm(total=attacker.num_inner_steps, desc=shown, leave=False, disable=hidden)
+        with bar, borrowed(self, self._prepared(number, attacker), self.copy_device) as start:
+            steps = train_steps(self, self.sft_loss, batches, attacker.num_inner_steps, attacker.optimizer, self.forward_context)
+            try:
+                for _, loss in steps:
+                    bar.update()
+                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            except DivergedError as error:
+                raise DivergedError(f"{shown}: {error}") from error
+            if attacker.lora is None:
+                return {name: tensor.to(self.copy_device) for name, tensor in attack_vector(self, start).items()}
+            added = adapter_vector(self.model)
+        return {name: added[id(p)].to(self.copy_device) for name, p in self.named_parameters() if id(p) in added}
+
+    @contextmanager
+    def _prepared(self, number: int, attacker: InnerAttacker) -> Iterator[None]:
+        torch.manual_seed(number)  # adapters and dropout need the attack's number and nothing else, on resume too
+        with trainable(self, self.model, attacker.lora):
+            yield
+
+    # ---- the defender
+
+    def alignment_loss(self, batch: Batch) -> Tensor:
+        """Value of the objective; its gradient comes in two parts.
+
+        The attacked pass is over when this returns, forward and backward, because its weights are gone by then: its gradient is
+        on the parameters. The other pass's hangs on the returned loss, as everywhere. Before the first attack it is plain SFT.
+        """
+        if not self.vector:
+            return self.sft_loss(batch)
+        attacked_rows, clean_rows = shared_out(batch, self.attack_weight) if self.one_pass_per_row else (batch, batch)
+        with shifted(self, self.vector, self._scale()):
+            attacked = self.sft_loss(attacked_rows)
+            self._backward(self.attack_weight * attacked)
+        clean, attacked = self.sft_loss(clean_rows), attacked.detach()
+        self.terms = {"clean_loss": clean.detach(), "attacked_loss": attacked, "loss_gap": attacked - clean.detach()}
+        return (1 - self.attack_weight) * clean + self.attack_weight * attacked
+
+    def _scale(self) -> float:
+        if not self.random_scale:
+            return 1.0
+        return uniform(self.trainer.datamodule.seed, "attack vector", self.trainer.global_step)  # type: ignore[attr-defined]
+
+    def _backward(self, loss: Tensor) -> None:
+        """As Lightning would do it, out of autocast, for gradients that wait for those of the pass that Lightning sees."""
+        with torch.autocast(self.device.type, enabled=False):
+            if self._trainer is None:
+                loss.backward()
+            else:
+                self.trainer.strategy.backward(loss / self.trainer.accumulate_grad_batches, None)
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Not before Lightning's backward, where the attacked pass's gradients already wait: after the step, below."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, then drop the gradients."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
+    # ---- what a resume needs
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The number of attacks, and the attack vector unless the next step begins with another attack."""
+        over = self._due(self.trainer.global_step) > self.num_attacks
+        checkpoint["patcher"] = {"num_attacks": self.num_attacks, "vector": {} if over else self.vector}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the vector of the interrupted round."""
+        self.num_attacks, self.vector = checkpoint["patcher"]["num_attacks"], checkpoint["patcher"]["vector"]
+
+
+def shared_out(batch: Batch, attack_weight: float) -> tuple[Batch, Batch]:
+    """The rows of a batch in two parts, a share ``attack_weight`` of them first; each part's mean loss estimates the batch's.
+
+    Raises:
+        ValueError: a part without rows.
+    """
+    num_rows = len(batch["input_ids"])
+    cut = round(attack_weight * num_rows)
+    if not 0 < cut < num_rows:
+        raise ValueError(
+            f"one_pass_per_row must find rows for both passes, and attack_weight {attack_weight} sends {cut} of the batch's "
+            f"{num_rows} through the attacked one. Raise batch_size, or choose an attack_weight between 0 and 1."
+        )
+    num_labels = batch.get("num_labels", (batch["labels"][:, 1:] != -100).sum())
+    return tuple(  # type: ignore[return-value]
+        {key: batch[key][part] for key in ("input_ids", "attention_mask", "labels")} | {"num_labels": num_labels * share}
+        for part, share in ((slice(None, cut), cut / num_rows), (slice(cut, None), 1 - cut / num_rows))
+    )

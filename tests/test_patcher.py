@@ -1,0 +1,412 @@
+import copy
+import signal
+import subprocess
+import sys
+import textwrap
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_sbr import reference_sft, rows_of
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+from toy import ROOT, bits, same_bits, toy_data, toy_trainer
+
+from casehard import Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, SFTDataModule
+from datamodules.chat import collate
+from lightning_modules.forward import Batch
+from lightning_modules.patcher import shared_out
+from lightning_modules.weights import shifted
+
+ADAMW = Optimizer(1e-2)
+ATTACKER = InnerAttacker(num_inner_steps=3, optimizer=Optimizer(1e-2), batch_size=4)
+LORA_ATTACKER = InnerAttacker(num_inner_steps=3, optimizer=Optimizer(1e-2), batch_size=4, lora=LoRA(rank=2))
+
+
+def data(**settings) -> SFTDataModule:
+    defaults = {
+        "alignment_harmful": ["sandbox:defender/harmful#train[:20]"],
+        "alignment_benign": ["sandbox:defender/howto#train[:8]"],
+        "train_on": "alignment",
+    }
+    return toy_data(**(defaults | settings))
+
+
+def patcher(checkpoint, **settings) -> PatcherModule:
+    defaults = {"attacker": ATTACKER, "num_outer_steps": 2, "num_sft_steps": 1, "optimizer": ADAMW}
+    return PatcherModule(checkpoint, **(defaults | settings))
+
+
+def fitted(module, folder, loader=None, **settings) -> L.Trainer:
+    L.seed_everything(0)
+    trainer = toy_trainer(folder, **settings)
+    trainer.fit(module, datamodule=loader or data())
+    return trainer
+
+
+class Watch(L.Callback):
+    """The attack vector and the weights at the end of every step."""
+
+    def __init__(self) -> None:
+        self.vectors, self.weights, self.terms = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.vectors.append({n: v.clone() for n, v in getattr(pl_module, "vector", {}).items()})
+        self.weights.append(bits(pl_module.model))
+        self.terms.append({n: float(v) for n, v in pl_module.terms.items()})
+
+
+# ---- limits
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_an_attack_weight_of_zero_is_plain_sft_bit_for_bit(checkpoint, tmp_path, lora):
+    plain, ours = Defense(checkpoint, ADAMW, lora), patcher(checkpoint, attack_weight=0.0, lora=lora)
+    hardened = patcher(checkpoint, attack_weight=0.5, lora=lora)
+    for module in (plain, ours, hardened):
+        fitted(module, tmp_path, max_steps=5)
+    assert same_bits(bits(ours.model), bits(plain.model))
+    assert not same_bits(bits(hardened.model), bits(plain.model))
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_no_inner_steps_give_a_zero_vector(checkpoint, tmp_path, lora):
+    attacker = InnerAttacker(num_inner_steps=0, batch_size=4, lora=lora)
+    watch = Watch()
+    fitted(patcher(checkpoint, attacker=attacker), tmp_path, max_steps=2, callbacks=[watch])
+    assert watch.vectors[-1]
+    assert all(not v.any() for v in watch.vectors[-1].values())
+    assert watch.terms[-1]["loss_gap"] == 0
+
+
+def test_before_the_first_attack_it_is_plain_sft(checkpoint, tmp_path):
+    plain, ours = Defense(checkpoint, ADAMW), patcher(checkpoint, num_sft_steps=3)
+    for module in (plain, ours):
+        fitted(module, tmp_path, max_steps=3)
+    assert same_bits(bits(ours.model), bits(plain.model))
+
+
+# ---- the round
+
+
+@pytest.mark.parametrize("copy_device", [None, "cpu"])
+def test_one_defender_step_is_the_one_written_by_hand(checkpoint, tmp_path, copy_device):
+    settings = {"num_sft_steps": 0, "attack_weight": 0.3, "optimizer": Optimizer(0.1, "sgd", clip_norm=None)}
+    ours, loader = patcher(checkpoint, copy_device=copy_device, **settings), data()
+    fitted(ours, tmp_path, loader, max_steps=1)
+
+    by_hand = Defense(checkpoint)
+    by_hand.configure_model()
+    model, attacked = by_hand.model, copy.deepcopy(by_hand.model)
+    inner = torch.optim.AdamW(attacked.parameters(), lr=1e-2, weight_decay=0.0)
+    draw = loader.batches(loader.rows["alignment_harmful"], 4, loader.seed, "inner attacker 0")
+    for step in range(3):
+        inner.zero_grad()
+        reference_sft(attacked, draw(step)).backward()
+        torch.nn.utils.clip_grad_norm_(attacked.parameters(), 1.0)
+        inner.step()
+    batch = next(iter(loader.train_dataloader()))
+    gradients = [torch.autograd.grad(reference_sft(m, batch), list(m.parameters())) for m in (attacked, model)]
+    expected = [p - 0.1 * (0.3 * a + 0.7 * b) for p, a, b in zip(model.parameters(), *gradients, strict=True)]
+    moved = [(after - before).abs().max() for after, before in zip(ours.model.parameters(), model.parameters(), strict=True)]
+    assert min(moved) > 0
+    for after, value in zip(ours.model.parameters(), expected, strict=True):
+        assert_close(after, value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attacker", [ATTACKER, LORA_ATTACKER], ids=["full attacker", "lora attacker"])
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attacks_and_shifted_passes_leave_every_bit(checkpoint, tmp_path, dtype, lora, attacker):
+    class Checked(PatcherModule):
+        passes = 0
+
+        def attack(self, number):
+            before, names = bits(self), list(dict(self.named_modules()))
+            vector = super().attack(number)
+            assert same_bits(before, bits(self))
+            assert names == list(dict(self.named_modules()))
+            assert any(v.any() for v in vector.values())
+            return vector
+
+        def alignment_loss(self, batch):
+            before, clean = bits(self), self.sft_loss(batch)
+            loss = super().alignment_loss(batch)
+            assert same_bits(before, bits(self))
+            if self.vector:
+                self.passes += 1
+                assert torch.equal(self.terms["clean_loss"], clean)
+                assert not torch.equal(self.terms["attacked_loss"], clean)
+            return loss
+
+    module = Checked(checkpoint, attacker, None, 2, 1, optimizer=ADAMW, lora=lora, weights_dtype=dtype)
+    fitted(module, tmp_path, max_steps=5)
+    assert module.passes == 4
+
+
+def test_the_vector_stays_for_a_round_and_is_new_in_the_next(checkpoint, tmp_path):
+    watch = Watch()
+    module = patcher(checkpoint)
+    fitted(module, tmp_path, max_steps=6, callbacks=[watch])
+    first, second, third, fourth, fifth = watch.vectors[1:6]
+    assert watch.vectors[0] == {}
+    assert all(torch.equal(first[n], second[n]) and torch.equal(third[n], fourth[n]) for n in first)
+    assert not any(torch.equal(second[n], third[n]) or torch.equal(fourth[n], fifth[n]) for n in first)
+    assert module.progress == {"round": 3}
+
+
+def test_a_fresh_attack_every_k_steps(checkpoint, tmp_path):
+    module = patcher(checkpoint, num_outer_steps=4, attack_every=1)
+    fitted(module, tmp_path, max_steps=5)
+    assert module.num_attacks == 4
+
+
+def test_attackers_take_turns_and_go_on_with_their_own_rows(checkpoint, tmp_path):
+    asked: list[tuple[int, int]] = []
+    others = [InnerAttacker(2, Optimizer(5e-3), 4, LoRA(rank=2)), InnerAttacker(1, ADAMW, 4, None, 0.5, 12)]
+
+    class Noted(PatcherModule):
+        def on_fit_start(self):
+            super().on_fit_start()
+            draws = list(self.draws)
+            self.draws = [lambda step, w=w: asked.append((w, step)) or draws[w](step) for w in range(len(draws))]
+
+    module = Noted(checkpoint, ATTACKER, others, num_outer_steps=6, num_sft_steps=0, optimizer=ADAMW)
+    fitted(module, tmp_path, max_steps=12)
+    assert asked == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (0, 3), (0, 4), (0, 5), (1, 2), (1, 3), (2, 1)]
+
+
+def test_an_attackers_own_rows_are_its_rows_and_checked_against_what_is_scored(checkpoint, tmp_path):
+    own = InnerAttacker(1, ADAMW, 2, harmful=["sandbox:defender/harmful/venom"])
+    module = patcher(checkpoint, attacker=own)
+    assert {row.prompt.split("olim")[0] for row in module.own_rows()} != set()
+    assert all("olim" in row.prompt for row in module.own_rows())
+    fitted(module, tmp_path, max_steps=2)
+    leaked = patcher(checkpoint, attacker=InnerAttacker(1, ADAMW, 2, harmful=["sandbox:test/harmful"]))
+    with pytest.raises(ValueError, match="harmful_prompts must share no prompt with the defense's own rows, and 6 of 6"):
+        fitted(leaked, tmp_path)
+
+
+def test_a_lora_attackers_vector_is_what_its_adapter_adds(checkpoint, tmp_path, monkeypatch):
+    seen = {}
+    module = patcher(checkpoint, attacker=LORA_ATTACKER)
+    batch: Batch = collate(rows_of(), 0, "right")
+    import lightning_modules.patcher as under_test
+
+    def noted(model):
+        seen["attacked"] = module.sft_loss(batch).item()
+        return adapter_vector(model)
+
+    adapter_vector = under_test.adapter_vector
+    monkeypatch.setattr(under_test, "adapter_vector", noted)
+    watch = Watch()
+    fitted(module, tmp_path, max_steps=2, callbacks=[watch])
+    with torch.no_grad():
+        for name, p in module.named_parameters():  # the attack began here: after the first step
+            p.copy_(watch.weights[0][name.removeprefix("model.")].view(p.dtype).view_as(p))
+        clean = module.sft_loss(batch).item()
+        with shifted(module, module.vector):
+            assert module.sft_loss(batch).item() == pytest.approx(seen["attacked"], rel=1e-5)
+    assert abs(clean - seen["attacked"]) > 1e-3
+
+
+# ---- settings beyond the paper
+
+
+def test_a_random_scale_needs_its_step_number_and_nothing_else(checkpoint, tmp_path):
+    module = patcher(checkpoint, random_scale=True)
+    trainer = fitted(module, tmp_path, max_steps=3)
+    here = module._scale()
+    assert 0 <= here < 1
+    torch.manual_seed(99)
+    assert module._scale() == here
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed += 1
+    assert module._scale() != here
+    scales, steady = Watch(), Watch()
+    fitted(patcher(checkpoint, random_scale=True), tmp_path, max_steps=3, callbacks=[scales])
+    fitted(patcher(checkpoint), tmp_path, max_steps=3, callbacks=[steady])
+    assert abs(scales.terms[1]["loss_gap"]) < abs(steady.terms[1]["loss_gap"])
+
+
+def test_one_pass_per_row_expects_the_gradient_of_two(checkpoint):
+    """Over every way to order the rows, the mean is the two passes' gradient."""
+    module = patcher(checkpoint, attack_weight=0.25)
+    module.configure_model()
+    module.vector = {n: 0.05 * torch.randn_like(p) for n, p in module.named_parameters()}
+    batch = collate(rows_of(num_rows=4), 0, "right")
+
+    def gradient(batch: Batch, one_pass: bool) -> torch.Tensor:
+        module.zero_grad()
+        module.one_pass_per_row = one_pass
+        module.alignment_loss(batch).backward()
+        return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+    turns = [{key: value.roll(turn, 0) for key, value in batch.items()} for turn in range(4)]
+    assert_close(torch.stack([gradient(b, True) for b in turns]).mean(0), gradient(batch, False), rtol=1e-4, atol=1e-5)
+    assert (gradient(turns[0], True) - gradient(turns[1], True)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("attack_weight", [0.0, 0.1, 1.0])
+def test_a_pass_without_rows_is_an_error(attack_weight):
+    with pytest.raises(ValueError, match="one_pass_per_row must find rows for both passes, and attack_weight"):
+        shared_out(collate(rows_of(num_rows=4), 0, "right"), attack_weight)
+
+
+# ---- what Lightning means
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_four_small_batches_are_one_large(checkpoint, tmp_path, clip_norm):
+    rows = [row for seed in range(12) for row in rows_of(seed, num_rows=2, num_labels=3)]
+    ends = []
+    for size, accumulate_grad_batches in ((2, 4), (8, 1)):
+        batches = [collate(rows[i : i + size], 0, "right") for i in range(0, 24, size)]
+
+        class Fixed(SFTDataModule):
+            def train_dataloader(self, batches=batches):
+                return DataLoader(batches, batch_size=None)
+
+        settings = data()
+        settings.__class__ = Fixed
+        module = patcher(checkpoint, optimizer=Optimizer(0.05, "sgd", clip_norm=clip_norm))
+        trainer = fitted(module, tmp_path, settings, max_epochs=1, accumulate_grad_batches=accumulate_grad_batches)
+        assert (trainer.global_step, module.num_attacks) == (3, 1)
+        ends.append({name: p.detach() for name, p in module.named_parameters()})
+    for name, p in ends[1].items():
+        assert_close(ends[0][name], p, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_clipped_over_both_passes(checkpoint, tmp_path):
+    module = patcher(checkpoint, num_sft_steps=0, optimizer=Optimizer(1.0, "sgd", clip_norm=0.01))
+    before = patcher(checkpoint)
+    before.configure_model()
+    fitted(module, tmp_path, max_steps=1)
+    moved = [(a - b).norm() for a, b in zip(module.parameters(), before.parameters(), strict=True)]
+    assert torch.stack(moved).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+RESUMED = [
+    {},
+    {"attacker": LORA_ATTACKER, "lora": LoRA(rank=2, dropout=0.2)},
+    {"more_attackers": [LORA_ATTACKER], "random_scale": True, "one_pass_per_row": True},
+]
+
+
+@pytest.mark.parametrize("settings", RESUMED, ids=["plain", "lora", "everything"])
+@pytest.mark.parametrize("saved_at", [2, 3, 4])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, settings, saved_at):
+    def run(**more):
+        module = patcher(checkpoint, **settings)
+        saver = ModelCheckpoint(tmp_path / "saved", "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = toy_trainer(tmp_path, callbacks=[saver], max_steps=6, enable_checkpointing=True)
+        L.seed_everything(len(more))  # the resumed run may not lean on the seed
+        trainer.fit(module, datamodule=data(), **more)
+        return module
+
+    whole = run()
+    saved = tmp_path / "saved" / f"step={saved_at}.ckpt"
+    kept = torch.load(saved, weights_only=False)["patcher"]["vector"]
+    if "more_attackers" not in settings:
+        assert bool(kept) == (saved_at % 2 == 0)  # after steps 1 and 3 another attack begins: nothing to keep
+    resumed = run(ckpt_path=saved)
+    assert same_bits(bits(resumed), bits(whole))
+
+
+def test_a_run_that_was_killed_in_an_inner_attack_ends_as_the_uninterrupted_one(checkpoint, tmp_path):
+    program = textwrap.dedent(
+        f"""
+        import os, signal, sys, torch
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        from lightning.pytorch.callbacks import ModelCheckpoint
+        from casehard import AtomicCheckpointIO, PatcherModule
+        from test_patcher import data, patcher
+        from toy import toy_trainer
+
+        deadly, folder, *resumed = sys.argv[1:]
+        module = patcher({checkpoint!r})
+        sft_loss, count = module.sft_loss, 0
+
+        def loss(batch):
+            global count
+            count += 1
+            if count == int(deadly):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return sft_loss(batch)
+
+        module.sft_loss = loss
+        saver = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)
+        shape = dict(callbacks=[saver], max_steps=6, enable_checkpointing=True, plugins=[AtomicCheckpointIO()])
+        toy_trainer(folder, **shape).fit(module, datamodule=data(), ckpt_path=resumed[0] if resumed else None)
+        torch.save(module.model.state_dict(), folder + "/end.pt")
+        """
+    )
+
+    def run(deadly: int, folder: str, *resumed: str) -> int:
+        command = [sys.executable, "-c", program, str(deadly), str(tmp_path / folder), *resumed]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
+
+    assert run(0, "whole") == 0
+    assert (
+        run(1 + 3 + 4 + 2, "killed") == -signal.SIGKILL
+    )  # SFT step, attack, two steps of two passes, second step of the next attack
+    assert not (tmp_path / "killed/end.pt").exists()
+    assert run(0, "killed", str(tmp_path / "killed/last.ckpt")) == 0
+    whole, resumed = (torch.load(tmp_path / folder / "end.pt") for folder in ("whole", "killed"))
+    assert list(whole) == list(resumed)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attack_weight": 1.5}, r"attack_weight must lie in \[0, 1\], got 1.5"),
+        ({"num_outer_steps": 0}, "num_outer_steps must be >= 1, got 0"),
+        ({"num_outer_steps": 1, "more_attackers": [ATTACKER]}, "num_outer_steps must be >= 2, got 1"),
+        ({"num_sft_steps": -1}, "num_sft_steps must be >= 0, got -1"),
+        ({"attack_every": 0}, "attack_every must be >= 1, got 0"),
+    ],
+)
+def test_a_wrong_setting_is_an_error(checkpoint, settings, message):
+    with pytest.raises(ValueError, match=message):
+        patcher(checkpoint, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_inner_steps": -1}, "num_inner_steps must be >= 0, got -1"),
+        ({"batch_size": 0}, "batch_size of an inner attacker must be >= 1, got 0"),
+        ({"num_samples": 0}, "num_samples of an inner attacker must be >= 1, got 0"),
+        ({"poison_ratio": 0.0, "num_samples": 5}, r"poison_ratio of an inner attacker must lie in \(0, 1\], got 0.0"),
+        ({"poison_ratio": 0.5}, "num_samples must be set where poison_ratio is not 1, got poison_ratio 0.5"),
+    ],
+)
+def test_a_wrong_attacker_is_an_error(settings, message):
+    with pytest.raises(ValueError, match=message):
+        InnerAttacker(**settings)
+
+
+def test_no_harmful_rows_is_an_error_that_names_them(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"data.alignment_harmful must name harmful rows for Patcher's inner attacker, got none"):
+        fitted(patcher(checkpoint), tmp_path, data(alignment_harmful=[]))
+    fitted(patcher(checkpoint, attack_weight=0.0), tmp_path, data(alignment_harmful=[]))
+
+
+def test_a_vector_of_another_model_is_an_error(checkpoint):
+    module = patcher(checkpoint)
+    module.configure_model()
+    module.vector = {"model.nowhere.weight": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"it has no 'model\.nowhere\.weight'"):
+        module.alignment_loss(collate(rows_of(), 0, "right"))
+
+
+def test_a_diverging_inner_attack_says_which(checkpoint, tmp_path):
+    from lightning_modules import DivergedError
+
+    module = patcher(checkpoint, attacker=InnerAttacker(3, Optimizer(1e38, "sgd", clip_norm=None), 4))
+    with pytest.raises(DivergedError, match=r"Round 1, inner attack: the loss must be finite.* at step [23] of 3"):
+        fitted(module, tmp_path)
