@@ -39,7 +39,7 @@ class HarmfulFineTuning(L.Callback):
         num_attack_steps: optimizer steps, >= 1.
         batch_size: rows a step, over all processes.
         optimizer: the attacker's own.
-        seed: of the mixture, the order and the adapters.
+        seed: of the mixture, the order and the adapters; null takes the data's.
         score_steps: steps after which to score; 0 (before the attack) is always scored; null scores the last step.
         undefended: under finetuning_service, first run the same job by plain SFT: the same rows, order, optimizer and seed.
         every_n_epochs: also attack after every so many epochs of ``fit``; null only when it ends.
@@ -59,7 +59,7 @@ class HarmfulFineTuning(L.Callback):
         num_attack_steps: int = 100,
         batch_size: int = 8,
         optimizer: Optimizer = Optimizer(),  # noqa: B008  frozen
-        seed: int = 0,
+        seed: int | None = None,
         score_steps: list[int] | None = None,
         undefended: bool = True,
         every_n_epochs: int | None = None,
@@ -112,12 +112,13 @@ class HarmfulFineTuning(L.Callback):
     def run(self, trainer: L.Trainer, module: L.LightningModule, epoch: int | None = None) -> None:
         """The attack, undefended and defended where both have a meaning, recorded in ``Results``."""
         module, data = defense_and_data(trainer, module)
+        seed = self.seed = data.seed if self.seed is None else self.seed
         acts = (
             self.threat_model == "finetuning_service" and module.stage == "finetuning"
         )  # else a service trains by plain SFT too
-        rows = data.mixture(self.num_samples, self.poison_ratio, self.seed)
+        rows = data.mixture(self.num_samples, self.poison_ratio, seed)
         with torch.inference_mode(False), torch.enable_grad():
-            job = _Job(trainer, module, data, data.batches(rows, self.batch_size, self.seed, "attack"), epoch)
+            job = _Job(trainer, module, data, data.batches(rows, self.batch_size, seed, "attack"), epoch)
             if self.undefended_checkpoint is not None:
                 with module.undefended_at(self.undefended_checkpoint):
                     self._attack(replace(job, twin=True), score(module, data.evaluation))
@@ -178,7 +179,7 @@ class HarmfulFineTuning(L.Callback):
             poison_ratio=self.poison_ratio,
             optimizer=self.optimizer.name,
             learning_rate=self.optimizer.learning_rate,
-            seed=self.seed,
+            seed=job.data.seed if self.seed is None else self.seed,
             num_attack_steps=step,
             harmful_score=m["harmful_score"],
             attack_success_rate=m["attack_success_rate"],

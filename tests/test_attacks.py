@@ -224,3 +224,11 @@ def test_attacks_run_in_test_on_a_checkpoint(tmp_path, checkpoint):
     assert [(r.attack, r.num_attack_steps) for r in results.rows] == [
         (name, step) for name in ("LoRAAttack", "FullParameterAttack") for step in (0, 3)
     ]
+
+
+def test_an_attack_without_a_seed_takes_the_datas(tmp_path, checkpoint):
+    results = Results(str(tmp_path), export=False)
+    attacks = [ATTACKS["full"](threat_model="open_weight", **seed) for seed in ({}, {"seed": 4})]
+    module, data = Defense(checkpoint), toy_data(seed=7)
+    toy_trainer(tmp_path, callbacks=[results, *attacks]).test(module, datamodule=data, verbose=False)
+    assert [r.seed for r in results.rows] == [7, 7, 4, 4]
