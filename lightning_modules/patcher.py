@@ -151,6 +151,7 @@ class PatcherModule(Defense):
         step = self.trainer.global_step
         self.progress = {"round": max(0, (step - self.num_sft_steps) // self.num_outer_steps + 1)}
         if self.attack_weight and self._due(step) > self.num_attacks:
+            self.vector = {}  # the last round's is not held beside the new one
             with parked(self.optimizers().optimizer, self.copy_device):  # type: ignore[union-attr]
                 self.vector = self.attack(self.num_attacks)
             self.num_attacks += 1
