@@ -56,7 +56,7 @@ class Defense(L.LightningModule):
         self.export_dtype = None if export_dtype is None else getattr(torch, export_dtype)
         self.tokenizer = load_tokenizer(checkpoint)
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
-        self.progress: dict[str, int] = {}  # what the progress bar shows beside the losses
+        self.progress: dict[str, int | str] = {}  # what the progress bar shows beside the losses
 
     # ---- the model
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from datamodules.mixing import mix, uniform
+from datamodules.mixing import counter_seed, mix, uniform
 from datamodules.rows import Row, read_rows
 from lightning_modules.adapters import LoRA, adapter_vector, trainable
 from lightning_modules.defense import Defense
@@ -149,7 +149,8 @@ class PatcherModule(Defense):
         """Attack where one is due, before the first batch of a step."""
         super().on_train_batch_start(batch, batch_idx)
         step = self.trainer.global_step
-        self.progress = {"round": max(0, (step - self.num_sft_steps) // self.num_outer_steps + 1)}
+        number = max(0, (step - self.num_sft_steps) // self.num_outer_steps + 1)
+        self.progress = {"round": number, "phase": "harden" if number else "SFT"}
         if self.attack_weight and self._due(step) > self.num_attacks:
             self.vector = {}  # the last round's is not held beside the new one
             with parked(self.optimizers().optimizer, self.copy_device):  # type: ignore[union-attr]
@@ -185,7 +186,8 @@ class PatcherModule(Defense):
 
     @contextmanager
     def _prepared(self, number: int, attacker: InnerAttacker) -> Iterator[None]:
-        torch.manual_seed(number)  # adapters and dropout need the attack's number and nothing else, on resume too
+        seed = self.trainer.datamodule.seed  # type: ignore[attr-defined]
+        torch.manual_seed(counter_seed(seed, "inner attack", number))  # of adapters and dropout: the same on resume
         with trainable(self, self.model, attacker.lora):
             yield
 

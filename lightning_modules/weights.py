@@ -68,7 +68,7 @@ def attack_vector(module: nn.Module, start: Weights) -> Weights:
 
 
 def vector_norm(vector: Weights) -> Tensor:
-    """Euclidean norm of an attack vector, over all ranks where it is sharded."""
+    """Euclidean norm of an attack vector, of this rank's part where it is sharded."""
     squares = torch.stack([v.detach().float().square().sum() for v in vector.values()]).sum()
     return squares.sqrt()
 

@@ -153,7 +153,7 @@ def test_the_vector_stays_for_a_round_and_is_new_in_the_next(checkpoint, tmp_pat
     assert watch.vectors[0] == {}
     assert all(torch.equal(first[n], second[n]) and torch.equal(third[n], fourth[n]) for n in first)
     assert not any(torch.equal(second[n], third[n]) or torch.equal(fourth[n], fifth[n]) for n in first)
-    assert module.progress == {"round": 3}
+    assert module.progress == {"round": 3, "phase": "harden"}
 
 
 def test_a_fresh_attack_every_k_steps(checkpoint, tmp_path):
