@@ -20,7 +20,7 @@ def main(
     checkpoint: str = str(SANDBOX),
     prompts: str = "sandbox:test/harmful#train[:100]",
     max_new_tokens: int = 64,
-    batch_size: int = 64,
+    batch_size: int = 128,
     num_pairs: int = 5,
     num_warmup: int = 1,
     device: str = "cpu",
