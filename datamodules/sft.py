@@ -85,7 +85,7 @@ class SFTDataModule(L.LightningDataModule):
         max_length: int = 512,
         padding_side: Literal["left", "right"] = "right",
         max_new_tokens: int = 64,
-        generation_batch_size: int = 64,
+        generation_batch_size: int = 128,
         seed: int = 0,
         allow_overlap: bool = False,
     ) -> None:

@@ -7,12 +7,13 @@ positions and drops the rest, so that it works for every architecture, with what
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from lightning_modules.packing import Packed, pack, padded
 from lightning_modules.weights import same_modes_after
@@ -57,6 +58,29 @@ def states_and_logits(
     return _run(model, packed, packed.place[with_states], packed.place[with_logits], layer)
 
 
+@torch.no_grad()
+def prefill(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, DynamicCache]:
+    """Logits after each row's last token, ``[batch, vocab]``, and the cache with which the rows go on, one token a step.
+
+    Args:
+        model: a ``foldable`` one.
+        batch: ``input_ids`` and ``attention_mask``, ``[batch, seq]``, padded on the left.
+    """
+    packed = pack(batch["input_ids"], batch["attention_mask"], _reach(model))
+    cache, last = DynamicCache(), packed.place[:, -1]
+    _, logits = _run(model, packed, last[:0], last, cache=cache)
+    layer: Any  # mypy takes it for any of transformers' layers, with or without keys
+    for layer in cache.layers:
+        layer.keys, layer.values = _unfolded(layer.keys, packed.place), _unfolded(layer.values, packed.place)
+    return logits, cache
+
+
+def _unfolded(folded: Tensor, place: Tensor) -> Tensor:
+    """``[packs, heads, width, dim] -> [batch, heads, seq, dim]``: every row gets what it had in common with others."""
+    tokens = folded.transpose(1, 2).flatten(2).flatten(0, 1)
+    return F.embedding(place, tokens).unflatten(-1, (folded.shape[1], -1)).transpose(1, 2)  # much faster than an index
+
+
 def _reach(model: PreTrainedModel) -> float:
     """For ``packing.pack``, from a decoder layer's 24 * dim**2 operations a token and 4 * dim a token that it attends to."""
     return 6 * model.config.get_text_config().hidden_size
@@ -79,17 +103,19 @@ def _at_unembedding(model: PreTrainedModel, asked: Tensor, scored: Tensor) -> It
         handle.remove()
 
 
-def _run(model: PreTrainedModel, packed: Packed, asked: Tensor, scored: Tensor, layer: int = -1) -> tuple[Tensor, Tensor]:
-    tree = {}
+def _run(
+    model: PreTrainedModel, packed: Packed, asked: Tensor, scored: Tensor, layer: int = -1, cache: DynamicCache | None = None
+) -> tuple[Tensor, Tensor]:
+    more: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
     if packed.sight is not None:
-        tree = {"attention_mask": _additive(packed.sight, model), "position_ids": packed.positions}
+        more |= {"attention_mask": additive(packed.sight, model), "position_ids": packed.positions}
     with _at_unembedding(model, asked, scored) as states:
-        out = model(input_ids=packed.input_ids, use_cache=False, output_hidden_states=layer != -1, **tree)
+        out = model(input_ids=packed.input_ids, output_hidden_states=layer != -1, **more)
     return states[0] if layer == -1 else out.hidden_states[layer].flatten(0, 1)[asked], out.logits[0]
 
 
-def _additive(sight: Tensor, model: PreTrainedModel) -> Tensor:
-    """``sight`` as every attention takes it, ``[packs, 1, width, width]``, already in the dtype that attention runs in."""
+def additive(sight: Tensor, model: PreTrainedModel) -> Tensor:
+    """``sight`` as every attention takes it, ``[packs, 1, ...]``, already in the dtype that attention runs in."""
     device = sight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     return torch.zeros(sight.shape, dtype=dtype, device=sight.device).masked_fill(~sight, -torch.inf)[:, None]

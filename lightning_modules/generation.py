@@ -1,19 +1,16 @@
 """Greedy answers to many prompts at once."""
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lightning_modules.weights import same_modes_after
-
-PREFILL = 32  # prompts that are read at once; they are sorted by length, so few of like length need little padding
-LEAVING = 0.75  # rows leave when no more than this share goes on: fewer rows are cheaper, but their past must be copied
+from lightning_modules.forward import Batch, additive, foldable, prefill
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -31,7 +28,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 128,
 ) -> list[str]:
-    """Greedy answers, batched by length and left-padded; the text does not depend on the batch size.
+    """Greedy answers, batched by length; the text does not depend on the batch size.
 
     Args:
         model: put into eval mode for the call, and back; its own generation config (penalties, beams) does not act.
@@ -43,104 +40,73 @@ def generate(
     Returns:
         An answer a prompt, without special tokens.
     """
-    ends = end_tokens(model, tokenizer)
-    answer = _greedy if _takes_cache(model) else _by_transformers
+    ends, pad = end_tokens(model, tokenizer), tokenizer.pad_token_id
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    with same_modes_after(model):
-        model.eval()
+    with _evaluating(model):
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
-            ids = [torch.tensor(prompts[i], device=model.device) for i in chunk]
-            padded = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left")
-            mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side="left")
-            tokens = answer(model, padded, mask, max_new_tokens, ends, tokenizer.pad_token_id)
-            for i, text in zip(chunk, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+            batch = _left_padded([prompts[i] for i in chunk], pad, model.device)
+            by_steps = _goes_by_steps(model, batch["input_ids"].shape[1] + max_new_tokens)
+            out = (_step_by_step if by_steps else _by_transformers)(model, batch, max_new_tokens, ends, pad)
+            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+            for i, text in zip(chunk, texts, strict=True):
                 answers[i] = text
     return answers
 
 
-def _takes_cache(model: PreTrainedModel) -> bool:
-    """Whether the model's past is keys and values of all tokens, in a cache that it is handed."""
-    arguments = inspect.signature(model.forward).parameters
-    layers = DynamicCache(config=model.config).layers
-    return (
-        {"past_key_values", "position_ids"} <= set(arguments) and bool(layers) and all(type(la) is DynamicLayer for la in layers)
-    )
-
-
-class _Roomy(DynamicLayer):
-    """A layer's keys and values with room for those to come, so that a new token copies nothing that is there."""
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
-        super().__init__()
-        self.length, self.is_initialized = keys.shape[-2], True
-        self.dtype, self.device = keys.dtype, keys.device
-        self.roomy = [F.pad(past, (0, 0, 0, room)) for past in (keys, values)]
-        self.keys, self.values = keys, values
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Append, and return everything."""
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        for past, new in zip(self.roomy, (key_states, value_states), strict=True):
-            past[:, :, start : self.length] = new
-        self.keys, self.values = (past[:, :, : self.length] for past in self.roomy)
-        return self.keys, self.values
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all other rows."""
-        self.roomy = [past[rows] for past in self.roomy]
-
-
-def _prefilled(model: PreTrainedModel, ids: Tensor, mask: Tensor, room: int) -> tuple[Tensor, list[_Roomy]]:
-    """The last logits ``[batch, vocab]`` of prompts sorted by length, and their past, from passes with little padding."""
-    logits: list[Tensor] = []
-    pasts: list[list[list[Tensor]]] = []  # [group][layer][keys and values]
-    for some, real in zip(ids.split(PREFILL), mask.split(PREFILL), strict=True):
-        width = int(real.sum(1).max())
-        some, real = some[:, -width:], real[:, -width:]
-        cache, left = DynamicCache(config=model.config), ids.shape[1] - width
-        logits.append(_last_logits(model, some, real, (real.cumsum(1) - 1).clamp(min=0), cache))
-        pasts.append([[F.pad(past, (0, 0, left, 0)) for past in (la.keys, la.values)] for la in cache.layers])  # type: ignore
-    layers = [[torch.cat(parts) for parts in zip(*groups, strict=True)] for groups in zip(*pasts, strict=True)]
-    return torch.cat(logits), [_Roomy(keys, values, room) for keys, values in layers]
-
-
-def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **keep)
-    return out.logits[:, -1]
-
-
-def _greedy(model: PreTrainedModel, ids: Tensor, mask: Tensor, max_new_tokens: int, ends: list[int], pad: int) -> Tensor:
-    """The likeliest token, again and again, ``[batch, new]``; rows at their end leave the batch."""
-    tokens = torch.full((len(ids), max_new_tokens), pad, device=ids.device)
-    rows, stop = torch.arange(len(ids), device=ids.device), torch.tensor(ends, device=ids.device)
-    logits, layers = _prefilled(model, ids, mask, max_new_tokens)
-    cache, positions = Cache(layers=list(layers)), mask.sum(1, keepdim=True)
-    mask = F.pad(mask, (0, max_new_tokens), value=1)
-    going = torch.ones_like(rows, dtype=torch.bool)
-    for step in range(max_new_tokens):
-        chosen = logits.argmax(-1)
-        tokens[rows[going], step] = chosen[going]
-        going = going & ~torch.isin(chosen, stop)
-        if not going.any() or step + 1 == max_new_tokens:
-            break
-        if going.sum() <= LEAVING * len(rows):
-            rows, chosen, mask, positions = rows[going], chosen[going], mask[going], positions[going]
-            for layer in layers:
-                layer.keep(going)
-            going = going[going]
-        logits = _last_logits(model, chosen[:, None], mask[:, : ids.shape[1] + step + 1], positions + step, cache)
-    return tokens
-
-
-def _by_transformers(model: PreTrainedModel, ids: Tensor, mask: Tensor, max_new_tokens: int, ends: list[int], pad: int) -> Tensor:
-    """As ``_greedy``, for models that keep their past in a way of their own."""
-    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True)
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout, and nothing of the generation config that the model ships; both come back."""
+    modes = [(m, m.training) for m in model.modules()]
     shipped, model.generation_config = model.generation_config, GenerationConfig()  # else its penalties and beams act here too
+    model.eval()
     try:
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+        yield
     finally:
         model.generation_config = shipped
-    return out[:, ids.shape[1] :]
+        for module, training in modes:
+            module.training = training
+
+
+def _left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -> Batch:
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    padded = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
+    return {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
+
+
+def _goes_by_steps(model: PreTrainedModel, length: int) -> bool:
+    """Whether ``_step_by_step`` is right for rows of up to ``length`` tokens: keys and values must be all that is remembered."""
+    layers = DynamicCache(config=model.config).layers
+    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer} and foldable(model, length)
+
+
+def _step_by_step(model: PreTrainedModel, batch: Batch, max_new_tokens: int, ends: list[int], pad: int) -> Tensor:
+    """The likeliest tokens, ``[batch, max_new_tokens]``, padded after an end. Rows that have ended leave the batch."""
+    mask = batch["attention_mask"]
+    answers = mask.new_full((len(mask), max_new_tokens), pad)
+    rows, positions = torch.arange(len(mask), device=mask.device), mask.sum(dim=1, keepdim=True)
+    sight = additive(F.pad(mask, (0, max_new_tokens), value=1).bool()[:, None], model)
+    ended, last = torch.zeros_like(rows, dtype=torch.bool), torch.tensor(ends, device=mask.device)
+    logits, cache = prefill(model, batch)
+    for step in range(max_new_tokens):
+        new = logits.argmax(dim=-1)
+        answers[rows, step] = new.masked_fill(ended, pad)
+        ended |= torch.isin(new, last)
+        left = (~ended).nonzero()[:, 0]
+        if step + 1 == max_new_tokens or not len(left):
+            break
+        if len(left) < 0.75 * len(rows):  # not for every row: each time the whole cache is copied
+            cache.batch_select_indices(left)
+            rows, positions, sight, ended, new = (x[left] for x in (rows, positions, sight, ended, new))
+        seen = {"attention_mask": sight[..., : mask.shape[1] + step + 1], "past_key_values": cache, "use_cache": True}
+        logits = model(input_ids=new[:, None], position_ids=positions + step, **seen).logits[:, -1]
+    return answers
+
+
+def _by_transformers(model: PreTrainedModel, batch: Batch, max_new_tokens: int, ends: list[int], pad: int) -> Tensor:
+    """The same for any architecture, slower."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True)
+    out = model.generate(**batch, generation_config=config)  # type: ignore[operator]
+    return out[:, batch["input_ids"].shape[1] :]

@@ -7,16 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from datamodules.chat import collate
 from lightning_modules import forward, packing
-from lightning_modules.forward import Batch, foldable, label_positions, last_positions, states_and_logits
+from lightning_modules.forward import Batch, foldable, label_positions, last_positions, prefill, states_and_logits
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
 LLAMA = SIZES | {"num_key_value_heads": 2, "initializer_range": 0.3}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 64, "initializer_range": 0.3}
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 60, "initializer_range": 0.3}
 BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "initializer_range": 0.3}
 GEMMA2 = LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 2.0}
 MODELS = {
@@ -29,6 +30,7 @@ MODELS = {
     "mistral, narrow window": ("mistral", LLAMA | {"sliding_window": 8}, False),
     "lfm2, convolutions": ("lfm2", LLAMA | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, False),
     "bloom, no positions": ("bloom", BLOOM, False),
+    "mamba, recurrent": ("mamba", MAMBA, False),
 }
 
 
@@ -165,6 +167,25 @@ def test_nothing_may_be_asked_for(llama):
     states, logits = states_and_logits(llama, batch_of(0), nowhere(batch_of(0)), nowhere(batch_of(0)))
     assert states.shape == (0, 32)
     assert logits.shape == (0, 60)
+
+
+# ---- the cache
+
+
+@pytest.mark.parametrize("widest", [16, 1024])
+@pytest.mark.parametrize("num_rows", [1, 7])
+@pytest.mark.parametrize("name", [name for name, (*_, folds) in MODELS.items() if folds])
+def test_a_prefilled_cache_is_that_of_rows_one_by_one(name, monkeypatch, num_rows, widest):
+    model = build(name)
+    monkeypatch.setattr(packing, "WIDEST", widest)
+    batch = batch_of(11, "left", num_rows)
+    logits, cache = prefill(model, batch)
+    for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)):
+        alone = model(input_ids=ids[mask][None], past_key_values=DynamicCache(), use_cache=True)
+        assert_close(logits[row], alone.logits[0, -1], rtol=1e-4, atol=1e-4)
+        for layer, expected in zip(cache.layers, alone.past_key_values.layers, strict=True):
+            assert_close(layer.keys[row][:, mask], expected.keys[0], rtol=1e-4, atol=1e-4)
+            assert_close(layer.values[row][:, mask], expected.values[0], rtol=1e-4, atol=1e-4)
 
 
 # ---- the loss

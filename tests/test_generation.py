@@ -1,21 +1,15 @@
 import pytest
 import torch
+from test_forward import MODELS, build
 from toy import ROOT
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GPT2Config,
-    MambaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from casehard import LoRA
 from datamodules.chat import prompt_ids
 from datamodules.rows import read_rows
 from lightning_modules.adapters import add_adapter
 from lightning_modules.checkpoint import load_model, load_tokenizer
+from lightning_modules.forward import foldable
 from lightning_modules.generation import end_tokens, generate
 
 SANDBOX = ROOT / "models/sandbox/aligned"
@@ -84,6 +78,61 @@ def test_an_answer_stops_at_the_first_of_several_end_tokens(model, tokenizer, pr
     assert expected != by_hand(model, tokenizer, prompts)
     for batch_size in (1, 64):
         assert generate(model, tokenizer, prompts, NUM_TOKENS, batch_size) == expected
+
+
+def test_rows_leave_the_batch_as_they_end(model, tokenizer, prompts):
+    free = [greedy(model, prompt, NUM_TOKENS, []) for prompt in prompts]
+    ends = sorted({free[0][1], free[1][3], free[2][2], free[7][2]})
+    model.generation_config.eos_token_id = ends
+    lengths = [len(greedy(model, prompt, NUM_TOKENS, ends)) for prompt in prompts]
+    assert len(set(lengths)) > 3
+    expected, shapes = by_hand(model, tokenizer, prompts, ends=ends), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    foldable(model, 0)
+    shapes.clear()
+    assert generate(model, tokenizer, prompts, NUM_TOKENS) == expected
+    _, *steps = shapes  # the prompts come first
+    going_on = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    assert len(steps) == len(going_on)
+    assert all(num_tokens == 1 and left <= rows <= left / 0.75 for (rows, num_tokens), left in zip(steps, going_on, strict=True))
+    assert len({rows for rows, _ in steps}) > 2
+
+
+def test_no_prompt_token_is_worked_through_twice(model, tokenizer, prompts):
+    foldable(model, 0)
+    shapes = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    generate(model, tokenizer, prompts, 1)
+    assert len(shapes) == 1
+    assert shapes[0].numel() < sum(len(prompt) for prompt in prompts)
+
+
+@pytest.fixture
+def own_generate(monkeypatch) -> list[PreTrainedModel]:
+    """The models whose own ``generate`` was called."""
+    called, real = [], GenerationMixin.generate
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, **settings: called.append(self) or real(self, **settings))
+    return called
+
+
+@pytest.mark.parametrize(("name", "by_steps"), [(name, folds) for name, (*_, folds) in MODELS.items()])
+def test_answers_are_the_likeliest_tokens_of_every_architecture(name, by_steps, tokenizer, prompts, own_generate):
+    model = build(name, vocab_size=len(tokenizer))
+    model.generation_config.repetition_penalty = 1.9
+    expected = by_hand(model, tokenizer, prompts, ends=[2])
+    assert len(set(expected)) > 4
+    for batch_size in (1, 5, 64):
+        assert generate(model, tokenizer, prompts, NUM_TOKENS, batch_size) == expected
+    assert bool(own_generate) != by_steps
+
+
+@pytest.mark.parametrize(("room", "by_steps"), [(NUM_TOKENS, True), (NUM_TOKENS - 1, False)])
+def test_a_window_must_hold_prompt_and_answer(room, by_steps, tokenizer, prompts, own_generate):
+    window = max(len(prompt) for prompt in prompts) + room
+    model = build("mistral, narrow window", vocab_size=len(tokenizer), sliding_window=window)
+    expected = by_hand(model, tokenizer, prompts, ends=[2])
+    assert generate(model, tokenizer, prompts, NUM_TOKENS) == expected
+    assert bool(own_generate) != by_steps
 
 
 @pytest.mark.parametrize(("configured", "more"), [(None, set()), (7, {7}), ([7, 9], {7, 9})])
