@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lightning_modules.forward import Batch, additive, foldable, prefill
+from lightning_modules.weights import same_modes_after
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -58,15 +59,13 @@ def generate(
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """No dropout, and nothing of the generation config that the model ships; both come back."""
-    modes = [(m, m.training) for m in model.modules()]
     shipped, model.generation_config = model.generation_config, GenerationConfig()  # else its penalties and beams act here too
-    model.eval()
     try:
-        yield
+        with same_modes_after(model):
+            model.eval()
+            yield
     finally:
         model.generation_config = shipped
-        for module, training in modes:
-            module.training = training
 
 
 def _left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -> Batch:
