@@ -154,7 +154,7 @@ class Results(L.Callback):
                 f"{optimizer}, poison {poison}",
                 f"seed {seed}" + (f", epoch {epoch}" if epoch else ""),
             ]
-            sides = [defense, f"breaks at {steps_to_break(rows)}"] if float(poison) else [defense]
+            sides = [defense, f"to break: {steps_to_break(rows)}"] if float(poison) else [defense]
             for r, head, side in zip_longest(rows, heads, sides):
                 table.add_row(head or "", side or "", *(_cells(r, notes) if r else ()))
             table.add_section()

@@ -120,6 +120,6 @@ def test_closing_table_tells_jobs_apart_that_differ_in_any_setting(tmp_path, cap
     assert [len(rows) for rows in results.jobs().values()] == [2] * 6
     results.close()
     shown = capsys.readouterr().out
-    assert shown.count("breaks at 5") == 5  # benign fine-tuning breaks nothing
+    assert shown.count("to break: 5") == 5  # benign fine-tuning breaks nothing
     assert "sgd 0.001, poison 0.1" in shown
     assert "seed 8" in shown
