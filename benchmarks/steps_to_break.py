@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from jsonargparse import CLI
 
-from callbacks.results import BROKEN
+from callbacks.results import first_broken
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by colour-blind readers
 
@@ -19,8 +19,8 @@ def steps(run: Path) -> dict[tuple[str, str], tuple[int, bool]]:
     scored: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
     for row in csv.DictReader((run / "attacks.csv").open()):
         scored[row["attack"], row["learning_rate"]].append((int(row["num_attack_steps"]), float(row["harmful_score"])))
-    broken = {key: [step for step, score in found if score >= BROKEN] for key, found in scored.items()}
-    return {key: (broken[key][0], True) if broken[key] else (found[-1][0], False) for key, found in scored.items()}
+    broken = {key: first_broken(found) for key, found in scored.items()}
+    return {key: (found[-1][0], False) if (step := broken[key]) is None else (step, True) for key, found in scored.items()}
 
 
 def main(runs: list[str], picture: str | None = None, plotted: str = r"^\d+$") -> None:

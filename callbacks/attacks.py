@@ -112,13 +112,12 @@ class HarmfulFineTuning(L.Callback):
     def run(self, trainer: L.Trainer, module: L.LightningModule, epoch: int | None = None) -> None:
         """The attack, undefended and defended where both have a meaning, recorded in ``Results``."""
         module, data = defense_and_data(trainer, module)
-        seed = self.seed = data.seed if self.seed is None else self.seed
-        acts = (
-            self.threat_model == "finetuning_service" and module.stage == "finetuning"
-        )  # else a service trains by plain SFT too
+        seed = data.seed if self.seed is None else self.seed
+        service = self.threat_model == "finetuning_service"
+        acts = service and module.stage == "finetuning"  # elsewhere a service trains by plain SFT, as everybody does
         rows = data.mixture(self.num_samples, self.poison_ratio, seed)
         with torch.inference_mode(False), torch.enable_grad():
-            job = _Job(trainer, module, data, data.batches(rows, self.batch_size, seed, "attack"), epoch)
+            job = _Job(trainer, module, data, data.batches(rows, self.batch_size, seed, "attack"), seed, epoch)
             if self.undefended_checkpoint is not None:
                 with module.undefended_at(self.undefended_checkpoint):
                     self._attack(replace(job, twin=True), score(module, data.evaluation))
@@ -139,7 +138,7 @@ class HarmfulFineTuning(L.Callback):
         bar = tqdm(
             total=self.num_attack_steps, desc=shown, disable=not trainer.is_global_zero or trainer.progress_bar_callback is None
         )
-        with bar, borrowed(module, self._prepared(module, job.defended), self.copy_device):
+        with bar, borrowed(module, self._prepared(job), self.copy_device):
             loss = module.finetuning_loss if job.defended else module.sft_loss
             steps = train_steps(module, loss, batches, self.num_attack_steps, self.optimizer, module.forward_context)
             trained = 0.0
@@ -160,12 +159,12 @@ class HarmfulFineTuning(L.Callback):
                     self._record(job, step, scores, trained)
 
     @contextmanager
-    def _prepared(self, module: Defense, defended: bool) -> Iterator[None]:
-        torch.manual_seed(self.seed)  # adapters start alike in every run; ``borrowed`` brings the generators back
-        with trainable(module, module.model, self.lora):
-            if defended:
-                module.freeze_parameters()
-                module.begin_finetuning()
+    def _prepared(self, job: "_Job") -> Iterator[None]:
+        torch.manual_seed(job.seed)  # adapters start alike in every run; ``borrowed`` brings the generators back
+        with trainable(job.module, job.module.model, self.lora):
+            if job.defended:
+                job.module.freeze_parameters()
+                job.module.begin_finetuning()
             yield
 
     def _record(self, job: "_Job", step: int, scores: Scores, seconds: float) -> None:
@@ -179,7 +178,7 @@ class HarmfulFineTuning(L.Callback):
             poison_ratio=self.poison_ratio,
             optimizer=self.optimizer.name,
             learning_rate=self.optimizer.learning_rate,
-            seed=job.data.seed if self.seed is None else self.seed,
+            seed=job.seed,
             num_attack_steps=step,
             harmful_score=m["harmful_score"],
             attack_success_rate=m["attack_success_rate"],
@@ -208,6 +207,7 @@ class _Job:
     module: Defense
     data: SFTDataModule
     draw: Callable[[int], Batch]
+    seed: int
     epoch: int | None
     defended: bool = False
     twin: bool = False

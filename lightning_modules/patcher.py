@@ -52,6 +52,10 @@ class InnerAttacker:
         if self.poison_ratio != 1 and self.num_samples is None:
             raise ValueError(f"num_samples must be set where poison_ratio is not 1, got poison_ratio {self.poison_ratio}.")
 
+    def own_rows(self) -> list[Row]:
+        """Harmful rows of this attacker's own sources."""
+        return [row for source in self.harmful or [] for row in read_rows(source)]
+
 
 class PatcherModule(Defense):
     """Patcher (arXiv:2606.07970, sequential form), an alignment stage defense against full-parameter harmful fine-tuning.
@@ -118,7 +122,7 @@ class PatcherModule(Defense):
 
     def own_rows(self) -> list[Row]:
         """Harmful rows of the attackers' own."""
-        return [row for attacker in self.attackers for source in attacker.harmful or [] for row in read_rows(source)]
+        return [row for attacker in self.attackers for row in attacker.own_rows()]
 
     # ---- the inner attacker
 
@@ -128,9 +132,7 @@ class PatcherModule(Defense):
 
     def _draw(self, which: int, attacker: InnerAttacker) -> Callable[[int], Batch]:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        rows = data.rows["alignment_harmful"]
-        if attacker.harmful is not None:
-            rows = [row for source in attacker.harmful for row in read_rows(source)]
+        rows = data.rows["alignment_harmful"] if attacker.harmful is None else attacker.own_rows()
         if not rows:
             raise ValueError(
                 "data.alignment_harmful must name harmful rows for Patcher's inner attacker, got none. "
