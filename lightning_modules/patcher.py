@@ -76,6 +76,7 @@ class PatcherModule(Defense):
         num_sft_steps: defender steps of plain SFT before the first attack, >= 0; null is one round, as in the paper.
         attack_weight: share of the loss taken at the attacked weights (``alpha`` in the paper), in [0, 1]; 0 is plain SFT.
         attack_every: defender steps between attacks, >= 1; null shares a round out evenly among the attackers.
+        fresh_optimizer: begin a new optimizer with every attack, as the authors do: its moments are then not held meanwhile.
         random_scale: scale the attack vector by a factor drawn from [0, 1] at every step, so that the attacker's whole path is
             hardened and not its end alone.
         one_pass_per_row: send every row of a batch through one of the two passes instead of both, a share ``attack_weight`` of
@@ -85,7 +86,7 @@ class PatcherModule(Defense):
         settings: the rest of ``Defense``'s.
     """
 
-    # Departures from the authors' setting: (1) one optimizer for the whole of ``fit`` where they begin a new one every round;
+    # Departures from the authors' setting: (1) one optimizer for the whole of ``fit``, unless ``fresh_optimizer`` says otherwise;
     # (2) the defender's batch may hold benign rows; (3) the attacker's rows go on from attack to attack where they start over.
 
     def __init__(
@@ -97,6 +98,7 @@ class PatcherModule(Defense):
         num_sft_steps: int | None = None,
         attack_weight: float = 0.5,
         attack_every: int | None = None,
+        fresh_optimizer: bool = False,
         random_scale: bool = False,
         one_pass_per_row: bool = False,
         copy_device: str | None = None,
@@ -116,7 +118,8 @@ class PatcherModule(Defense):
         self.attackers, self.num_outer_steps, self.attack_weight = attackers, num_outer_steps, attack_weight
         self.num_sft_steps = num_outer_steps if num_sft_steps is None else num_sft_steps
         self.attack_every = attack_every or num_outer_steps // len(attackers)
-        self.random_scale, self.one_pass_per_row, self.copy_device = random_scale, one_pass_per_row, copy_device
+        self.fresh_optimizer, self.random_scale, self.one_pass_per_row = fresh_optimizer, random_scale, one_pass_per_row
+        self.copy_device = copy_device
         self.vector: Weights = {}
         self.num_attacks = 0
 
@@ -154,8 +157,11 @@ class PatcherModule(Defense):
         number = max(0, (step - self.num_sft_steps) // self.num_outer_steps + 1)
         self.progress = {"round": number, "phase": "harden" if number else "SFT"}
         if self.attack_weight and self._due(step) > self.num_attacks:
+            defender = self.optimizers().optimizer  # type: ignore[union-attr]
             self.vector = {}  # the last round's is not held beside the new one
-            with parked(self.optimizers().optimizer, self.copy_device):  # type: ignore[union-attr]
+            if self.fresh_optimizer:
+                defender.state.clear()
+            with parked(defender, self.copy_device):
                 self.vector = self.attack(self.num_attacks)
             self.num_attacks += 1
             norm = vector_norm(self.vector)

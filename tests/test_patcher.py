@@ -177,6 +177,21 @@ def test_attackers_take_turns_and_go_on_with_their_own_rows(checkpoint, tmp_path
     assert asked == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (0, 3), (0, 4), (0, 5), (1, 2), (1, 3), (2, 1)]
 
 
+def test_a_fresh_optimizer_has_no_moments_when_an_attack_begins(checkpoint, tmp_path):
+    held: list[int] = []
+
+    class Noted(PatcherModule):
+        def attack(self, number):
+            held.append(len(self.optimizers().optimizer.state))
+            return super().attack(number)
+
+    for fresh, expected in ((False, [0, 20, 20]), (True, [0, 0, 0])):
+        held.clear()
+        module = Noted(checkpoint, ATTACKER, None, 2, 0, fresh_optimizer=fresh, optimizer=ADAMW)
+        fitted(module, tmp_path, max_steps=6)
+        assert held == expected
+
+
 def test_an_attackers_own_rows_are_its_rows_and_checked_against_what_is_scored(checkpoint, tmp_path):
     own = InnerAttacker(1, ADAMW, 2, harmful=["sandbox:defender/harmful/venom"])
     module = patcher(checkpoint, attacker=own)
@@ -289,7 +304,7 @@ def test_the_gradient_is_clipped_over_both_passes(checkpoint, tmp_path):
 RESUMED = [
     {},
     {"attacker": LORA_ATTACKER, "lora": LoRA(rank=2, dropout=0.2)},
-    {"more_attackers": [LORA_ATTACKER], "random_scale": True, "one_pass_per_row": True},
+    {"more_attackers": [LORA_ATTACKER], "random_scale": True, "one_pass_per_row": True, "fresh_optimizer": True},
 ]
 
 
