@@ -16,35 +16,28 @@ from paired import seconds, spread
 from tqdm import tqdm
 
 from casehard import InnerAttacker, Optimizer, PatcherModule, SandboxJudge, SFTDataModule
-from datamodules.chat import collate
+from datamodules.chat import collate, encode_rows
 from datamodules.mixing import batch_indices
+from datamodules.rows import Row, read_rows
+from datamodules.sft import REFUSAL
 from lightning_modules import Defense
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
-
-
-def data_of(refusals: str, harmful: str, batch_size: int, max_length: int) -> SFTDataModule:
-    return SFTDataModule(
-        benign=[],
-        judge=SandboxJudge(),
-        refusals=[refusals],
-        alignment_harmful=[harmful],
-        train_on="alignment",
-        batch_size=batch_size,
-        max_length=max_length,
-    )
-
-
-def trainer_of(precision: str, **more: object) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(accelerator="cpu", precision=precision, limit_val_batches=0, max_epochs=-1, **quiet, **more)  # type: ignore
 
 
 # ---- ours
 
 
 def ours(
-    checkpoint: str, data: SFTDataModule, num_inner_steps: int, num_outer_steps: int, precision: str, rounds: int
+    checkpoint: str,
+    refusals: str,
+    harmful: str,
+    num_inner_steps: int,
+    num_outer_steps: int,
+    batch_size: int,
+    max_length: int,
+    precision: str,
+    rounds: int,
 ) -> list[float]:
     """Seconds of every round."""
     times: list[float] = []
@@ -57,9 +50,27 @@ def ours(
         def on_train_start(self, *_: object) -> None:
             times.append(time.perf_counter())
 
-    attacker = InnerAttacker(num_inner_steps, Optimizer(1e-4), data.batch_size)
-    module = PatcherModule(checkpoint, attacker, None, num_outer_steps, 0, optimizer=Optimizer(3e-4))
-    trainer_of(precision, max_steps=rounds * num_outer_steps, callbacks=[Clock()]).fit(module, datamodule=data)
+    data = SFTDataModule(
+        benign=[],
+        judge=SandboxJudge(),
+        refusals=[refusals],
+        alignment_harmful=[harmful],
+        train_on="alignment",
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+    attacker = InnerAttacker(num_inner_steps, Optimizer(1e-4), batch_size)
+    module = PatcherModule(checkpoint, attacker, None, num_outer_steps, 0, fresh_optimizer=True, optimizer=Optimizer(3e-4))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    L.Trainer(
+        accelerator="cpu",
+        precision=precision,  # type: ignore[arg-type]
+        limit_val_batches=0,
+        max_epochs=-1,
+        max_steps=rounds * num_outer_steps,
+        callbacks=[Clock()],
+        **quiet,
+    ).fit(module, datamodule=data)
     return [b - a for a, b in pairwise(times)]
 
 
@@ -73,12 +84,8 @@ def straightforward(
     module = Defense(str(start))
     module.configure_model()
     model = module.model.train()
-    data = data_of(rows, rows, batch_size, max_length)
-    trainer_of(precision)._data_connector.attach_data(module, datamodule=data)  # gives the data its tokenizer
-    module.trainer = data.trainer = trainer_of(precision)
-    module.trainer.strategy.connect(module)
-    data.setup("fit")
-    examples = data.encode(data.rows["alignment_harmful" if role == "attack" else "refusals"], role)
+    answered = [row if row.response else Row(row.messages, REFUSAL) for row in read_rows(rows, needs_response=False)]
+    examples, _ = encode_rows(answered, module.tokenizer, max_length)
     vector = {}
     if role == "defend":
         theirs = Defense(str(attacked))
@@ -144,9 +151,9 @@ def main(
         role: for the processes that this one starts: ours, attack or defend.
         folders: for those processes: where to start, the attacked weights, where to write.
     """
-    data = data_of(refusals, harmful, batch_size, max_length)
     if role == "ours":
-        times = ours(checkpoint, data, num_inner_steps, num_outer_steps, precision, 1 + rounds)[1:]
+        sizes = (num_inner_steps, num_outer_steps, batch_size, max_length)
+        times = ours(checkpoint, refusals, harmful, *sizes, precision, 1 + rounds)[1:]
         print("steps took", *times)
         print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
