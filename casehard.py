@@ -4,11 +4,14 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from jsonargparse import CLI
+import yaml
+from jsonargparse import CLI, ActionConfigFile
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -98,8 +101,35 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(partial, path)
 
 
+class ConfigFile(ActionConfigFile):
+    """A config file whose lists replace those before it. jsonargparse merges two of the same length entry by entry."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Forget what the file's lists replace, then apply it."""
+        text = Path(values).read_text(encoding="utf-8") if Path(values).is_file() else values
+        with suppress(yaml.YAMLError):  # which is then said below
+            for key in _lists(yaml.safe_load(text)):
+                if cfg.get(key) is not None:
+                    cfg[key] = None
+        super().__call__(parser, cfg, values, option_string)
+
+
+def _lists(config: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all lists in a config."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, list):
+            yield f"{prefix}{key}"
+        yield from _lists(value, f"{prefix}{key}.")
+
+
 class Cli(LightningCLI):
     """``fit``, ``validate`` and ``test`` of a defense on data, with everything a run leaves in a folder of its own."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's, with lists that replace."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="path to a configuration file (YAML), or its text")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(

@@ -170,6 +170,13 @@ def test_order_of_overlays_does_not_matter(call):
     assert all(resolved(call, order) == first for order in (files[::-1], files[1:] + files[:1], files[2:] + files[:2]))
 
 
+@pytest.mark.parametrize("attack", sorted(path.stem for path in (ROOT / "experiments/attack").glob("*.yaml")))
+def test_an_overlays_attacks_take_nothing_over_from_those_they_replace(call, attack):
+    """A list that replaces one of the same length is merged with it, entry by entry (jsonargparse)."""
+    ours = [resolved(call, [f"experiments/{d}.yaml", f"experiments/attack/{attack}.yaml"]) for d in ("sbr", "patcher")]
+    assert ours[0]["trainer"]["callbacks"] == ours[1]["trainer"]["callbacks"]
+
+
 def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
     attack = tmp_path / "attack.yaml"
     attack.write_text(ONE_ATTACK)
