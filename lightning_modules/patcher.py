@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from datamodules.mixing import counter_seed, mix, uniform
@@ -16,7 +18,8 @@ from lightning_modules.defense import Defense
 from lightning_modules.engine import DivergedError, train_steps
 from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer, parked
-from lightning_modules.weights import Weights, attack_vector, borrowed, shifted, vector_norm
+from lightning_modules.sharding import as_saved, saved_in, shard_of
+from lightning_modules.weights import Weights, attack_vector, borrowed, reshard, shifted, vector_norm
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ class PatcherModule(Defense):
             with parked(self.optimizers().optimizer, self.copy_device):  # type: ignore[union-attr]
                 self.vector = self.attack(self.num_attacks)
             self.num_attacks += 1
-            norm = vector_norm(self.vector)
+            norm = vector_norm(self, self.vector)
             self.log("train/attack_vector_norm", norm, batch_size=len(batch["input_ids"]))
 
     def attack(self, number: int) -> Weights:
@@ -183,8 +186,10 @@ class PatcherModule(Defense):
                 raise DivergedError(f"{shown}: {error}") from error
             if attacker.lora is None:
                 return {name: tensor.to(self.copy_device) for name, tensor in attack_vector(self, start).items()}
+            reshard(self)
             added = adapter_vector(self.model)
-        return {name: added[id(p)].to(self.copy_device) for name, p in self.named_parameters() if id(p) in added}
+        own = {name: p for name, p in self.named_parameters() if id(p) in added}
+        return {name: shard_of(added[id(p)], p).to(self.copy_device) for name, p in own.items()}
 
     @contextmanager
     def _prepared(self, number: int, attacker: InnerAttacker) -> Iterator[None]:
@@ -235,13 +240,24 @@ class PatcherModule(Defense):
     # ---- what a resume needs
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The number of attacks, and the attack vector unless the next step begins with another attack."""
+        """The number of attacks, and the attack vector unless the next step begins with another attack.
+
+        The vector goes the way of the weights: shard by shard into a sharded checkpoint, whole into a single file.
+        """
         over = self._due(self.trainer.global_step) > self.num_attacks
-        checkpoint["patcher"] = {"num_attacks": self.num_attacks, "vector": {} if over else self.vector}
+        vector = as_saved(self, {} if over else self.vector)
+        if any(isinstance(w, DTensor) for w in checkpoint["state_dict"].values()):
+            checkpoint["state_dict"] |= {f"attack_vector.{name}": v for name, v in vector.items()}
+            vector = {}
+        whole = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in vector.items()}
+        checkpoint["patcher"] = {"num_attacks": self.num_attacks, "vector": whole}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the vector of the interrupted round."""
-        self.num_attacks, self.vector = checkpoint["patcher"]["num_attacks"], checkpoint["patcher"]["vector"]
+        self.num_attacks, whole = checkpoint["patcher"]["num_attacks"], checkpoint["patcher"]["vector"]
+        own, path = dict(self.named_parameters()), Path(str(self.trainer.ckpt_path))
+        vector = saved_in(self, path, "attack_vector.") if path.is_dir() else {n: shard_of(w, own[n]) for n, w in whole.items()}
+        self.vector = {name: v.to(self.copy_device) for name, v in vector.items()}
 
 
 def shared_out(batch: Batch, attack_weight: float) -> tuple[Batch, Batch]:

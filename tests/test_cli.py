@@ -158,8 +158,9 @@ def resolved(call: Call, files: Iterable[str]) -> Any:
 
 @pytest.mark.parametrize("file", experiment_files())
 def test_every_experiment_file_is_dry_run(call, file):
-    overlay = Path(file).parent.name in ("scale", "data", "attack")
-    config = resolved(call, ["experiments/sbr.yaml", file] if overlay else [file])
+    overlay = Path(file).parent.name in ("scale", "data", "attack", "cluster")
+    defense = "patcher" if "patcher" in file else "sbr"
+    config = resolved(call, [f"experiments/{defense}.yaml", file] if overlay else [file])
     assert config["model"]["class_path"].endswith(("SBRModule", "PatcherModule", "Defense"))
 
 
@@ -174,7 +175,11 @@ def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
     attack = tmp_path / "attack.yaml"
     attack.write_text(ONE_ATTACK)
     found = []
-    for name, extra in (("one", []), ("two", ["--trainer.devices", "2", "--trainer.strategy", "ddp"])):
+    two = {
+        "ddp": ["--trainer.devices", "2", "--trainer.strategy", "ddp"],
+        "fsdp2": ["--config", "experiments/cluster/fsdp2.yaml"],
+    }
+    for name, extra in ({"one": []} | two).items():
         shared = [
             "--config",
             "experiments/sbr.yaml",
@@ -187,12 +192,13 @@ def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
         ]
         run("test", *shared, "--data.num_evaluated", "7", *TINY[:2], *TINY[6:8], "--data.max_new_tokens", "40", *extra)
         found.append(list(csv.DictReader((tmp_path / name / "version_0" / "attacks.csv").open())))
-    one, two = found
-    assert len(one) == len(two) == 4
-    assert [(r["defense"], r["num_attack_steps"]) for r in one] == [(r["defense"], r["num_attack_steps"]) for r in two]
-    for name in ("harmful_score", "num_scored", "finetune_accuracy", "refusal_rate_benign"):
-        assert one[0][name] == two[0][name]  # the same weights: nothing was trained yet
-        assert one[2][name] == two[2][name]
+    one = found[0]
+    for other in found[1:]:
+        assert len(one) == len(other) == 4
+        assert [(r["defense"], r["num_attack_steps"]) for r in one] == [(r["defense"], r["num_attack_steps"]) for r in other]
+        for name in ("harmful_score", "num_scored", "finetune_accuracy", "refusal_rate_benign"):
+            assert one[0][name] == other[0][name]  # the same weights: nothing was trained yet
+            assert one[2][name] == other[2][name]
 
 
 def test_sandbox_command_prints_rows_of_every_split(call):
