@@ -44,6 +44,7 @@ class Defense(L.LightningModule):
     """
 
     model: PreTrainedModel
+    num_roles = 1  # parts that the ranks play, each of which has the model
 
     def __init__(
         self,
@@ -89,14 +90,14 @@ class Defense(L.LightningModule):
         """The ranks over which the weights are sharded, and the rows shared out.
 
         Raises:
-            ValueError: tensor parallelism, which nothing here does.
+            ValueError: a mesh of another number of roles, such as for tensor parallelism, which nothing here does.
         """
         mesh = self.device_mesh
         assert mesh is not None
-        if (size := mesh["tensor_parallel"].size()) != 1:
+        if (size := mesh["tensor_parallel"].size()) != self.num_roles:
             raise ValueError(
-                f"tensor_parallel_size must be 1, got {size}: weights are sharded over the data-parallel ranks (FSDP2). "
-                "Set data_parallel_size to the number of processes."
+                f"tensor_parallel_size must be {self.num_roles}, the number of roles, got {size}: weights are sharded over the "
+                "data-parallel ranks (FSDP2). Set data_parallel_size to the number of processes in each role."
             )
         group, kind = mesh["data_parallel"].get_group(), mesh.device_type
         return DeviceMesh.from_group(group, kind, mesh_dim_names=("fsdp",))  # by this name peft knows that modules run whole
@@ -184,6 +185,9 @@ class Defense(L.LightningModule):
     def own_rows(self) -> list[Row]:
         """Rows that the defense brings itself, to be told apart from those that it is scored on. None unless overridden."""
         return []
+
+    def synchronize(self) -> None:
+        """Make every rank hold the model as it is now, before somebody looks at it. Nothing unless ranks play different roles."""
 
     @property
     def stage(self) -> Stage:

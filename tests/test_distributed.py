@@ -60,12 +60,14 @@ class Untouched(L.Callback):
 def trainer(folder: Path, strategy: str, rank: int = 0, **settings: Any) -> L.Trainer:
     """In a single process, or in one of two that were started already."""
     os.environ["LOCAL_RANK"] = str(rank)
-    two: dict[str, dict[str, Any]] = {
+    shapes: dict[str, dict[str, Any]] = {
         "one": {},
         "ddp": {"devices": 2, "strategy": "ddp"},
         "fsdp2": {"devices": 2, "strategy": ModelParallelStrategy(2, 1)},
+        "roles": {"devices": 2, "strategy": ModelParallelStrategy(1, 2)},
+        "four roles": {"devices": 4, "strategy": ModelParallelStrategy(2, 2)},
     }
-    return toy_trainer(folder, **(two[strategy] | settings))
+    return toy_trainer(folder, **(shapes[strategy] | settings))
 
 
 def defended(case: str, checkpoint: str) -> Defense:
@@ -214,6 +216,72 @@ def test_a_run_one_rank_of_which_was_killed_in_an_inner_attack_ends_as_the_unint
     uninterrupted, resumed = weights(runs / "fsdp2/patcher_rounds"), weights(tmp_path)
     assert list(resumed) == list(uninterrupted)
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+
+
+# ---- Patcher's parallel form
+
+FORMS = {
+    "full": {"attacker": ATTACKER},
+    "lora": {"attacker": LORA_ATTACKER, "more_attackers": [ATTACKER], "random_scale": True},
+    "all lora": {"attacker": LORA_ATTACKER, "lora": LoRA(rank=2, dropout=0.2)},
+}
+
+
+class AttacksOf(L.Callback):
+    """Which attacks this process has run."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.attack = Mock(wraps=pl_module.attack)
+
+
+def hardened(rank: int, strategy: str, checkpoint: str, folder: Path, forms: Iterable[str] = FORMS) -> None:
+    """Seven steps at vector age 1, an attack, and from step 4 on once more."""
+    parallel = "roles" in strategy
+    for form in forms:
+
+        def module(form: str = form) -> PatcherModule:
+            L.seed_everything(0)
+            return PatcherModule(checkpoint, **FORMS[form], **ROUNDS, vector_age=1, parallel=parallel, optimizer=Optimizer(1e-2))
+
+        here, whole, resumed = folder / strategy / form, module(), module()
+        attack = FullParameterAttack("open_weight", num_samples=16, num_attack_steps=3, batch_size=4, optimizer=Optimizer(1e-2))
+        saver = ModelCheckpoint(here / "saved", "{step}", every_n_train_steps=2, save_top_k=-1)
+        callbacks = [Results(str(here)), Untouched(), attack, Untouched(), AttacksOf(), saver]
+        fit = trainer(folder, strategy, rank, max_steps=7, callbacks=callbacks, enable_checkpointing=True)
+        fit.fit(whole, datamodule=data())
+        assert same_bits(callbacks[1].seen[0], callbacks[3].seen[0])
+        assert whole.attack.call_count == (0 if parallel and rank % 2 == 0 else whole.num_attacks)
+        trainer(folder, strategy, rank, max_steps=7).fit(resumed, datamodule=data(), ckpt_path=here / "saved/step=4.ckpt")
+        assert same_bits(*(bits_of_shards(m) for m in (whole, resumed)))
+
+
+def same_outcome(one: Path, other: Path) -> bool:
+    """The same models, bit for bit, and the same rows and answers."""
+    ours, theirs = weights(one), weights(other)
+    assert list(ours) == list(theirs)
+    return (
+        all(torch.equal(ours[n], theirs[n]) for n in ours)
+        and list(rows(one)) == list(rows(other))
+        and answers(one) == answers(other)
+    )
+
+
+def test_a_defender_beside_an_attacker_is_the_sequential_form_with_vectors_of_the_same_age(checkpoint, tmp_path):
+    hardened(0, "one", checkpoint, tmp_path)
+    (tmp_path / "roles").mkdir()
+    on_ranks(hardened, tmp_path / "roles", "roles", checkpoint, tmp_path)
+    assert all(same_outcome(tmp_path / "one" / form, tmp_path / "roles" / form) for form in FORMS)
+
+
+@pytest.mark.slow
+def test_two_defenders_beside_two_attackers_are_two_processes_of_the_sequential_form(checkpoint, tmp_path):
+    for strategy, world_size in (("fsdp2", 2), ("four roles", 4)):
+        (tmp_path / strategy).mkdir()
+        on_ranks(hardened, tmp_path / strategy, strategy, checkpoint, tmp_path, world_size=world_size)
+    assert all(same_outcome(tmp_path / "fsdp2" / form, tmp_path / "four roles" / form) for form in FORMS)
+
+
+# ---- at length
 
 
 def twenty_steps(rank: int, strategy: str, checkpoint: str, folder: Path) -> None:
