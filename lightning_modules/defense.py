@@ -39,6 +39,10 @@ class Defense(L.LightningModule):
         optimizer: of ``fit``.
         lora: train adapters of this shape; null trains every parameter.
         random_weights: take only the sizes from ``checkpoint`` and start from random weights.
+        sizes: other values for some sizes in ``config.json``, such as ``{num_hidden_layers: 2}``; only where weights are random.
+        tokenizer: folder or hub id, where ``checkpoint`` has none; null takes the checkpoint's.
+        activation_checkpointing: compute a layer's activations again in the backward pass instead of keeping them: less memory,
+            a third more time.
         weights_dtype: of the model's weights in memory, float32 or bfloat16.
         export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
     """
@@ -52,14 +56,22 @@ class Defense(L.LightningModule):
         optimizer: Optimizer = Optimizer(),  # noqa: B008  frozen
         lora: LoRA | None = None,
         random_weights: bool = False,
+        sizes: dict[str, int] | None = None,
+        tokenizer: str | None = None,
+        activation_checkpointing: bool = False,
         weights_dtype: Literal["float32", "bfloat16"] = "float32",
         export_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ) -> None:
+        if sizes and not random_weights:
+            raise ValueError(
+                f"sizes must be left out unless random_weights is set, got {sizes}: weights that are read have theirs."
+            )
         super().__init__()
+        self.sizes, self.activation_checkpointing = sizes, activation_checkpointing
         self.checkpoint, self.optimizer, self.lora, self.random_weights = checkpoint, optimizer, lora, random_weights
         self.weights_dtype = getattr(torch, weights_dtype)
         self.export_dtype = None if export_dtype is None else getattr(torch, export_dtype)
-        self.tokenizer = load_tokenizer(checkpoint)
+        self.tokenizer = load_tokenizer(tokenizer or checkpoint)
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
         self.progress: dict[str, int | str] = {}  # what the progress bar shows beside the losses
 
@@ -81,7 +93,9 @@ class Defense(L.LightningModule):
             self.freeze_parameters()
 
     def _whole(self) -> PreTrainedModel:
-        model = load_model(self.checkpoint, self.weights_dtype, self.random_weights).train()
+        model = load_model(self.checkpoint, self.weights_dtype, self.random_weights, self.sizes).train()
+        if self.activation_checkpointing:
+            model.gradient_checkpointing_enable()
         if self.lora is not None:
             add_adapter(model, self.lora, "defense")
         return model
@@ -126,7 +140,7 @@ class Defense(L.LightningModule):
             return
         with borrowed(self):
             if self.lora is None:
-                aligned = self._read(self.checkpoint, self.random_weights)
+                aligned = self._read(self.checkpoint, self.random_weights, self.sizes)
                 distribute(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
             else:  # an adapter whose second factor is zero adds nothing
                 trained = {n: local(p) for n, p in self.named_parameters() if p.requires_grad}
@@ -154,12 +168,12 @@ class Defense(L.LightningModule):
             # an adapter whose factors are both zero adds nothing, and no training moves it
             yield
 
-    def _read(self, checkpoint: str, random_weights: bool = False) -> dict[str, Tensor]:
+    def _read(self, checkpoint: str, *random: Any) -> dict[str, Tensor]:
         """Weights of a checkpoint; where the model is sharded, on the first rank alone, and on meta elsewhere."""
         if self.device_mesh is None:
-            return load_model(checkpoint, self.weights_dtype, random_weights).state_dict()
+            return load_model(checkpoint, self.weights_dtype, *random).state_dict()
         mesh = self._mesh()
-        whole = load_model(checkpoint, self.weights_dtype, random_weights) if mesh.get_local_rank() == 0 else None
+        whole = load_model(checkpoint, self.weights_dtype, *random) if mesh.get_local_rank() == 0 else None
         plain = from_first(None if whole is None else on_meta(whole), mesh)
         return (plain if whole is None else whole).state_dict()
 
