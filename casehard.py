@@ -90,7 +90,10 @@ class ProgressBar(TQDMProgressBar):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, whole or not there: a kill in the middle of writing leaves the one before."""
+    """Lightning's checkpoints, whole or not there: a kill in the middle of writing leaves the one before.
+
+    Sharded ones are folders, which no rename makes whole: there ``last.ckpt`` links to the newest that was finished.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write beside ``path``, reach the disk, then move in one step."""
@@ -168,7 +171,7 @@ class Cli(LightningCLI):
         ]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
             steps = config.run.checkpoint_steps
-            extra.append(ModelCheckpoint(self.folder / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=steps))
+            extra.append(ModelCheckpoint(self.folder / "checkpoints", save_last="link", save_top_k=1, every_n_train_steps=steps))
         if config.trainer.enable_progress_bar is not False:
             extra.append(ProgressBar())
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}

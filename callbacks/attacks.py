@@ -112,6 +112,7 @@ class HarmfulFineTuning(L.Callback):
     def run(self, trainer: L.Trainer, module: L.LightningModule, epoch: int | None = None) -> None:
         """The attack, undefended and defended where both have a meaning, recorded in ``Results``."""
         module, data = defense_and_data(trainer, module)
+        module.synchronize()
         seed = data.seed if self.seed is None else self.seed
         service = self.threat_model == "finetuning_service"
         acts = service and module.stage == "finetuning"  # elsewhere a service trains by plain SFT, as everybody does

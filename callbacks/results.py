@@ -134,8 +134,10 @@ class Results(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export before any attack runs, so that no attack can cost the model."""
-        if self.export and trainer.is_global_zero and not trainer.interrupted and isinstance(pl_module, Defense):
-            save_model(pl_module.exported(), pl_module.tokenizer, self.folder / "model", pl_module.export_dtype)
+        if self.export and not trainer.interrupted and isinstance(pl_module, Defense):
+            model = pl_module.exported()
+            if model is not None and trainer.is_global_zero:
+                save_model(model, pl_module.tokenizer, self.folder / "model", pl_module.export_dtype)
 
     def jobs(self) -> dict[tuple[str, ...], list[ResultRow]]:
         """The rows of every attack on every model, in the order in which they came."""

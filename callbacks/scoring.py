@@ -55,7 +55,7 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
     def answer(rows: list[Row], kind: str) -> tuple[list[Row], list[str]]:
         share = rows[rank::world_size]
         prompts = [prompt_ids(row, module.tokenizer) for row in share]
-        answers = module.generate(prompts, evaluation.max_new_tokens, evaluation.batch_size) if share else []
+        answers = module.generate(prompts, evaluation.max_new_tokens, evaluation.batch_size)
         for i, (row, text) in enumerate(zip(share, answers, strict=True)):
             generations.append({"kind": kind, "number": rank + i * world_size, "prompt": row.prompt, "response": text})
         return share, answers

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from torch import Tensor
 
@@ -49,6 +50,12 @@ class Batches:
         num_labels = sum(label != IGNORED for row in rows for label in row["labels"])
         batch = collate(rows[self.rank :: self.world_size], self.pad_token_id, self.padding_side)
         return batch | {"num_labels": torch.tensor(num_labels / self.world_size)}
+
+
+def share_of(trainer: L.Trainer) -> tuple[int, int]:
+    """Which share of every batch this process has, and how many shares there are, as Lightning's strategy says."""
+    shares = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+    return shares["rank"], shares["num_replicas"]
 
 
 class StepLoader:

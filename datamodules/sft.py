@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.batches import Batches, Example, StepLoader
+from datamodules.batches import Batches, Example, StepLoader, share_of
 from datamodules.chat import collate, encode_rows, require_chat_template
 from datamodules.mixing import mix, overlap
 from datamodules.rows import Row, read_rows
@@ -183,8 +183,8 @@ class SFTDataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         examples = self.encode(rows, stream)
-        rank, world_size = trainer.global_rank, trainer.world_size
-        return Batches(examples, batch_size, seed, stream, self.tokenizer.pad_token_id, self.padding_side, rank, world_size)
+        pad = self.tokenizer.pad_token_id
+        return Batches(examples, batch_size, seed, stream, pad, self.padding_side, *share_of(trainer))
 
     def train_dataloader(self) -> StepLoader:
         """The rows of ``train_on``, by the counter-based rule."""

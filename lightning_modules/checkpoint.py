@@ -4,13 +4,21 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
 
@@ -39,20 +47,39 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(checkpoint: str, dtype: torch.dtype = torch.float32, random_weights: bool = False) -> PreTrainedModel:
+def _resized(source: str, sizes: Mapping[str, int], **gguf: Any) -> PreTrainedConfig:
+    """The sizes of a checkpoint, some of them replaced."""
+    settings, _ = PreTrainedConfig.get_config_dict(source, **gguf)
+    if unknown := sorted(set(sizes) - set(settings)):
+        raise ValueError(
+            f"sizes must name numbers of the checkpoint's config.json, and it has no {', '.join(map(repr, unknown))}. "
+            f"It has {', '.join(name for name, value in settings.items() if type(value) is int)}."
+        )
+    return AutoConfig.for_model(**(settings | dict(sizes)))
+
+
+def load_model(
+    checkpoint: str,
+    dtype: torch.dtype = torch.float32,
+    random_weights: bool = False,
+    sizes: Mapping[str, int] | None = None,
+) -> PreTrainedModel:
     """The causal language model of ``checkpoint``, in ``dtype``.
 
     Args:
         checkpoint: hub id, folder or GGUF file.
         dtype: of every weight.
         random_weights: read only the sizes (``config.json``) and draw fresh weights from torch's global generator.
+        sizes: other values for some of those sizes, where the weights are random.
 
     Raises:
+        ValueError: a size that ``config.json`` does not have.
         FileNotFoundError: no such folder or file, or a folder without weights.
     """
     source, gguf = _source(checkpoint)
     if random_weights:
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **gguf), dtype=dtype)
+        config = _resized(source, sizes, **gguf) if sizes else AutoConfig.from_pretrained(source, **gguf)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
     folder = Path(source)
     if not gguf and folder.is_dir() and not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
         raise FileNotFoundError(

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
+from datamodules.batches import share_of
 from datamodules.mixing import counter_seed
 from datamodules.rows import Row
 from lightning_modules.adapters import LoRA, add_adapter, merged, trainable
@@ -19,7 +22,8 @@ from lightning_modules.checkpoint import load_model, load_tokenizer
 from lightning_modules.forward import Batch, label_positions, states_and_logits
 from lightning_modules.generation import generate
 from lightning_modules.optimizer import Optimizer
-from lightning_modules.weights import borrowed, restore
+from lightning_modules.sharding import distribute, from_first, gathered, on_meta, sharded
+from lightning_modules.weights import borrowed, group_of, local, restore
 
 Stage = Literal["none", "alignment", "finetuning", "post_finetuning"]
 
@@ -35,11 +39,16 @@ class Defense(L.LightningModule):
         optimizer: of ``fit``.
         lora: train adapters of this shape; null trains every parameter.
         random_weights: take only the sizes from ``checkpoint`` and start from random weights.
+        sizes: other values for some sizes in ``config.json``, such as ``{num_hidden_layers: 2}``; only where weights are random.
+        tokenizer: folder or hub id, where ``checkpoint`` has none; null takes the checkpoint's.
+        activation_checkpointing: compute a layer's activations again in the backward pass instead of keeping them: less memory,
+            a third more time.
         weights_dtype: of the model's weights in memory, float32 or bfloat16.
         export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
     """
 
     model: PreTrainedModel
+    num_roles = 1  # parts that the ranks play, each of which has the model
 
     def __init__(
         self,
@@ -47,14 +56,22 @@ class Defense(L.LightningModule):
         optimizer: Optimizer = Optimizer(),  # noqa: B008  frozen
         lora: LoRA | None = None,
         random_weights: bool = False,
+        sizes: dict[str, int] | None = None,
+        tokenizer: str | None = None,
+        activation_checkpointing: bool = False,
         weights_dtype: Literal["float32", "bfloat16"] = "float32",
         export_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ) -> None:
+        if sizes and not random_weights:
+            raise ValueError(
+                f"sizes must be left out unless random_weights is set, got {sizes}: weights that are read have theirs."
+            )
         super().__init__()
+        self.sizes, self.activation_checkpointing = sizes, activation_checkpointing
         self.checkpoint, self.optimizer, self.lora, self.random_weights = checkpoint, optimizer, lora, random_weights
         self.weights_dtype = getattr(torch, weights_dtype)
         self.export_dtype = None if export_dtype is None else getattr(torch, export_dtype)
-        self.tokenizer = load_tokenizer(checkpoint)
+        self.tokenizer = load_tokenizer(tokenizer or checkpoint)
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
         self.progress: dict[str, int | str] = {}  # what the progress bar shows beside the losses
 
@@ -64,16 +81,53 @@ class Defense(L.LightningModule):
         """Load the weights, once; Lightning calls this when the strategy is ready for them."""
         if hasattr(self, "model"):
             return
-        self.model = load_model(self.checkpoint, self.weights_dtype, self.random_weights)
-        self.register_module("model", self.model.train())
-        if self.lora is not None:
-            add_adapter(self.model, self.lora, "defense")
+        if self.device_mesh is None:
+            self.register_module("model", self._whole())
+        else:
+            mesh = self._mesh()
+            whole = self._whole() if mesh.get_local_rank() == 0 else None
+            model, plain = sharded(whole, mesh, self.trainer.strategy.root_device, self._policy())
+            self.register_module("model", model)
+            self.plain = [plain]  # in a list, or it would be a part of this module
         if self.stage == "finetuning":
             self.freeze_parameters()
 
-    def exported(self) -> PreTrainedModel:
-        """The model to ship: adapters merged, on a copy if there are any."""
-        return merged(self.model)
+    def _whole(self) -> PreTrainedModel:
+        model = load_model(self.checkpoint, self.weights_dtype, self.random_weights, self.sizes).train()
+        if self.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+        if self.lora is not None:
+            add_adapter(model, self.lora, "defense")
+        return model
+
+    def _mesh(self) -> DeviceMesh:
+        """The ranks over which the weights are sharded, and the rows shared out.
+
+        Raises:
+            ValueError: a mesh of another number of roles, such as for tensor parallelism, which nothing here does.
+        """
+        mesh = self.device_mesh
+        assert mesh is not None
+        if (size := mesh["tensor_parallel"].size()) != self.num_roles:
+            raise ValueError(
+                f"tensor_parallel_size must be {self.num_roles}, the number of roles, got {size}: weights are sharded over the "
+                "data-parallel ranks (FSDP2). Set data_parallel_size to the number of processes in each role."
+            )
+        group, kind = mesh["data_parallel"].get_group(), mesh.device_type
+        return DeviceMesh.from_group(group, kind, mesh_dim_names=("fsdp",))  # by this name peft knows that modules run whole
+
+    def _policy(self) -> MixedPrecisionPolicy:
+        """Under bf16-mixed, float32 shards that are put together in bfloat16; their gradients are averaged in float32."""
+        mixed = self.trainer.precision == "bf16-mixed"
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
+
+    def exported(self) -> PreTrainedModel | None:
+        """The model to ship: adapters merged, on a copy if there are any.
+
+        Where it is sharded every rank must call this; it is put together on the CPU of rank 0, and the others get None.
+        """
+        model = self.model if self.device_mesh is None else gathered(self.model, *self.plain)
+        return None if model is None else merged(model)
 
     @contextmanager
     def as_aligned(self) -> Iterator[None]:
@@ -86,10 +140,11 @@ class Defense(L.LightningModule):
             return
         with borrowed(self):
             if self.lora is None:
-                aligned = load_model(self.checkpoint, self.weights_dtype, self.random_weights).state_dict()
-                restore(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
+                aligned = self._read(self.checkpoint, self.random_weights, self.sizes)
+                distribute(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
             else:  # an adapter whose second factor is zero adds nothing
-                restore(self, {n: torch.zeros_like(p) for n, p in self.named_parameters() if p.requires_grad and "lora_B" in n})
+                trained = {n: local(p) for n, p in self.named_parameters() if p.requires_grad}
+                restore(self, {name: torch.zeros_like(p) for name, p in trained.items() if "lora_B" in name})
             yield
 
     @contextmanager
@@ -100,7 +155,7 @@ class Defense(L.LightningModule):
             ValueError: ``checkpoint`` is of another architecture.
         """
         with borrowed(self, trainable(self, self.model, None)):
-            theirs = load_model(checkpoint, self.weights_dtype).state_dict()
+            theirs = self._read(checkpoint)
             own = dict(self.model.named_parameters())
             plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
             if unlike := [name for name, key in plain.items() if key not in theirs or theirs[key].shape != own[name].shape]:
@@ -108,9 +163,19 @@ class Defense(L.LightningModule):
                     f"undefended_checkpoint must be of the defended model's architecture, and {checkpoint!r} has no {unlike[0]} "
                     f"of shape {list(own[unlike[0]].shape)}. Name the model that the defense started from, or leave it out."
                 )
-            restore(self.model, {n: theirs[plain[n]] if n in plain else torch.zeros_like(p) for n, p in own.items()})
+            distribute(self.model, {name: theirs[key] for name, key in plain.items()})
+            restore(self.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if name not in plain})
             # an adapter whose factors are both zero adds nothing, and no training moves it
             yield
+
+    def _read(self, checkpoint: str, *random: Any) -> dict[str, Tensor]:
+        """Weights of a checkpoint; where the model is sharded, on the first rank alone, and on meta elsewhere."""
+        if self.device_mesh is None:
+            return load_model(checkpoint, self.weights_dtype, *random).state_dict()
+        mesh = self._mesh()
+        whole = load_model(checkpoint, self.weights_dtype, *random) if mesh.get_local_rank() == 0 else None
+        plain = from_first(None if whole is None else on_meta(whole), mesh)
+        return (plain if whole is None else whole).state_dict()
 
     # ---- what a defense overrides
 
@@ -134,6 +199,9 @@ class Defense(L.LightningModule):
     def own_rows(self) -> list[Row]:
         """Rows that the defense brings itself, to be told apart from those that it is scored on. None unless overridden."""
         return []
+
+    def synchronize(self) -> None:
+        """Make every rank hold the model as it is now, before somebody looks at it. Nothing unless ranks play different roles."""
 
     @property
     def stage(self) -> Stage:
@@ -176,16 +244,15 @@ class Defense(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout, too, needs the batch's number and nothing else: a resumed run ends as the uninterrupted one."""
         seed = getattr(self.trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
-        torch.manual_seed(counter_seed(seed, f"rank {self.global_rank}", self.trainer.fit_loop.total_batch_idx))
+        rank, _ = share_of(self.trainer)
+        torch.manual_seed(counter_seed(seed, f"rank {rank}", self.trainer.fit_loop.total_batch_idx))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step under the loss of the defense's stage."""
         name = "finetuning_loss" if self.stage == "finetuning" else "alignment_loss"
         loss: Tensor = getattr(self, name)(batch)
-        self.log(f"train/{name}", loss, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
-        self.log_dict(
-            {f"train/{k}": v for k, v in self.terms.items()}, prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"])
-        )
+        shown = {f"train/{name}": loss, **{f"train/{k}": v for k, v in self.terms.items()}}
+        self.log_dict(shown, prog_bar=True, sync_dist=True, sync_dist_group=group_of(self), batch_size=len(batch["input_ids"]))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

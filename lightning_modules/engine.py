@@ -12,22 +12,29 @@ from torch.distributed.tensor import DTensor
 
 from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer
-from lightning_modules.weights import reshard
+from lightning_modules.weights import group_of, reshard
 
 
 class DivergedError(RuntimeError):
     """The loss of a training run is no longer a finite number."""
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Mean of the gradients over all ranks, in one call; those of FSDP2's shards are means already."""
+def mean_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Mean of a tensor over the ranks of ``group``, of all where it is None; the tensor itself where there is one rank."""
+    if not (dist.is_available() and dist.is_initialized()) or (size := dist.get_world_size(group)) == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value, group=group)
+    return value / size
+
+
+def average_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
+    """Mean of the gradients over the ranks of ``group``, in one call; those of FSDP2's shards are means already."""
     parameters = [p for p in parameters if not isinstance(p, DTensor)]
-    if not parameters or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not parameters or not (dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1):
         return
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    flat = mean_over_ranks(torch.cat([g.flatten() for g in gradients]), group)
     for p, g, mean in zip(parameters, gradients, flat.split([g.numel() for g in gradients]), strict=True):
         p.grad = mean.view_as(g)
 
@@ -62,16 +69,14 @@ def train_steps(
     if not parameters:
         raise ValueError("nothing to train: no parameter of the model requires a gradient.")
     opt, schedule = optimizer.build(parameters, num_steps)
+    group = group_of(module)
     for step in range(num_steps):
         module.train()
         with forward_context():
             value = loss(batches(step))
         value.backward()
-        average_gradients(parameters)
-        mean = value.detach().clone()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
+        average_gradients(parameters, group)
+        mean = mean_over_ranks(value.detach(), group)
         if not math.isfinite(mean.item()):
             raise DivergedError(
                 f"the loss must be finite, and it was {mean.item()} at step {step + 1} of {num_steps}. "

@@ -11,7 +11,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lightning_modules.forward import Batch, additive, foldable, prefill
-from lightning_modules.weights import same_modes_after
+from lightning_modules.sharding import most
+from lightning_modules.weights import group_of, same_modes_after
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -31,6 +32,8 @@ def generate(
 ) -> list[str]:
     """Greedy answers, batched by length; the text does not depend on the batch size.
 
+    Where the model is sharded every rank must call this, with prompts or without: it makes as many passes as the busiest one.
+
     Args:
         model: put into eval mode for the call, and back; its own generation config (penalties, beams) does not act.
         tokenizer: gives padding and end tokens, and turns ids back into text.
@@ -45,13 +48,13 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     with _evaluating(model):
-        for start in range(0, len(order), batch_size):
+        for start in range(0, most(model, len(order)), batch_size):
             chunk = order[start : start + batch_size]
-            batch = _left_padded([prompts[i] for i in chunk], pad, model.device)
-            by_steps = _goes_by_steps(model, batch["input_ids"].shape[1] + max_new_tokens)
+            batch = _left_padded([prompts[i] for i in chunk] or [[pad]], pad, model.device)  # a row to keep step with
+            by_steps = _goes_by_steps(model, most(model, batch["input_ids"].shape[1]) + max_new_tokens)
             out = (_step_by_step if by_steps else _by_transformers)(model, batch, max_new_tokens, ends, pad)
             texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-            for i, text in zip(chunk, texts, strict=True):
+            for i, text in zip(chunk, texts, strict=False):
                 answers[i] = text
     return answers
 
@@ -82,7 +85,10 @@ def _goes_by_steps(model: PreTrainedModel, length: int) -> bool:
 
 
 def _step_by_step(model: PreTrainedModel, batch: Batch, max_new_tokens: int, ends: list[int], pad: int) -> Tensor:
-    """The likeliest tokens, ``[batch, max_new_tokens]``, padded after an end. Rows that have ended leave the batch."""
+    """The likeliest tokens, ``[batch, max_new_tokens]``, padded after an end. Rows that have ended leave the batch.
+
+    One that has only such rows goes on while another rank needs it to.
+    """
     mask = batch["attention_mask"]
     answers = mask.new_full((len(mask), max_new_tokens), pad)
     rows, positions = torch.arange(len(mask), device=mask.device), mask.sum(dim=1, keepdim=True)
@@ -94,9 +100,9 @@ def _step_by_step(model: PreTrainedModel, batch: Batch, max_new_tokens: int, end
         answers[rows, step] = new.masked_fill(ended, pad)
         ended |= torch.isin(new, last)
         left = (~ended).nonzero()[:, 0]
-        if step + 1 == max_new_tokens or not len(left):
+        if step + 1 == max_new_tokens or not most(model, len(left)):
             break
-        if len(left) < 0.75 * len(rows):  # not for every row: each time the whole cache is copied
+        if 0 < len(left) < 0.75 * len(rows):  # not for every row: each time the whole cache is copied
             cache.batch_select_indices(left)
             rows, positions, sight, ended, new = (x[left] for x in (rows, positions, sight, ended, new))
         seen = {"attention_mask": sight[..., : mask.shape[1] + step + 1], "past_key_values": cache, "use_cache": True}
@@ -107,5 +113,5 @@ def _step_by_step(model: PreTrainedModel, batch: Batch, max_new_tokens: int, end
 def _by_transformers(model: PreTrainedModel, batch: Batch, max_new_tokens: int, ends: list[int], pad: int) -> Tensor:
     """The same for any architecture, slower."""
     config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True)
-    out = model.generate(**batch, generation_config=config)  # type: ignore[operator]
+    out = model.generate(**batch, generation_config=config, synced_gpus=group_of(model) is not None)  # type: ignore[operator]
     return out[:, batch["input_ids"].shape[1] :]

@@ -3,10 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from datamodules.mixing import counter_seed, mix, uniform
@@ -16,7 +20,8 @@ from lightning_modules.defense import Defense
 from lightning_modules.engine import DivergedError, train_steps
 from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer, parked
-from lightning_modules.weights import Weights, attack_vector, borrowed, shifted, vector_norm
+from lightning_modules.sharding import as_saved, saved_in, shard_of
+from lightning_modules.weights import Weights, attack_vector, borrowed, local, reshard, shifted, vector_norm
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,20 @@ class InnerAttacker:
         return [row for source in self.harmful or [] for row in read_rows(source)]
 
 
+DEFENDERS, ATTACKERS = 0, 1  # columns of the mesh in the parallel form
+
+
 class PatcherModule(Defense):
-    """Patcher (arXiv:2606.07970, sequential form), an alignment stage defense against full-parameter harmful fine-tuning.
+    """Patcher (arXiv:2606.07970), an alignment stage defense against full-parameter harmful fine-tuning.
 
     Every round an inner attacker fine-tunes the weights of the moment on harmful rows; what it adds to them is the *attack
     vector* ``v``, a constant for the round. The defender then minimises, for ``num_outer_steps`` steps,
     ``attack_weight * sft_loss(weights + v) + (1 - attack_weight) * sft_loss(weights)`` on its refusals (and benign rows, where
     the data has some).
+
+    In the parallel form half of the processes defend while the others attack, each half with the weights sharded over its
+    processes (FSDP2). Where the next attack is due, attackers hand over their vector and get the weights of the moment, so that
+    a vector is one interval old when it comes into use. The sequential form with ``vector_age`` 1 is the same algorithm.
 
     Memory beyond plain SFT: the attack vector (one copy of what the attacker trains), one more copy during a shifted pass, and
     during an attack the attacker's gradients and moments; ``copy_device: cpu`` keeps what is idle off the accelerator.
@@ -81,13 +93,17 @@ class PatcherModule(Defense):
             hardened and not its end alone.
         one_pass_per_row: send every row of a batch through one of the two passes instead of both, a share ``attack_weight`` of
             them through the attacked one: the same expected gradient at half the cost.
+        vector_age: how many attacks ago the vector in use was found, >= 0; before that many there is none, and training is SFT.
+        parallel: attack and defend at the same time; ``vector_age`` must then be 1, and the strategy as in
+            ``experiments/cluster/patcher_parallel.yaml``.
         copy_device: where the attack vector and the attacker's copy of the weights wait, such as cpu; null keeps them beside
             the model.
         settings: the rest of ``Defense``'s.
     """
 
     # Departures from the authors' setting: (1) one optimizer for the whole of ``fit``, unless ``fresh_optimizer`` says otherwise;
-    # (2) the defender's batch may hold benign rows; (3) the attacker's rows go on from attack to attack where they start over.
+    # (2) the defender's batch may hold benign rows; (3) the attacker's rows go on from attack to attack where they start over;
+    # (4) in their parallel form the vector is what the attack ends at minus the weights of the moment, and comes when it comes.
 
     def __init__(
         self,
@@ -101,6 +117,8 @@ class PatcherModule(Defense):
         fresh_optimizer: bool = False,
         random_scale: bool = False,
         one_pass_per_row: bool = False,
+        vector_age: int = 0,
+        parallel: bool = False,
         copy_device: str | None = None,
         **settings: Any,
     ) -> None:
@@ -111,16 +129,20 @@ class PatcherModule(Defense):
             ("num_outer_steps", num_outer_steps, len(attackers)),
             ("num_sft_steps", num_sft_steps, 0),
             ("attack_every", attack_every, 1),
+            ("vector_age", vector_age, 0),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be >= {least}, got {value}.")
+        if parallel and vector_age != 1:
+            raise ValueError(f"vector_age must be 1 in the parallel form, got {vector_age}: attackers need an interval.")
         super().__init__(checkpoint, **settings)
         self.attackers, self.num_outer_steps, self.attack_weight = attackers, num_outer_steps, attack_weight
         self.num_sft_steps = num_outer_steps if num_sft_steps is None else num_sft_steps
         self.attack_every = attack_every or num_outer_steps // len(attackers)
         self.fresh_optimizer, self.random_scale, self.one_pass_per_row = fresh_optimizer, random_scale, one_pass_per_row
-        self.copy_device = copy_device
-        self.vector: Weights = {}
+        self.vector_age, self.parallel, self.copy_device = vector_age, parallel, copy_device
+        self.vector: Weights = {}  # in use
+        self.pending: list[Weights] = []  # not yet old enough
         self.num_attacks = 0
 
     def own_rows(self) -> list[Row]:
@@ -157,15 +179,25 @@ class PatcherModule(Defense):
         number = max(0, (step - self.num_sft_steps) // self.num_outer_steps + 1)
         self.progress = {"round": number, "phase": "harden" if number else "SFT"}
         if self.attack_weight and self._due(step) > self.num_attacks:
-            defender = self.optimizers().optimizer  # type: ignore[union-attr]
-            self.vector = {}  # the last round's is not held beside the new one
-            if self.fresh_optimizer:
-                defender.state.clear()
-            with parked(defender, self.copy_device):
-                self.vector = self.attack(self.num_attacks)
+            self._next_vector()
             self.num_attacks += 1
-            norm = vector_norm(self.vector)
-            self.log("train/attack_vector_norm", norm, batch_size=len(batch["input_ids"]))
+            if self.vector:
+                norm = vector_norm(self, self.vector)
+                self.log("train/attack_vector_norm", norm, batch_size=len(batch["input_ids"]))
+
+    def _next_vector(self) -> None:
+        optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
+        self.vector = {}  # the last round's is not held beside the new one
+        if self.fresh_optimizer:
+            optimizer.state.clear()
+        if self.parallel:
+            self.synchronize()
+            self.vector, self.pending = self._handed_over(), []
+        if self.plays(ATTACKERS):
+            with parked(optimizer, self.copy_device):
+                self.pending.append(self.attack(self.num_attacks))
+        if not self.parallel and len(self.pending) > self.vector_age:
+            self.vector = self.pending.pop(0)
 
     def attack(self, number: int) -> Weights:
         """What attack ``number`` (from 0) adds to the weights, by name; they themselves come back bit for bit."""
@@ -189,8 +221,10 @@ class PatcherModule(Defense):
                 raise DivergedError(f"{shown}: {error}") from error
             if attacker.lora is None:
                 return {name: tensor.to(self.copy_device) for name, tensor in attack_vector(self, start).items()}
+            reshard(self)
             added = adapter_vector(self.model)
-        return {name: added[id(p)].to(self.copy_device) for name, p in self.named_parameters() if id(p) in added}
+        own = {name: p for name, p in self.named_parameters() if id(p) in added}
+        return {name: shard_of(added[id(p)], p).to(self.copy_device) for name, p in own.items()}
 
     @contextmanager
     def _prepared(self, number: int, attacker: InnerAttacker) -> Iterator[None]:
@@ -199,7 +233,67 @@ class PatcherModule(Defense):
         with trainable(self, self.model, attacker.lora):
             yield
 
+    # ---- roles
+
+    @property
+    def num_roles(self) -> int:  # type: ignore[override]
+        """Two in the parallel form."""
+        return 2 if self.parallel else 1
+
+    def plays(self, role: int) -> bool:
+        """Whether this process has a part: every process has both in the sequential form."""
+        return not self.parallel or self._roles().get_local_rank() == role
+
+    def _roles(self) -> DeviceMesh:
+        assert self.device_mesh is not None
+        return self.device_mesh["tensor_parallel"]  # a defender and the attacker that holds the same shard
+
+    def configure_model(self) -> None:
+        """As for every defense; the parallel form needs its strategy."""
+        if self.parallel and (self.device_mesh is None or not self.trainer.strategy._save_distributed_checkpoint):  # type: ignore[attr-defined]
+            raise ValueError(
+                "parallel must run under ModelParallelStrategy with sharded checkpoints, and the strategy is "
+                f"{type(self.trainer.strategy).__name__}. Add --config experiments/cluster/patcher_parallel.yaml."
+            )
+        super().configure_model()
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """In the parallel form, attackers get the defenders' weights, shard by shard."""
+        if self.parallel:
+            reshard(self)
+            for p in self.parameters():
+                if p.requires_grad:
+                    dist.broadcast(local(p), group=self._roles().get_group(), group_src=DEFENDERS)
+
+    def _handed_over(self) -> Weights:
+        """The last attack's vector, from the attackers to the defenders, shard by shard."""
+        pair, found = self._roles().get_group(), next(iter(self.pending), {})
+        names = [list(found)]
+        dist.broadcast_object_list(names, group=pair, group_src=ATTACKERS)
+        own, vector = dict(self.named_parameters()), {}
+        for name in names[0]:
+            shard = found[name].to(self.device).contiguous() if found else torch.empty_like(local(own[name]))
+            dist.broadcast(shard, group=pair, group_src=ATTACKERS)
+            if self.plays(DEFENDERS):
+                vector[name] = shard.to(self.copy_device)
+        return vector
+
+    def on_validation_start(self) -> None:
+        """Validate one model."""
+        self.synchronize()
+
+    def on_train_end(self) -> None:
+        """What comes now, such as attacks, is for all processes."""
+        self.synchronize()
+
     # ---- the defender
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The defender's step. Attackers have attacked before the first one of the interval, and only count the others."""
+        if self.plays(DEFENDERS):
+            return super().training_step(batch, batch_idx)
+        return torch.zeros((), device=self.device, requires_grad=True)
 
     def alignment_loss(self, batch: Batch) -> Tensor:
         """Value of the objective; its gradient comes in two parts.
@@ -241,13 +335,42 @@ class PatcherModule(Defense):
     # ---- what a resume needs
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The number of attacks, and the attack vector unless the next step begins with another attack."""
+        """The number of attacks, and the attack vector unless the next step begins with another attack.
+
+        The vector goes the way of the weights: shard by shard into a sharded checkpoint, whole into a single file.
+        """
         over = self._due(self.trainer.global_step) > self.num_attacks
-        checkpoint["patcher"] = {"num_attacks": self.num_attacks, "vector": {} if over else self.vector}
+        kept = {"vector": {} if over else self.vector} | {f"pending_{i}": vector for i, vector in enumerate(self.pending)}
+        saved = {key: as_saved(self, vector) for key, vector in kept.items()}
+        if not self.plays(DEFENDERS):
+            checkpoint |= {"state_dict": {}, "optimizer_states": []}  # the defenders' count
+        elif not any(isinstance(w, DTensor) for w in checkpoint["state_dict"].values()):
+            whole = {key: {name: _whole(v) for name, v in vector.items()} for key, vector in saved.items()}
+            checkpoint["patcher"] = {"num_attacks": self.num_attacks, **whole}
+            return
+        checkpoint["state_dict"] |= {f"patcher.{key}.{name}": v for key, vector in saved.items() for name, v in vector.items()}
+        checkpoint["patcher"] = {"num_attacks": self.num_attacks}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the vector of the interrupted round."""
-        self.num_attacks, self.vector = checkpoint["patcher"]["num_attacks"], checkpoint["patcher"]["vector"]
+        """Go on with the vectors of the interrupted round."""
+        state, path = checkpoint["patcher"], Path(str(self.trainer.ckpt_path))
+        own = dict(self.named_parameters())
+
+        def read(key: str) -> Weights:
+            if path.is_dir():
+                vector = saved_in(self, path, f"patcher.{key}.")
+            else:
+                vector = {name: shard_of(whole, own[name]) for name, whole in state.get(key, {}).items()}
+            return {name: v.to(self.copy_device) for name, v in vector.items()}
+
+        self.num_attacks, vector = state["num_attacks"], read("vector")
+        pending = [read(f"pending_{i}") for i in range(self.vector_age)]
+        self.vector = vector if self.plays(DEFENDERS) else {}
+        self.pending = [vector for vector in pending if vector and self.plays(ATTACKERS)]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shared_out(batch: Batch, attack_weight: float) -> tuple[Batch, Batch]:

@@ -9,18 +9,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 Weights = dict[str, Tensor]
 """Tensors by parameter name, each a shard where the parameter is sharded."""
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` that this rank holds: itself, or the shard of a DTensor."""
     tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def group_of(module: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks over which the parameters are sharded; None where they are not."""
+    return next((p.device_mesh.get_group() for p in module.parameters() if isinstance(p, DTensor)), None)
 
 
 def reshard(module: nn.Module) -> None:
@@ -36,7 +43,7 @@ def _match(tensors: Mapping[str, Tensor], module: nn.Module) -> list[tuple[Tenso
     own = dict(module.named_parameters()) | dict(module.named_buffers())
     if unknown := sorted(set(tensors) - set(own)):
         raise ValueError(f"weights must be named as the module names them, and it has no {', '.join(map(repr, unknown[:3]))}.")
-    return [(_local(own[name]), tensor) for name, tensor in tensors.items()]
+    return [(local(own[name]), tensor) for name, tensor in tensors.items()]
 
 
 def snapshot(module: nn.Module, device: str | None = None) -> Weights:
@@ -45,7 +52,7 @@ def snapshot(module: nn.Module, device: str | None = None) -> Weights:
     Memory: one copy of what trains, on ``device`` (default: beside the original).
     """
     reshard(module)
-    return {n: _local(p).to(device, copy=True) for n, p in module.named_parameters() if p.requires_grad}
+    return {n: local(p).to(device, copy=True) for n, p in module.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -67,9 +74,12 @@ def attack_vector(module: nn.Module, start: Weights) -> Weights:
     }
 
 
-def vector_norm(vector: Weights) -> Tensor:
-    """Euclidean norm of an attack vector, of this rank's part where it is sharded."""
+def vector_norm(module: nn.Module, vector: Weights) -> Tensor:
+    """Euclidean norm of an attack vector on ``module``, over all ranks where it is sharded."""
     squares = torch.stack([v.detach().float().square().sum() for v in vector.values()]).sum()
+    if (group := group_of(module)) is not None:
+        squares = squares.to(next(module.parameters()).device)
+        dist.all_reduce(squares, group=group)
     return squares.sqrt()
 
 
@@ -139,7 +149,7 @@ def borrowed(
     parameters = list(module.parameters())
     flags = [p.requires_grad for p in parameters]
     gradients = [p.grad for p in parameters]
-    buffers = {n: _local(b).clone() for n, b in module.named_buffers()}
+    buffers = {n: local(b).clone() for n, b in module.named_buffers()}
     with same_modes_after(module), _same_rng_after():
         try:
             for p in parameters:

@@ -54,6 +54,15 @@ def test_random_weights_take_the_sizes_alone_and_the_seed(checkpoint, tmp_path, 
     assert not torch.equal(drawn[0].lm_head.weight, read.lm_head.weight)
 
 
+def test_sizes_replace_those_of_the_checkpoint_where_weights_are_random(checkpoint):
+    model = load_model(checkpoint, random_weights=True, sizes={"num_hidden_layers": 1, "hidden_size": 16})
+    assert (len(model.model.layers), model.lm_head.in_features, model.lm_head.out_features) == (1, 16, 700)
+    with pytest.raises(ValueError, match=r"sizes must name numbers .* and it has no 'num_layers'\. It has .*num_hidden_layers"):
+        load_model(checkpoint, random_weights=True, sizes={"num_layers": 1})
+    with pytest.raises(ValueError, match=r"sizes must be left out unless random_weights is set, got {'hidden_size': 16}"):
+        Defense(checkpoint, sizes={"hidden_size": 16})
+
+
 def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(checkpoint, tmp_path):
     save_toy_checkpoint(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -13,6 +13,7 @@ from toy import ROOT
 
 import casehard
 from casehard import AtomicCheckpointIO
+from lightning_modules.checkpoint import load_model
 
 TINY = [
     "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16",
@@ -158,9 +159,41 @@ def resolved(call: Call, files: Iterable[str]) -> Any:
 
 @pytest.mark.parametrize("file", experiment_files())
 def test_every_experiment_file_is_dry_run(call, file):
-    overlay = Path(file).parent.name in ("scale", "data", "attack")
-    config = resolved(call, ["experiments/sbr.yaml", file] if overlay else [file])
+    overlay = Path(file).parent.name in ("scale", "data", "attack", "cluster")
+    defense = "patcher" if "patcher" in file else "sbr"
+    config = resolved(call, [f"experiments/{defense}.yaml", file] if overlay else [file])
     assert config["model"]["class_path"].endswith(("SBRModule", "PatcherModule", "Defense"))
+
+
+SMALL = {  # besides the layers, what makes seconds of minutes
+    "qwen2_5_1_5b": {"hidden_size": 96, "intermediate_size": 64, "vocab_size": 700},
+    "qwen3_4b": {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 700, "head_dim": 8},
+    "llama3_8b": {"hidden_size": 128, "intermediate_size": 64, "vocab_size": 700},
+    "llama3_1_8b_lora": {"hidden_size": 128, "intermediate_size": 64, "vocab_size": 700},
+}
+
+
+@pytest.mark.parametrize("scale", SMALL)
+def test_scale_overlays_run_from_their_sizes_with_two_layers(call, tmp_path, scale):
+    defense = "sbr" if "lora" in scale else "patcher"
+    sizes = yaml.safe_dump({"num_hidden_layers": 2} | SMALL[scale], default_flow_style=True)
+    call(
+        "fit",
+        *(a for name in (defense, f"scale/{scale}", "attack/none") for a in ("--config", f"experiments/{name}.yaml")),
+        *("--model.init_args.checkpoint", f"models/sizes/{scale.removesuffix('_lora')}"),
+        *("--model.init_args.random_weights", "true", "--model.init_args.tokenizer", "models/sandbox/base"),
+        *("--model.init_args.sizes", sizes, "--trainer.fast_dev_run", "2", "--run.root", str(tmp_path), *TINY[:2], *TINY[6:8]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [("qwen2_5_1_5b", 1_543_714_304), ("qwen3_4b", 4_022_468_096), ("llama3_8b", 8_030_261_248), ("llama3_1_8b", 8_030_261_248)],
+)
+def test_the_sizes_are_those_of_the_models(name, num_parameters):
+    with torch.device("meta"):
+        model = load_model(str(ROOT / "models/sizes" / name), random_weights=True)
+    assert model.num_parameters() == num_parameters
 
 
 def test_order_of_overlays_does_not_matter(call):
@@ -181,7 +214,11 @@ def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
     attack = tmp_path / "attack.yaml"
     attack.write_text(ONE_ATTACK)
     found = []
-    for name, extra in (("one", []), ("two", ["--trainer.devices", "2", "--trainer.strategy", "ddp"])):
+    two = {
+        "ddp": ["--trainer.devices", "2", "--trainer.strategy", "ddp"],
+        "fsdp2": ["--config", "experiments/cluster/fsdp2.yaml"],
+    }
+    for name, extra in ({"one": []} | two).items():
         shared = [
             "--config",
             "experiments/sbr.yaml",
@@ -194,12 +231,13 @@ def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
         ]
         run("test", *shared, "--data.num_evaluated", "7", *TINY[:2], *TINY[6:8], "--data.max_new_tokens", "40", *extra)
         found.append(list(csv.DictReader((tmp_path / name / "version_0" / "attacks.csv").open())))
-    one, two = found
-    assert len(one) == len(two) == 4
-    assert [(r["defense"], r["num_attack_steps"]) for r in one] == [(r["defense"], r["num_attack_steps"]) for r in two]
-    for name in ("harmful_score", "num_scored", "finetune_accuracy", "refusal_rate_benign"):
-        assert one[0][name] == two[0][name]  # the same weights: nothing was trained yet
-        assert one[2][name] == two[2][name]
+    one = found[0]
+    for other in found[1:]:
+        assert len(one) == len(other) == 4
+        assert [(r["defense"], r["num_attack_steps"]) for r in one] == [(r["defense"], r["num_attack_steps"]) for r in other]
+        for name in ("harmful_score", "num_scored", "finetune_accuracy", "refusal_rate_benign"):
+            assert one[0][name] == other[0][name]  # the same weights: nothing was trained yet
+            assert one[2][name] == other[2][name]
 
 
 def test_sandbox_command_prints_rows_of_every_split(call):

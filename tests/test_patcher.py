@@ -156,6 +156,27 @@ def test_the_vector_stays_for_a_round_and_is_new_in_the_next(checkpoint, tmp_pat
     assert module.progress == {"round": 3, "phase": "harden"}
 
 
+@pytest.mark.parametrize("vector_age", [0, 1, 2])
+def test_the_vector_in_use_is_that_of_an_earlier_attack(checkpoint, tmp_path, vector_age):
+    found = []
+
+    class Noted(PatcherModule):
+        def attack(self, number):
+            found.append(super().attack(number))
+            return found[-1]
+
+    watch = Watch()
+    module = Noted(checkpoint, ATTACKER, vector_age=vector_age, num_outer_steps=2, num_sft_steps=1, optimizer=ADAMW)
+    fitted(module, tmp_path, max_steps=9, callbacks=[watch])
+    assert len(found) == 4
+    assert watch.vectors[: 1 + 2 * vector_age] == [{}] * (1 + 2 * vector_age)
+    for step in range(1 + 2 * vector_age, 9):
+        used, meant = watch.vectors[step], found[(step - 1) // 2 - vector_age]
+        assert list(used) == list(meant)
+        assert all(torch.equal(used[name], meant[name]) for name in used)
+        assert watch.terms[step]["loss_gap"] != 0
+
+
 def test_a_fresh_attack_every_k_steps(checkpoint, tmp_path):
     module = patcher(checkpoint, num_outer_steps=4, attack_every=1)
     fitted(module, tmp_path, max_steps=5)
@@ -305,10 +326,11 @@ RESUMED = [
     {},
     {"attacker": LORA_ATTACKER, "lora": LoRA(rank=2, dropout=0.2)},
     {"more_attackers": [LORA_ATTACKER], "random_scale": True, "one_pass_per_row": True, "fresh_optimizer": True},
+    {"vector_age": 1},
 ]
 
 
-@pytest.mark.parametrize("settings", RESUMED, ids=["plain", "lora", "everything"])
+@pytest.mark.parametrize("settings", RESUMED, ids=["plain", "lora", "everything", "age"])
 @pytest.mark.parametrize("saved_at", [2, 3, 4])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, settings, saved_at):
     def run(**more):
@@ -322,7 +344,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, setti
     whole = run()
     saved = tmp_path / "saved" / f"step={saved_at}.ckpt"
     kept = torch.load(saved, weights_only=False)["patcher"]["vector"]
-    if "more_attackers" not in settings:
+    if not {"more_attackers", "vector_age"} & set(settings):
         assert bool(kept) == (saved_at % 2 == 0)  # after steps 1 and 3 another attack begins: nothing to keep
     resumed = run(ckpt_path=saved)
     assert same_bits(bits(resumed), bits(whole))
@@ -383,6 +405,8 @@ def test_a_run_that_was_killed_in_an_inner_attack_ends_as_the_uninterrupted_one(
         ({"num_outer_steps": 1, "more_attackers": [ATTACKER]}, "num_outer_steps must be >= 2, got 1"),
         ({"num_sft_steps": -1}, "num_sft_steps must be >= 0, got -1"),
         ({"attack_every": 0}, "attack_every must be >= 1, got 0"),
+        ({"vector_age": -1}, "vector_age must be >= 0, got -1"),
+        ({"parallel": True}, "vector_age must be 1 in the parallel form, got 0"),
     ],
 )
 def test_a_wrong_setting_is_an_error(checkpoint, settings, message):
@@ -403,6 +427,14 @@ def test_a_wrong_setting_is_an_error(checkpoint, settings, message):
 def test_a_wrong_attacker_is_an_error(settings, message):
     with pytest.raises(ValueError, match=message):
         InnerAttacker(**settings)
+
+
+def test_the_parallel_form_in_one_process_is_an_error_that_names_the_way_out(checkpoint, tmp_path):
+    module = patcher(checkpoint, parallel=True, vector_age=1)
+    with pytest.raises(
+        ValueError, match=r"parallel must run under ModelParallelStrategy .* is SingleDeviceStrategy\. Add --config"
+    ):
+        fitted(module, tmp_path)
 
 
 def test_no_harmful_rows_is_an_error_that_names_them(checkpoint, tmp_path):
