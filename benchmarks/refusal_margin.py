@@ -85,7 +85,7 @@ def main(
             for step, _ in bar:
                 found[step] = margins(module, prompts, refusing, complying).mean().item()
                 if complies == "-" and found[step] < 0:
-                    complies, distance = str(step), f"{vector_norm(attack_vector(module, start)):.2f}"
+                    complies, distance = str(step), f"{vector_norm(module, attack_vector(module, start)):.2f}"
             name = "/".join(Path(folder).parts[-3:])
             slope = (found[min(5, num_attack_steps)] - found[0]) / min(5, num_attack_steps)
             cells = "".join(f"{found[step]:7.1f}" for step in looked_at)
