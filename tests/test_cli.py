@@ -128,10 +128,10 @@ def test_a_requeued_run_goes_on_in_its_folder(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, folder, symlinks=True)
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv(casehard.RUN_FOLDER, str(folder))
-    shape = [*TINY[:4], "--trainer.max_steps", "3", *TINY[6:]]
+    shape = [*TINY[:4], "--trainer.max_steps", "4", *TINY[6:]]
     last = ["--ckpt_path", str(folder / "checkpoints/last.ckpt")]
     casehard.main(["fit", "--config", "experiments/sbr.yaml", "--config", "experiments/attack/none.yaml", *shape, *last])
-    assert (folder / "checkpoints/last.ckpt").resolve().name.endswith("step=3.ckpt")
+    assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=1-step=4.ckpt"
 
 
 def dry_run(tmp_path: Path) -> list[str]:
@@ -145,7 +145,7 @@ def test_the_slurm_script_starts_a_task_a_gpu_and_goes_on_where_the_job_was_requ
     program, command, *arguments = dry_run(tmp_path)
     assert (program, command) == ("srun", "casehard")
     config = yaml.safe_load(call(*arguments, "--trainer.accelerator", "cpu", "--print_config"))["trainer"]
-    assert config["num_nodes"] * config["devices"] == config["strategy"]["init_args"]["data_parallel_size"] == 16
+    assert config["num_nodes"] * int(config["devices"]) == config["strategy"]["init_args"]["data_parallel_size"] == 16
     (tmp_path / "runs/slurm/7/checkpoints/last.ckpt").mkdir(parents=True)
     assert dry_run(tmp_path)[-2:] == ["--ckpt_path", "runs/slurm/7/checkpoints/last.ckpt"]
 
