@@ -235,6 +235,7 @@ def _run(args: list[str]) -> None:
         SFTDataModule,
         subclass_mode_model=True,
         seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},  # a run has its folder to itself; one that is requeued goes on in it
         parser_kwargs={
             "description": "Hardens open-weight language models and measures how hard they are to break. "
             "`casehard sandbox` prints rows of the embedded data.",

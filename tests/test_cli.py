@@ -1,5 +1,6 @@
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -120,6 +121,33 @@ def test_a_taken_run_folder_is_refused(finished, call):
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
     folders = [casehard.claim_run_folder(str(tmp_path), "sbr", None) for _ in range(3)]
     assert [f.name for f in folders] == ["version_0", "version_1", "version_2"]
+
+
+def test_a_requeued_run_goes_on_in_its_folder(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "sbr" / "version_0"
+    shutil.copytree(finished, folder, symlinks=True)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv(casehard.RUN_FOLDER, str(folder))
+    shape = [*TINY[:4], "--trainer.max_steps", "4", *TINY[6:]]
+    last = ["--ckpt_path", str(folder / "checkpoints/last.ckpt")]
+    casehard.main(["fit", "--config", "experiments/sbr.yaml", "--config", "experiments/attack/none.yaml", *shape, *last])
+    assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=1-step=4.ckpt"
+
+
+def dry_run(tmp_path: Path) -> list[str]:
+    job = {"CPUS_PER_TASK": "4", "JOB_ID": "7", "JOB_NUM_NODES": "2", "NTASKS_PER_NODE": "8", "NTASKS": "16"}
+    env = os.environ | {f"SLURM_{name}": value for name, value in job.items()} | {"CASEHARD_DRY_RUN": "1"}
+    command = [ROOT / "experiments/cluster/slurm.sh", "--config", "experiments/patcher.yaml"]
+    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_the_slurm_script_starts_a_task_a_gpu_and_goes_on_where_the_job_was_requeued(call, tmp_path):
+    program, command, *arguments = dry_run(tmp_path)
+    assert (program, command) == ("srun", "casehard")
+    config = yaml.safe_load(call(*arguments, "--trainer.accelerator", "cpu", "--print_config"))["trainer"]
+    assert config["num_nodes"] * int(config["devices"]) == config["strategy"]["init_args"]["data_parallel_size"] == 16
+    (tmp_path / "runs/slurm/7/checkpoints/last.ckpt").mkdir(parents=True)
+    assert dry_run(tmp_path)[-2:] == ["--ckpt_path", "runs/slurm/7/checkpoints/last.ckpt"]
 
 
 def test_misspelt_key_in_yaml_stops_the_run_with_its_name(call, tmp_path):

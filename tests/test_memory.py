@@ -19,7 +19,7 @@ def test_activations_computed_again_give_the_same_gradient(checkpoint, lora):
         with torch.no_grad():
             module.sft_loss(batch)  # the first one tries out whether rows fold
         passes: list[int] = []
-        module.model.model.layers[1].mlp.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        module.model.model.layers[1].mlp.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         module.sft_loss(batch).backward()
         assert len(passes) == 1 + again
         found.append([p.grad for p in module.parameters() if p.requires_grad])
