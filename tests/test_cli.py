@@ -1,6 +1,5 @@
 import csv
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -123,15 +122,24 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
     assert [f.name for f in folders] == ["version_0", "version_1", "version_2"]
 
 
-def test_a_requeued_run_goes_on_in_its_folder(finished, tmp_path, monkeypatch):
-    folder = tmp_path / "sbr" / "version_0"
-    shutil.copytree(finished, folder, symlinks=True)
-    monkeypatch.chdir(ROOT)
+def test_a_requeued_run_goes_on_in_its_folder(call, tmp_path, monkeypatch):
+    folder = tmp_path / "sbr/version_0"
+    shape = [
+        "fit",
+        "--config",
+        "experiments/sbr.yaml",
+        "--config",
+        "experiments/attack/none.yaml",
+        *TINY,
+        "--run.root",
+        str(tmp_path),
+    ]
+    call(*shape)
+    assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=0-step=2.ckpt"
     monkeypatch.setenv(casehard.RUN_FOLDER, str(folder))
-    shape = [*TINY[:4], "--trainer.max_steps", "4", *TINY[6:]]
-    last = ["--ckpt_path", str(folder / "checkpoints/last.ckpt")]
-    casehard.main(["fit", "--config", "experiments/sbr.yaml", "--config", "experiments/attack/none.yaml", *shape, *last])
+    casehard.main([*shape, "--trainer.max_steps", "4", "--ckpt_path", str(folder / "checkpoints/last.ckpt")])
     assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=1-step=4.ckpt"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["epoch=1-step=4.ckpt", "last.ckpt"]
 
 
 def dry_run(tmp_path: Path) -> list[str]:
