@@ -17,8 +17,21 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
 from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
+from evidence.rejudge import main as judge
 from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
-from metrics import AttackSuccessRate, FinetuneAccuracy, HarmfulScore, Judge, RefusalPhraseJudge, RefusalRate, Verdict
+from metrics import (
+    AttackSuccessRate,
+    FinetuneAccuracy,
+    GuardJudge,
+    HarmfulScore,
+    Judge,
+    ModerationJudge,
+    RefusalPhraseJudge,
+    RefusalRate,
+    RubricJudge,
+    StrongRejectJudge,
+    Verdict,
+)
 
 __all__ = [
     "AttackSuccessRate",
@@ -26,24 +39,29 @@ __all__ = [
     "Evaluate",
     "FinetuneAccuracy",
     "FullParameterAttack",
+    "GuardJudge",
     "HarmfulScore",
     "InnerAttacker",
     "Judge",
     "LoRA",
     "LoRAAttack",
+    "ModerationJudge",
     "Optimizer",
     "PatcherModule",
     "RefusalPhraseJudge",
     "RefusalRate",
     "Results",
+    "RubricJudge",
     "SBRModule",
     "SFTDataModule",
     "SandboxJudge",
+    "StrongRejectJudge",
     "Verdict",
     "main",
 ]
 
 ROOT = Path(__file__).parent
+COMMANDS = {"sandbox": sandbox, "judge": judge}
 RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
 
 
@@ -176,7 +194,7 @@ class Cli(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line: ``fit``, ``validate`` and ``test`` through Lightning's CLI, and ``sandbox`` to print sample rows.
+    """The command line: ``fit``, ``validate`` and ``test`` through Lightning's CLI, and casehard's own commands beside them.
 
     A mistake of the user's ends in its one sentence and exit status 1; ``CASEHARD_TRACEBACK=1`` shows where it was raised.
     """
@@ -190,8 +208,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
-    if args[:1] == ["sandbox"]:
-        CLI(sandbox, args=args[1:], prog="casehard sandbox")
+    if args and args[0] in COMMANDS:
+        CLI(COMMANDS[args[0]], args=args[1:], prog=f"casehard {args[0]}", description=COMMANDS[args[0]].__doc__)
         return
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
@@ -204,7 +222,7 @@ def _run(args: list[str]) -> None:
         seed_everything_default=0,
         parser_kwargs={
             "description": "Hardens open-weight language models and measures how hard they are to break. "
-            "`casehard sandbox` prints rows of the embedded data.",
+            "`casehard sandbox` prints rows of the embedded data, `casehard judge` scores a run's answers by another judge.",
             **dict.fromkeys(("fit", "validate", "test"), defaults),
         },
     )
