@@ -1,5 +1,8 @@
 """Casehard's front door: its public names, and ``main()``, the ``casehard`` (and ``lightning``) command."""
 
+import contextlib
+import io
+import json
 import os
 import re
 import sys
@@ -15,9 +18,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
+from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
 from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
 from evidence.rejudge import main as judge
+from evidence.study import run_study
 from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
 from metrics import (
     AttackSuccessRate,
@@ -61,8 +66,6 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parent
-COMMANDS = {"sandbox": sandbox, "judge": judge}
-RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
 
 
 def claim_run_folder(root: str, experiment: str, version: str | None) -> Path:
@@ -180,14 +183,17 @@ class Cli(LightningCLI):
         return loggers
 
     def after_fit(self) -> None:
-        """The closing table."""
+        """The closing table, and the marker of a run that came to its end."""
         self._close()
 
     def after_test(self) -> None:
-        """The closing table."""
+        """The closing table, and the marker of a run that came to its end."""
         self._close()
 
     def _close(self) -> None:
+        if self.trainer.is_global_zero and self.trainer.state.finished and self.folder.is_dir():
+            config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+            write_whole(self.folder / DONE, json.dumps({"config": config_hash(config)}))
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):
                 callback.close()
@@ -207,9 +213,47 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
+def resolved(args: list[str]) -> str:
+    """The config that a command line of ``fit`` or ``test`` resolves to, as YAML; nothing is run."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            _run([*args, "--print_config"])
+        except SystemExit as stop:
+            if stop.code:
+                raise ValueError(f"every cell must be a command that works, and this one does not: {' '.join(args)}") from stop
+    return printed.getvalue()
+
+
+def study(
+    file: str,
+    *,
+    root: str = "runs",
+    parallel: int | None = None,
+    cluster: str | None = None,
+    cluster_settings: dict[str, Any] | None = None,
+) -> None:
+    """Run every attack on every defense with every seed, as a study file says, and go on where a study was cut off.
+
+    A cell is done when its run's marker carries the hash of its resolved config: that one is not run again, and one with other
+    settings gets a folder of its own. Ends with exit status 1 if a cell failed; start again to repeat the failed ones only.
+
+    Args:
+        file: YAML with defenses, attacks and seeds, such as experiments/studies/sandbox.yaml.
+        root: where run folders are made; the study's own is ROOT/NAME.
+        parallel: cells at a time; by default one a CUDA device, or one a core.
+        cluster: send the cells out through submitit: slurm, local, or auto for what is there. null runs them here.
+        cluster_settings: submitit's, such as {timeout_min: 60, slurm_partition: gpu, gpus_per_node: 1}.
+    """
+    run_study(resolved, file, root, parallel, cluster, cluster_settings or {})
+
+
+COMMANDS = {"sandbox": sandbox, "judge": judge, "study": study}
+
+
 def _run(args: list[str]) -> None:
     if args and args[0] in COMMANDS:
-        CLI(COMMANDS[args[0]], args=args[1:], prog=f"casehard {args[0]}", description=COMMANDS[args[0]].__doc__)
+        CLI(COMMANDS[args[0]], args=args[1:], prog=f"casehard {args[0]}")
         return
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
@@ -222,7 +266,8 @@ def _run(args: list[str]) -> None:
         seed_everything_default=0,
         parser_kwargs={
             "description": "Hardens open-weight language models and measures how hard they are to break. "
-            "`casehard sandbox` prints rows of the embedded data, `casehard judge` scores a run's answers by another judge.",
+            "`casehard sandbox` prints rows of the embedded data, `casehard judge` scores a run's answers by another judge, "
+            "`casehard study` runs defenses x attacks x seeds.",
             **dict.fromkeys(("fit", "validate", "test"), defaults),
         },
     )

@@ -1,6 +1,7 @@
 """What a run leaves behind: tidy result rows, generations, the trained model, and a closing table."""
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -12,12 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.checkpoint import save_model
 from lightning_modules.defense import Defense
+
+RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
+DONE = "done.json"  # left by a run that came to its end: {"config": its hash}
+
+
+def config_hash(text: str) -> str:
+    """SHA-256 of a resolved config in YAML, whatever the order of its keys; where the run goes (``run``) does not count."""
+    config = {name: value for name, value in yaml.safe_load(text).items() if name != "run"}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
