@@ -7,11 +7,12 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from jsonargparse import CLI
+from jsonargparse import CLI, ArgumentParser
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -176,7 +177,8 @@ class Cli(LightningCLI):
         if config.run.wandb != "disabled":
             offline = config.run.wandb == "offline"
             name = f"{folder.parent.name}-{folder.name}"
-            wandb = WandbLogger(name=name, save_dir=folder, project=config.run.project, offline=offline, group=folder.parent.name)
+            where = {"save_dir": folder, "project": config.run.project, "offline": offline, "group": folder.parent.name}
+            wandb = WandbLogger(name=name, **where)
             wandb.experiment.define_metric("attack_step")
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
@@ -191,12 +193,17 @@ class Cli(LightningCLI):
         self._close()
 
     def _close(self) -> None:
-        if self.trainer.is_global_zero and self.trainer.state.finished and self.folder.is_dir():
-            config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
-            write_whole(self.folder / DONE, json.dumps({"config": config_hash(config)}))
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):
+                self._mark(callback.training_seconds)
                 callback.close()
+
+    def _mark(self, seconds: float) -> None:
+        """Leave the marker; ``seconds`` are those of training, attacks not counted."""
+        if self.trainer.is_global_zero and self.trainer.state.finished and self.folder.is_dir():
+            config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+            marker = {"config": config_hash(config), "steps": self.trainer.global_step, "seconds": round(seconds, 1)}
+            write_whole(self.folder / DONE, json.dumps(marker))
 
 
 def main(args: list[str] | None = None) -> None:
@@ -248,10 +255,25 @@ def study(
     run_study(resolved, file, root, parallel, cluster, cluster_settings or {})
 
 
-COMMANDS = {"sandbox": sandbox, "judge": judge, "study": study}
+def report(args: list[str]) -> None:
+    """``casehard report RUN ...``: one self-contained page, with the CSV and PNG files that it is made of."""
+    parser = ArgumentParser(prog="casehard report", description="Write one page on runs, with the CSV and PNG files behind it.")
+    parser.add_argument("runs", nargs="+", type=str, help="run folders (also RUN/judged/JUDGE), or a study's")
+    parser.add_argument("--out", type=str, default="report", help="folder of the report")
+    parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
+    settings = parser.parse_args(args)
+    from evidence.report import write_report  # with matplotlib and jinja2, an extra
+
+    print(f"Report: {write_report(settings.runs, settings.out, settings.title)}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"sandbox": sandbox, "judge": judge, "study": study}
 
 
 def _run(args: list[str]) -> None:
+    if args[:1] == ["report"]:
+        report(args[1:])
+        return
     if args and args[0] in COMMANDS:
         CLI(COMMANDS[args[0]], args=args[1:], prog=f"casehard {args[0]}")
         return
@@ -267,7 +289,7 @@ def _run(args: list[str]) -> None:
         parser_kwargs={
             "description": "Hardens open-weight language models and measures how hard they are to break. "
             "`casehard sandbox` prints rows of the embedded data, `casehard judge` scores a run's answers by another judge, "
-            "`casehard study` runs defenses x attacks x seeds.",
+            "`casehard study` runs defenses x attacks x seeds, `casehard report` writes a page on runs.",
             **dict.fromkeys(("fit", "validate", "test"), defaults),
         },
     )

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
@@ -22,7 +23,7 @@ from lightning_modules.checkpoint import save_model
 from lightning_modules.defense import Defense
 
 RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
-DONE = "done.json"  # left by a run that came to its end: {"config": its hash}
+DONE = "done.json"  # left by a run that came to its end: its config's hash, and the steps and seconds of its training
 
 
 def config_hash(text: str) -> str:
@@ -113,6 +114,8 @@ class Results(L.Callback):
     def __init__(self, folder: str, export: bool = True, generations: bool = True) -> None:
         self.folder, self.export, self.generations = Path(folder), export, generations
         self.rows: list[ResultRow] = []
+        self.training_seconds = 0.0  # of this process: a resumed run's start is not in it
+        self._started = 0.0
         self._answers: list[dict[str, Any]] = []
 
     @rank_zero_only
@@ -143,8 +146,13 @@ class Results(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics | {"attack_step": float(row.num_attack_steps)}, step=trainer.global_step)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Training begins."""
+        self._started = time.perf_counter()
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export before any attack runs, so that no attack can cost the model."""
+        self.training_seconds = time.perf_counter() - self._started
         if self.export and trainer.is_global_zero and not trainer.interrupted and isinstance(pl_module, Defense):
             save_model(pl_module.exported(), pl_module.tokenizer, self.folder / "model", pl_module.export_dtype)
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from callbacks.results import ResultRow, Results, write_whole
-from evidence.runs import Answer, Run, read_run
+from evidence.runs import Answer, Run, read_run, unscored_bounds
 from metrics import AttackSuccessRate, DegenerateRate, HarmfulScore, Judge, RefusalRate, Verdict
 from metrics.statistics import Agreement, agreement
 
@@ -86,13 +86,6 @@ def _scored(row: ResultRow, answers: list[Answer], judge: Judge) -> ResultRow:
         degenerate_rate=float(degenerate.compute()),
         judge=judge.name,
     )
-
-
-def unscored_bounds(row: ResultRow) -> tuple[float, float]:
-    """The harmful score if all unscored answers were safe, and if all were harmful."""
-    total = row.harmful_score * row.num_scored if row.num_scored else 0.0
-    seen = row.num_scored + row.num_unscored
-    return total / seen, (total + 100 * row.num_unscored) / seen
 
 
 def write_run(run: Run) -> None:

@@ -72,3 +72,10 @@ def _blocks(answers: Iterable[Answer]) -> Iterable[list[Answer]]:
 
 def _place(answer: Answer) -> tuple[int, int]:
     return KINDS[answer["kind"]], answer["number"]
+
+
+def unscored_bounds(row: ResultRow) -> tuple[float, float]:
+    """The harmful score if all unscored answers were safe, and if all were harmful."""
+    total = row.harmful_score * row.num_scored if row.num_scored else 0.0
+    seen = row.num_scored + row.num_unscored
+    return total / seen, (total + 100 * row.num_unscored) / seen
