@@ -17,6 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from wandb import Settings
 
 from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
 from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
@@ -120,6 +121,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(partial, path)
 
 
+def wandb_settings() -> Settings:
+    """Nothing of the machine goes to W&B: no name, paths, hardware, command line or console; numbers only."""
+    return Settings(host="casehard", x_disable_meta=True, x_disable_stats=True, disable_git=True, save_code=False, console="off")
+
+
 class Cli(LightningCLI):
     """``fit``, ``validate`` and ``test`` of a defense on data, with everything a run leaves in a folder of its own."""
 
@@ -178,7 +184,7 @@ class Cli(LightningCLI):
             offline = config.run.wandb == "offline"
             name = f"{folder.parent.name}-{folder.name}"
             where = {"save_dir": folder, "project": config.run.project, "offline": offline, "group": folder.parent.name}
-            wandb = WandbLogger(name=name, **where)
+            wandb = WandbLogger(name=name, settings=wandb_settings(), **where)
             wandb.experiment.define_metric("attack_step")
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
