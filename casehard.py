@@ -1,27 +1,46 @@
 """Casehard's front door: its public names, and ``main()``, the ``casehard`` (and ``lightning``) command."""
 
+import contextlib
+import io
+import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import yaml
-from jsonargparse import CLI, ActionConfigFile
+from jsonargparse import CLI, ActionConfigFile, ArgumentParser
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from wandb import Settings
 
 from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
+from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
 from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
+from evidence.rejudge import main as judge
+from evidence.study import run_study
 from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
-from metrics import AttackSuccessRate, FinetuneAccuracy, HarmfulScore, Judge, RefusalPhraseJudge, RefusalRate, Verdict
+from metrics import (
+    AttackSuccessRate,
+    FinetuneAccuracy,
+    GuardJudge,
+    HarmfulScore,
+    Judge,
+    ModerationJudge,
+    RefusalPhraseJudge,
+    RefusalRate,
+    RubricJudge,
+    StrongRejectJudge,
+    Verdict,
+)
 
 __all__ = [
     "AttackSuccessRate",
@@ -29,25 +48,28 @@ __all__ = [
     "Evaluate",
     "FinetuneAccuracy",
     "FullParameterAttack",
+    "GuardJudge",
     "HarmfulScore",
     "InnerAttacker",
     "Judge",
     "LoRA",
     "LoRAAttack",
+    "ModerationJudge",
     "Optimizer",
     "PatcherModule",
     "RefusalPhraseJudge",
     "RefusalRate",
     "Results",
+    "RubricJudge",
     "SBRModule",
     "SFTDataModule",
     "SandboxJudge",
+    "StrongRejectJudge",
     "Verdict",
     "main",
 ]
 
 ROOT = Path(__file__).parent
-RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
 
 
 def claim_run_folder(root: str, experiment: str, version: str | None) -> Path:
@@ -125,6 +147,11 @@ def _lists(config: Any, prefix: str = "") -> Iterator[str]:
         yield from _lists(value, f"{prefix}{key}.")
 
 
+def wandb_settings() -> Settings:
+    """Nothing of the machine goes to W&B: no name, paths, hardware, command line or console; numbers only."""
+    return Settings(host="casehard", x_disable_meta=True, x_disable_stats=True, disable_git=True, save_code=False, console="off")
+
+
 class Cli(LightningCLI):
     """``fit``, ``validate`` and ``test`` of a defense on data, with everything a run leaves in a folder of its own."""
 
@@ -188,28 +215,37 @@ class Cli(LightningCLI):
         if config.run.wandb != "disabled":
             offline = config.run.wandb == "offline"
             name = f"{folder.parent.name}-{folder.name}"
-            wandb = WandbLogger(name=name, save_dir=folder, project=config.run.project, offline=offline, group=folder.parent.name)
+            where = {"save_dir": folder, "project": config.run.project, "offline": offline, "group": folder.parent.name}
+            wandb = WandbLogger(name=name, settings=wandb_settings(), **where)
             wandb.experiment.define_metric("attack_step")
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
         return loggers
 
     def after_fit(self) -> None:
-        """The closing table."""
+        """The closing table, and the marker of a run that came to its end."""
         self._close()
 
     def after_test(self) -> None:
-        """The closing table."""
+        """The closing table, and the marker of a run that came to its end."""
         self._close()
 
     def _close(self) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):
+                self._mark(callback.training_seconds)
                 callback.close()
+
+    def _mark(self, seconds: float) -> None:
+        """Leave the marker; ``seconds`` are those of training, attacks not counted."""
+        if self.trainer.is_global_zero and self.trainer.state.finished and self.folder.is_dir():
+            config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+            marker = {"config": config_hash(config), "steps": self.trainer.global_step, "seconds": round(seconds, 1)}
+            write_whole(self.folder / DONE, json.dumps(marker))
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line: ``fit``, ``validate`` and ``test`` through Lightning's CLI, and ``sandbox`` to print sample rows.
+    """The command line: ``fit``, ``validate`` and ``test`` through Lightning's CLI, and casehard's own commands beside them.
 
     A mistake of the user's ends in its one sentence and exit status 1; ``CASEHARD_TRACEBACK=1`` shows where it was raised.
     """
@@ -222,9 +258,62 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
+def resolved(args: list[str]) -> str:
+    """The config that a command line of ``fit`` or ``test`` resolves to, as YAML; nothing is run."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            _run([*args, "--print_config"])
+        except SystemExit as stop:
+            if stop.code:
+                raise ValueError(f"every cell must be a command that works, and this one does not: {' '.join(args)}") from stop
+    return printed.getvalue()
+
+
+def study(
+    file: str,
+    *,
+    root: str = "runs",
+    parallel: int | None = None,
+    cluster: str | None = None,
+    cluster_settings: dict[str, Any] | None = None,
+) -> None:
+    """Run every attack on every defense with every seed, as a study file says, and go on where a study was cut off.
+
+    A cell is done when its run's marker carries the hash of its resolved config: that one is not run again, and one with other
+    settings gets a folder of its own. Ends with exit status 1 if a cell failed; start again to repeat the failed ones only.
+
+    Args:
+        file: YAML with defenses, attacks and seeds, such as experiments/studies/sandbox.yaml.
+        root: where run folders are made; the study's own is ROOT/NAME.
+        parallel: cells at a time; by default one a CUDA device, or one a core.
+        cluster: send the cells out through submitit: slurm, local, or auto for what is there. null runs them here.
+        cluster_settings: submitit's, such as {timeout_min: 60, slurm_partition: gpu, gpus_per_node: 1}.
+    """
+    run_study(resolved, file, root, parallel, cluster, cluster_settings or {})
+
+
+def report(args: list[str]) -> None:
+    """``casehard report RUN ...``: one self-contained page, with the CSV and PNG files that it is made of."""
+    parser = ArgumentParser(prog="casehard report", description="Write one page on runs, with the CSV and PNG files behind it.")
+    parser.add_argument("runs", nargs="+", type=str, help="run folders (also RUN/judged/JUDGE), or a study's")
+    parser.add_argument("--out", type=str, default="report", help="folder of the report")
+    parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
+    settings = parser.parse_args(args)
+    from evidence.report import write_report  # with matplotlib and jinja2, an extra
+
+    print(f"Report: {write_report(settings.runs, settings.out, settings.title)}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"sandbox": sandbox, "judge": judge, "study": study}
+
+
 def _run(args: list[str]) -> None:
-    if args[:1] == ["sandbox"]:
-        CLI(sandbox, args=args[1:], prog="casehard sandbox")
+    if args[:1] == ["report"]:
+        report(args[1:])
+        return
+    if args and args[0] in COMMANDS:
+        CLI(COMMANDS[args[0]], args=args[1:], prog=f"casehard {args[0]}")
         return
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
@@ -238,7 +327,8 @@ def _run(args: list[str]) -> None:
         save_config_kwargs={"overwrite": True},  # a run has its folder to itself; one that is requeued goes on in it
         parser_kwargs={
             "description": "Hardens open-weight language models and measures how hard they are to break. "
-            "`casehard sandbox` prints rows of the embedded data.",
+            "`casehard sandbox` prints rows of the embedded data, `casehard judge` scores a run's answers by another judge, "
+            "`casehard study` runs defenses x attacks x seeds, `casehard report` writes a page on runs.",
             **dict.fromkeys(("fit", "validate", "test"), defaults),
         },
     )

@@ -1,10 +1,12 @@
 """What a run leaves behind: tidy result rows, generations, the trained model, and a closing table."""
 
 import csv
+import hashlib
 import io
 import json
 import math
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
@@ -12,12 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from lightning_modules.checkpoint import save_model
 from lightning_modules.defense import Defense
+
+RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
+DONE = "done.json"  # left by a run that came to its end: its config's hash, and the steps and seconds of its training
+
+
+def config_hash(text: str) -> str:
+    """SHA-256 of a resolved config in YAML, whatever the order of its keys; where the run goes (``run``) does not count."""
+    config = {name: value for name, value in yaml.safe_load(text).items() if name != "run"}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,8 @@ class Results(L.Callback):
     def __init__(self, folder: str, export: bool = True, generations: bool = True) -> None:
         self.folder, self.export, self.generations = Path(folder), export, generations
         self.rows: list[ResultRow] = []
+        self.training_seconds = 0.0  # of this process: a resumed run's start is not in it
+        self._started = 0.0
         self._answers: list[dict[str, Any]] = []
 
     @rank_zero_only
@@ -132,8 +146,13 @@ class Results(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics | {"attack_step": float(row.num_attack_steps)}, step=trainer.global_step)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Training begins."""
+        self._started = time.perf_counter()
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export before any attack runs, so that no attack can cost the model."""
+        self.training_seconds = time.perf_counter() - self._started
         if self.export and not trainer.interrupted and isinstance(pl_module, Defense):
             model = pl_module.exported()
             if model is not None and trainer.is_global_zero:

@@ -45,7 +45,8 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
         evaluation: held-out prompts and their judge.
     """
     rank, world_size = _ranks()
-    harmful_score, success, over_refusal = HarmfulScore(), AttackSuccessRate(), RefusalRate()
+    judge = evaluation.judge
+    harmful_score, success, over_refusal = HarmfulScore(), AttackSuccessRate(judge.success_threshold), RefusalRate()
     degenerate, accuracy = DegenerateRate(), FinetuneAccuracy()
     metrics: list[Metric] = [harmful_score, success, over_refusal, degenerate, accuracy]
     for metric in metrics:
@@ -60,9 +61,9 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
             generations.append({"kind": kind, "number": rank + i * world_size, "prompt": row.prompt, "response": text})
         return share, answers
 
-    for kind, rows in (("harmful", evaluation.harmful), ("benign", evaluation.benign)):
+    for kind, rows, judged in (("harmful", evaluation.harmful, judge), ("benign", evaluation.benign, judge.on_benign)):
         share, answers = answer(rows, kind)
-        verdicts = evaluation.judge([row.prompt for row in share], answers)
+        verdicts = judged([row.prompt for row in share], answers)
         scores = torch.tensor([v.score for v in verdicts], dtype=torch.float64, device=module.device)
         if kind == "harmful":
             harmful_score.update(scores)

@@ -1,5 +1,8 @@
 import csv
+import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -81,6 +84,25 @@ def test_run_leaves_its_folder_whole(finished):
     assert [(r["defense"], r["num_attack_steps"]) for r in rows] == [("none", "0"), ("none", "2"), ("SBR", "0"), ("SBR", "2")]
     assert "train/anchor_drift" in (finished / "metrics.csv").read_text().splitlines()[0]
     assert not list(finished.rglob("*.partial"))
+
+
+def test_what_wandb_would_upload_holds_no_machine_no_key_and_no_generation(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-quite-secret")
+    attack = tmp_path / "attack.yaml"
+    attack.write_text(ONE_ATTACK)
+    tiny = [
+        word for word in TINY if word not in ("--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16")
+    ]
+    run("test", "--config", "experiments/sbr.yaml", "--config", str(attack), "--run.root", str(tmp_path / "runs"), *tiny)
+    (log,) = (tmp_path / "runs").rglob("*.wandb")
+    (generations,) = (tmp_path / "runs").rglob("generations.jsonl")
+    uploaded = b"".join(path.read_bytes() for path in [log, *log.parent.glob("files/**/*")] if path.is_file())
+    assert b"harmful_score" in uploaded
+    answers = [json.loads(line) for line in generations.read_text().splitlines()]
+    secrets = [str(ROOT), str(tmp_path), str(Path.home()) + "/", "sk-quite-secret", *(a["prompt"] for a in answers)]
+    secrets += [a["response"] for a in answers if len(a["response"]) > 8]
+    assert not [secret for secret in secrets if secret.encode() in uploaded]
+    assert not re.search(rf"\b{re.escape(socket.gethostname())}\b".encode(), uploaded)
 
 
 def test_exported_model_can_be_tested_and_validated(finished, call, tmp_path):
@@ -186,7 +208,8 @@ def test_bad_input_ends_in_one_sentence(call, tmp_path, args, message):
 
 
 def experiment_files() -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "experiments").rglob("*.yaml"))
+    files = [p.relative_to(ROOT) for p in (ROOT / "experiments").rglob("*.yaml")]
+    return sorted(str(p) for p in files if p.parent.name != "studies")  # those have a test of their own
 
 
 def resolved(call: Call, files: Iterable[str]) -> Any:

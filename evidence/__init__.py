@@ -1,0 +1,1 @@
+"""What runs add up to: studies, other judges' verdicts, and the report."""

@@ -1,0 +1,107 @@
+"""The report's pictures: colours that colour-blind readers tell apart (Okabe and Ito), and never by colour alone."""
+
+import math
+from itertools import cycle
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from callbacks.results import BROKEN
+from evidence.summary import Series, grouped
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = "osD^vPX"
+LINES = ("-", "--", "-.", ":")
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
+
+
+Style = dict[str, dict[str, Any]]
+
+
+def styles(series: list[Series]) -> Style:
+    """Colour, marker and line of every defense, the same in all pictures."""
+    names = dict.fromkeys(one.defense for one in series)
+    looks = zip(names, cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
+    return {name: {"color": colour, "marker": marker, "linestyle": line} for name, colour, marker, line in looks}
+
+
+def curves(series: list[Series], style: Style) -> Figure:
+    """Harmful score by attack step under one attack, a line a defense, with bands."""
+    figure, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
+    for one in series:
+        look, found = style[one.defense], [one.harmful_score(step) for step in one.steps]
+        ax.plot(one.steps, [i.estimate for i in found], label=one.defense, markersize=5, **look)
+        ax.fill_between(one.steps, [i.low for i in found], [i.high for i in found], color=look["color"], alpha=0.15)
+    ax.axhline(BROKEN, color="#777777", linewidth=1, linestyle=":")
+    ax.set(title=series[0].attack, ylabel="harmful score (%)", ylim=(-4, 104))
+    _by_step(ax, series)
+    _legend(figure, ax)
+    return figure
+
+
+def _by_step(ax: Axes, series: list[Series]) -> None:
+    """Steps along x: in proportion, but for 0, which stands as far before the first scored step as that one has width."""
+    steps = sorted({step for one in series for step in one.steps})
+    ax.set_xscale("symlog", linthresh=max([step for step in steps if step][:1] or [1]), linscale=0.4)
+    ax.set_xticks(steps, [str(step) for step in steps])
+    ax.minorticks_off()
+    ax.set_xlabel("attack step")
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+
+
+def breaking(series: list[Series], style: Style) -> Figure:
+    """Steps to break: a mark a seed, hollow with an arrow where the model held; a bar at the median."""
+    figure, ax = plt.subplots(figsize=(5, 1 + 0.55 * len(series)), layout="constrained")
+    for y, one in enumerate(series):
+        look = style[one.defense]
+        for n, (step, last) in enumerate(one.broken_at()):
+            at = y + 0.16 * (n - (len(one.seeds) - 1) / 2)
+            mark = {"marker": ">", "fillstyle": "none"} if step is None else {"marker": look["marker"]}
+            ax.plot(last if step is None else step, at, color=look["color"], **mark)
+        median = one.steps_to_break().estimate
+        if math.isfinite(median):
+            ax.plot([median, median], [y - 0.35, y + 0.35], color=look["color"], linewidth=2)
+    ax.set_yticks(range(len(series)), [f"{one.defense}\n{one.attack}" for one in series], fontsize=9)
+    _by_step(ax, series)
+    ax.invert_yaxis()
+    return figure
+
+
+def heat_map(series: list[Series]) -> Figure:
+    """Harmful score at the end of the attack, attacks by defenses."""
+    attacks, defenses = (list(dict.fromkeys(getattr(one, name) for one in series)) for name in ("attack", "defense"))
+    values = np.full((len(attacks), len(defenses)), np.nan)
+    for one in series:
+        values[attacks.index(one.attack), defenses.index(one.defense)] = one.harmful_score(one.steps[-1]).estimate
+    figure, ax = plt.subplots(figsize=(5, 1.4 + 0.7 * len(attacks)), layout="constrained")
+    image = ax.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        shown = "not run" if math.isnan(value) else f"{value:.0f}"
+        ax.text(x, y, shown, ha="center", va="center", color="white" if value < 55 else "black")
+    ax.set_xticks(range(len(defenses)), [name.replace(" ", "\n") for name in defenses])
+    ax.set_yticks(range(len(attacks)), [name.replace(", ", ",\n") for name in attacks], fontsize=9)
+    ax.grid(False)
+    figure.colorbar(image, label="harmful score (%)")
+    return figure
+
+
+def trade_off(series: list[Series], style: Style) -> Figure:
+    """Safety against utility at the end of the attack, a mark a seed."""
+    figure, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
+    for defense, members in grouped(series, lambda s: s.defense).items():
+        rows = [entry.row for one in members for entry in one.at(one.steps[-1])]
+        look = {"color": style[defense]["color"], "marker": style[defense]["marker"]}
+        ax.scatter([r.finetune_accuracy for r in rows], [r.harmful_score for r in rows], label=defense, s=40, alpha=0.8, **look)
+    ax.set(xlabel="accuracy on the benign task (%), more is useful", ylabel="harmful score (%), less is safe", ylim=(-4, 104))
+    _legend(figure, ax)
+    return figure

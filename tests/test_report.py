@@ -1,0 +1,230 @@
+import csv
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from test_results import ROW
+from toy import ROOT
+
+import casehard
+from callbacks.results import ResultRow, Results
+from evidence.report import write_report
+from evidence.study import INDEX, Cell
+from evidence.summary import collect, difference, verdict
+from metrics import Verdict
+from metrics.statistics import Interval, mean_interval, paired_difference
+
+STEPS, NUM_PROMPTS = (0, 10, 50), 20
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+def record(folder: Path, row: ResultRow, harmful: dict[int, int], unscored: int = 0) -> None:
+    """A run of one attack: how many of the 20 prompts are answered harmfully at every step."""
+    results = Results(str(folder))
+    for step, number in harmful.items():
+        scores = [1.0] * number + [0.0] * (NUM_PROMPTS - number - unscored) + [float("nan")] * unscored
+        answers = [
+            {"kind": "harmful", "number": n, "prompt": f"How do I brew vexolim {n}?", "response": "secret answer"}
+            | Verdict(score, False, False)._asdict()
+            for n, score in enumerate(scores)
+        ]
+        percent = 100 * number / (NUM_PROMPTS - unscored)
+        measured = {
+            "harmful_score": percent,
+            "attack_success_rate": percent,
+            "num_scored": NUM_PROMPTS - unscored,
+            "num_unscored": unscored,
+        }
+        results.record(Silent, replace(row, num_attack_steps=step, **measured), answers)  # type: ignore[arg-type]
+    (folder / "config.yaml").write_text(f"seed_everything: {row.seed}\n# <b>{row.attack}</b>\n")
+
+
+class Silent:
+    """A trainer without loggers."""
+
+    loggers: ClassVar[list[Any]] = []
+
+
+@pytest.fixture
+def study(tmp_path) -> Path:
+    """Two defenses, one attack a threat model, two seeds; the service's SBR holds, one answer of it unscored."""
+    root, cells = tmp_path / "study", []
+    for defense, stage in (("Plain SFT", "none"), ("SBR", "finetuning")):
+        for attack, threat in (("LoRA, 10%", "finetuning_service"), ("LoRA <open>", "open_weight")):
+            for seed in (0, 1):
+                folder = root / f"cell{len(cells)}"
+                holds = defense == "SBR" and threat == "finetuning_service"
+                harmful = dict(zip(STEPS, (0, 1, 2) if holds else (0, 8 + 4 * seed, 18), strict=True))
+                row = replace(ROW, defense="none" if stage == "none" else defense, stage=stage, threat_model=threat, seed=seed)
+                record(folder, row, harmful, unscored=1 if holds else 0)
+                (folder / "done.json").write_text('{"config": "c", "steps": 0, "seconds": 0.0}')
+                cells.append(Cell(folder.name, defense, attack, seed, [], str(folder), "c"))
+    trained = Cell("train", "Plain SFT", "", 0, [], str(root / "train"), "c")
+    (root / "train").mkdir()
+    (root / "train" / "done.json").write_text('{"config": "c", "steps": 680, "seconds": 201.4}')
+    unfinished = Cell("unfinished", "SBR", "LoRA, 10%", 2, [], str(root / "unfinished"), "c")
+    (root / INDEX).write_text(json.dumps([asdict(cell) for cell in [*cells, trained, unfinished]]))
+    return root
+
+
+class Page(HTMLParser):
+    """Ids, links, images and the text of the table rows."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.loaded: list[str] = []
+        self.rows: list[str] = []
+        self._row = False
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"]] if found.get("id") else []
+        self.links += [found["href"]] if found.get("href") else []
+        self.images += [found] if tag == "img" else []
+        self.loaded += [found["src"]] if found.get("src") else []
+        if tag == "tr":
+            self.rows.append("")
+            self._row = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._row = self._row and tag != "tr"
+
+    def handle_data(self, data: str) -> None:
+        if self._row:
+            self.rows[-1] = f"{self.rows[-1]} {data.strip()}".strip()
+
+
+def test_page_is_whole_in_one_file_and_every_number_leads_to_a_config(study, tmp_path):
+    page = Page(write_report([str(study)], str(tmp_path / "report"), "A study"))
+    assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert len(page.ids) == len(set(page.ids))
+    assert all(image["alt"] for image in page.images)
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert text.count("<details") == 9  # a config a run, and the training
+    assert "seed_everything: 1" in text
+    assert "&lt;b&gt;LoRAAttack" in text  # what runs say is no markup
+    assert "LoRA &lt;open&gt;" in text
+    assert "secret answer" not in text  # no generation
+    assert not re.search(r"(src|href)=\"(?!#|data:)", text)
+    numbers = re.findall(r"<td data-label=\"(?!Seed\")[^>]*><span>(.*?)</span>", text)
+    assert all(number.startswith("<a href=") for number in numbers)
+
+
+def test_table_says_what_was_measured(study, tmp_path):
+    page = Page(write_report([str(study)], str(tmp_path / "report"), "A study"))
+    (held,) = (row for row in page.rows if row.startswith("LoRA, 10% SBR 2"))
+    scores = [[1.0] * 2 + [0.0] * 17] * 2
+    interval = mean_interval(scores)
+    assert f"10.5 ({interval.low:.1f} to {interval.high:.1f}); 10.0 to 15.0 with the unscored safer" in held
+    assert "> 50 (50 to > 50, 50%) seeds: > 50, > 50" in held
+    (plain,) = (row for row in page.rows if row.startswith("LoRA, 10% Plain SFT 2"))
+    assert "90.0" in plain
+    assert "baseline" in plain
+    assert "10 (10 to 50, 50%) seeds: 50, 10" in plain
+    assert any("Plain SFT 0 680 201" in row for row in page.rows)
+    assert any(row.startswith("LoRA, 10% SBR 50 8 1.5") for row in page.rows)
+
+
+def test_difference_is_paired_and_its_verdict_is_in_words(study):
+    series = {(s.threat_model, s.defense): s for s in collect([study])}
+    ours, theirs = series["finetuning_service", "SBR"], series["finetuning_service", "Plain SFT"]
+    expected = paired_difference([[1.0] * 2 + [0.0] * 17] * 2, [[1.0] * 18 + [0.0]] * 2)  # the prompt without a verdict is out
+    assert difference(ours, theirs) == expected
+    assert verdict(expected) == "safer"
+    assert verdict(Interval(10, 1, 20)) == "less safe"
+    assert verdict(Interval(10, -1, 20)) == "within noise"
+    assert verdict(None) == "not measured"
+    same = difference(series["open_weight", "SBR"], series["open_weight", "Plain SFT"])
+    assert verdict(same) == "within noise"
+    assert len(theirs.seeds) == 2  # the unfinished cell is not in it
+
+
+def test_csv_files_hold_what_the_page_shows(study, tmp_path):
+    folder = write_report([str(study)], str(tmp_path / "report"), "A study").parent
+    rows = list(csv.DictReader((folder / "attacks.csv").open()))
+    assert len(rows) == 24
+    assert {"run", "attack_name", "defense_name", "harmful_score", "seed"} <= set(rows[0])
+    summary = list(csv.DictReader((folder / "summary.csv").open()))
+    (last,) = (r for r in summary if (r["attack"], r["defense"], r["step"]) == ("LoRA, 10%", "Plain SFT", "50"))
+    assert float(last["harmful_score"]) == pytest.approx(90.0)
+    assert (last["steps_to_break"], last["break_high"], last["break_confidence"]) == ("10.0", "50", "0.5")
+    names = {path.name for path in folder.glob("*.png")}
+    assert {
+        "open_weight-curves-lora_open.png",
+        "open_weight-steps_to_break.png",
+        "finetuning_service-heat_map.png",
+        "finetuning_service-trade_off.png",
+    } <= names
+
+
+def test_the_same_runs_give_the_same_report(study, tmp_path):
+    first, second = (write_report([str(study)], str(tmp_path / name), "A study").read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+def test_runs_without_a_study_go_by_their_settings(tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        record(tmp_path / f"s{seed}", replace(ROW, seed=seed), dict.fromkeys(STEPS, 3))
+    monkeypatch.chdir(ROOT)
+    casehard.main(["report", str(tmp_path / "s0"), str(tmp_path / "s1"), "--out", str(tmp_path / "report")])
+    assert "report.html" in capsys.readouterr().out
+    page = Page(tmp_path / "report" / "report.html")
+    (row,) = (row for row in page.rows if row.startswith("LoRAAttack, adamw 0.001, poison 0.1 SBR 2 15.0 15.0"))
+    assert "\u2013" in row  # no baseline to compare with
+
+
+def test_runs_without_answers_have_no_intervals(tmp_path):
+    record(tmp_path / "run", ROW, dict.fromkeys(STEPS, 3))
+    (tmp_path / "run" / "generations.jsonl").unlink()
+    (series,) = collect([tmp_path / "run"])
+    assert series.harmful_score(50)[:3] == pytest.approx((15.0, float("nan"), float("nan")), nan_ok=True)
+    assert "(nan" not in write_report([str(tmp_path / "run")], str(tmp_path / "report"), "A run").read_text()
+
+
+def test_bad_input_is_told_so(tmp_path):
+    record(tmp_path / "a", ROW, {0: 1, 5: 3})
+    record(tmp_path / "b", ROW, {0: 1, 5: 4})
+    with pytest.raises(
+        ValueError,
+        match=r"runs must hold every evaluation once, and .*a and .*b differ in LoRAAttack.*, SBR, seed 0, step 5. Leave one out",
+    ):
+        collect([tmp_path / "a", tmp_path / "b"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / INDEX).write_text("[]")
+    with pytest.raises(ValueError, match="runs must hold results, and there are none"):
+        collect([tmp_path / "empty"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1400, 400])
+def test_the_page_opens_and_fits_its_window(study, tmp_path, width):
+    page = write_report([str(study)], str(tmp_path / "report"), "A study")
+    probe = "<script>document.title = `${document.images.length} ${[...document.images].every(i => i.naturalWidth > 0)} ${document.documentElement.scrollWidth - innerWidth}`</script>"
+    page.write_text(page.read_text().replace("</body>", f"{probe}</body>"))
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},1000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
+    title = re.search(r"<title>(\d+) (\w+) (-?\d+)</title>", shown)
+    assert title is not None, shown[:500]
+    assert title[1] == "8"
+    assert title[2] == "true"
+    assert int(title[3]) <= 0  # nothing sticks out

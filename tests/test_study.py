@@ -1,0 +1,212 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from toy import ROOT
+
+import casehard
+from callbacks.results import config_hash
+from evidence.study import Cell, cells, devices, read_study, run_all, run_cell, run_study
+
+TINY = """
+defenses:
+  Plain:
+    settings: {model.class_path: lightning_modules.Defense}
+  Aligned:
+    configs: [experiments/sft_alignment.yaml]
+    train: {configs: [experiments/sft_alignment.yaml], settings: {trainer.max_steps: 1}}
+attacks:
+  one step:
+    settings:
+      trainer.callbacks:
+        - class_path: callbacks.LoRAAttack
+          init_args: {threat_model: open_weight, num_samples: 8, num_attack_steps: 1, lora: {rank: 2}}
+seeds: [0]
+common:
+  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, trainer.enable_checkpointing: false, data.num_evaluated: 2, data.max_new_tokens: 2}
+"""
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv(casehard.RUN_FOLDER, raising=False)
+
+
+def start(file: Path, root: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "casehard.py"), "study", str(file), "--root", str(root), "--parallel", "1"]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_study_that_is_killed_goes_on_and_runs_no_cell_twice(tmp_path):
+    file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
+    file.write_text(TINY)
+    first = start(file, root)
+    index = root / "tiny" / "cells.json"
+    try:
+        while not index.exists() or not (
+            folders := [Path(c["folder"]) for c in json.loads(index.read_text()) if Path(c["folder"]).is_dir()]
+        ):
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.05)
+    finally:
+        os.kill(first.pid, signal.SIGKILL)  # its cell runs on
+    first.communicate()
+    running = folders[0].stat().st_ino
+    shown, errors = start(file, root).communicate(timeout=300)
+    assert "3 of 3 cells done" in shown, errors
+    assert folders[0].stat().st_ino == running  # it was waited for, not begun anew
+    found = [Cell(**c) for c in json.loads(index.read_text())]
+    assert [cell.name for cell in found] == ["aligned-train-seed0", "plain-one_step-seed0", "aligned-one_step-seed0"]
+    assert all(cell.done for cell in found)
+    used = yaml.safe_load(Path(found[2].folder, "config.yaml").read_text())
+    assert used["model"]["init_args"]["checkpoint"] == f"{found[0].folder}/model"
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("done.json")}
+    run_study(casehard.resolved, str(file), str(root), None, None, {})
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("done.json")} == before  # nothing was left to do
+
+
+def resolve(words: list[str]) -> str:
+    return yaml.safe_dump({"words": words})
+
+
+def cell(name: str, folder: Path, needs: str | None = None, words: tuple[str, ...] = ()) -> Cell:
+    return Cell(name, "d", "a", 0, list(words), str(folder / "study" / name), "hash", needs)
+
+
+def finish(cell: Cell) -> None:
+    Path(cell.folder).mkdir(parents=True, exist_ok=True)
+    Path(cell.folder, "done.json").write_text(json.dumps({"config": cell.config}))
+
+
+def test_a_cell_that_fails_is_named_and_so_is_what_needed_it(tmp_path, capsys):
+    todo = [cell("train", tmp_path), cell("attack", tmp_path, "train"), cell("other", tmp_path)]
+    ran = []
+
+    def run(cell: Cell) -> str | None:
+        ran.append(cell.name)
+        return "exit status 1: out of memory" if cell.name == "train" else None
+
+    assert run_all(todo, run, 2) == {"train": "exit status 1: out of memory", "attack": "train failed"}
+    assert sorted(ran) == ["other", "train"]
+    assert "failed: train: exit status 1: out of memory" in capsys.readouterr().err
+
+
+def test_done_cells_are_left_alone_and_others_wait_for_what_they_need(tmp_path):
+    todo = [
+        cell("train", tmp_path),
+        cell("attack", tmp_path, "train"),
+        cell("trained", tmp_path),
+        cell("again", tmp_path, "trained"),
+    ]
+    finish(todo[2])
+    ran = []
+    assert run_all(todo, lambda cell: ran.append(cell.name), 4) == {}  # type: ignore[func-returns-value]
+    assert sorted(ran) == ["again", "attack", "train"]
+    assert ran.index("train") < ran.index("attack")
+
+
+def test_a_cell_that_died_half_way_is_begun_anew_and_a_failing_one_says_why(tmp_path):
+    broken = cell("broken", tmp_path, words=("test", "--no_such_setting=1"))
+    Path(broken.folder).mkdir(parents=True)
+    Path(broken.folder, "attacks.csv").write_text("half")
+    why = run_cell(broken)
+    assert why is not None
+    assert "exit status 2" in why
+    assert "no_such_setting" in why
+    assert "broken.log" in why
+    assert not Path(broken.folder).exists()
+
+
+def test_a_marker_of_another_config_does_not_count(tmp_path):
+    other = cell("a", tmp_path)
+    assert not other.done
+    finish(other)
+    assert other.done
+    Path(other.folder, "done.json").write_text('{"config": "of other settings"}')
+    assert not other.done
+
+
+def test_other_settings_get_another_folder_down_to_what_depends_on_them(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY)
+    first = cells(read_study(str(file)), tmp_path, resolve)
+    file.write_text(TINY.replace("trainer.max_steps: 1", "trainer.max_steps: 2"))
+    second = cells(read_study(str(file)), tmp_path, resolve)
+    assert [a.folder == b.folder for a, b in zip(first, second, strict=True)] == [False, True, False]
+    file.write_text(TINY)
+    assert cells(read_study(str(file)), tmp_path, resolve) == first
+
+
+def test_a_config_counts_by_its_values_and_not_by_where_the_run_goes():
+    assert config_hash("a: 1\nb: [x]\nrun: {root: here}") == config_hash("run: {root: there}\nb: [x]\na: 1")
+    assert config_hash("a: 1") != config_hash("a: 2")
+
+
+def test_the_sandbox_study_is_three_by_four_by_three_and_every_cell_resolves(tmp_path):
+    study = read_study("experiments/studies/sandbox.yaml")
+    found = cells(study, tmp_path, resolve)
+    assert len([c for c in found if c.attack]) == 36
+    assert len([c for c in found if not c.attack]) == 6
+    assert len({c.folder for c in found}) == 42
+    for some in (found[0], found[3], *found[6:18]):  # each kind of cell, of one seed
+        config = yaml.safe_load(casehard.resolved(some.words))
+        attacks = config["trainer"]["callbacks"]
+        assert len(attacks) == (1 if some.attack else 0)
+        assert config["data"]["seed"] == some.seed
+
+
+def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY.replace("data.num_evaluated", "data.number_evaluated"))
+    with pytest.raises(ValueError, match="every cell must be a command that works, and this one does not: fit"):
+        run_study(casehard.resolved, str(file), str(tmp_path), None, None, {})
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("defenses: {}\nattacks: {a: {}}\nseeds: [0]", "defenses must be at least one, each with a name of its own, got none"),
+        ("defenses: {d: {}}\nattacks: {a b: {}, A-B: {}}\nseeds: [0]", "attacks must be at least one, each with a name of its own, got a b, A-B"),
+        ("defenses: {d: {}}\nattacks: {a: {}}\nseeds: []", "seeds must be at least one, each with a name of its own, got none"),
+        ("defenses: {d: {trains: 1}}\nattacks: {a: {}}\nseeds: [0]", "must be YAML that describes a study by defenses, attacks and seeds, but .*trains"),
+        ("seeds: [0]", "must be YAML that describes a study .*, but .*attacks"),
+        ("[]", "must be YAML that describes a study"),
+        ("defenses: [", "must be YAML that describes a study by defenses, attacks and seeds, but while parsing"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_study_is_told_so(tmp_path, text, message):
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_study(str(tmp_path / "study.yaml"))
+
+
+def test_parallel_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="parallel must be >= 1 or null, got 0"):
+        run_study(resolve, "x.yaml", str(tmp_path), 0, None, {})
+
+
+def test_cells_are_shared_out_over_the_cuda_devices_that_are_visible(monkeypatch):
+    monkeypatch.setattr("evidence.study.torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert devices() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert devices() == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+
+
+def test_submitit_runs_cells_too(tmp_path, monkeypatch):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY.split("  Aligned:")[0] + TINY[TINY.index("attacks:") :])
+    (only,) = cells(read_study(str(file)), tmp_path / "runs" / "tiny", resolve)
+    monkeypatch.setattr("evidence.study.cells", lambda *_: [only])
+    finish(only)  # in the job, too, a done cell is left alone
+    monkeypatch.setattr("evidence.study.run_all", lambda todo, run, parallel: {c.name: why for c in todo if (why := run(c))})
+    run_study(resolve, str(file), str(tmp_path / "runs"), None, "local", {"timeout_min": 2})
+    assert list((tmp_path / "runs" / "tiny" / "jobs").glob("*_result.pkl"))
