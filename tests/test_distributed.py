@@ -150,7 +150,7 @@ def check_mixed_precision(rank: int, checkpoint: str, folder: Path) -> None:
 def check_refused(checkpoint: str) -> None:
     module = Defense(checkpoint)
     module._device_mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    with pytest.raises(ValueError, match=r"tensor_parallel_size must be 1, got 2: .* Set data_parallel_size to the number of"):
+    with pytest.raises(ValueError, match="tensor_parallel_size must be 1, the number of roles, got 2"):
         module.configure_model()
 
 
@@ -160,7 +160,7 @@ def check_shift(module: Defense) -> None:
     batch = {"input_ids": torch.arange(5, 21).view(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
     batch |= {"labels": batch["input_ids"]}
     vector = {name: torch.full_like(shard, 0.05) for name, shard in snapshot(module).items()}
-    num_weights = sum(p.numel() for p in module.parameters())
+    num_weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert vector_norm(module, vector).item() == pytest.approx(0.05 * num_weights**0.5)  # of all shards together
     before = module.sft_loss(batch)
     with shifted(module, vector):
