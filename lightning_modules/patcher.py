@@ -77,8 +77,9 @@ class PatcherModule(Defense):
     processes (FSDP2). Where the next attack is due, attackers hand over their vector and get the weights of the moment, so that
     a vector is one interval old when it comes into use. The sequential form with ``vector_age`` 1 is the same algorithm.
 
-    Memory beyond plain SFT: the attack vector (one copy of what the attacker trains), one more copy during a shifted pass, and
-    during an attack the attacker's gradients and moments; ``copy_device: cpu`` keeps what is idle off the accelerator.
+    Memory beyond plain SFT: the attack vector (one copy of what the attacker trains), one more copy during a shifted pass, which
+    goes as the gradients come, and during an attack the attacker's gradients and moments; ``copy_device: cpu`` keeps what is idle
+    off the accelerator.
 
     Args:
         checkpoint: the model to start from, as for ``Defense``.
@@ -304,7 +305,7 @@ class PatcherModule(Defense):
         if not self.vector:
             return self.sft_loss(batch)
         attacked_rows, clean_rows = shared_out(batch, self.attack_weight) if self.one_pass_per_row else (batch, batch)
-        with shifted(self, self.vector, self._scale()):
+        with shifted(self, self.vector, self._scale(), one_backward=True):
             attacked = self.sft_loss(attacked_rows)
             self._backward(self.attack_weight * attacked)
         clean, attacked = self.sft_loss(clean_rows), attacked.detach()

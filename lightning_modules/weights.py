@@ -7,6 +7,7 @@ all-gather reads its own view of the shard.
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -84,26 +85,40 @@ def vector_norm(module: nn.Module, vector: Weights) -> Tensor:
 
 
 @contextmanager
-def shifted(module: nn.Module, vector: Weights, scale: float = 1.0) -> Iterator[None]:
+def shifted(module: nn.Module, vector: Weights, scale: float = 1.0, one_backward: bool = False) -> Iterator[None]:
     """Let a block run at ``weights + scale * vector``; gradients land on the parameters, whose bits come back.
 
     Memory: one copy of what ``vector`` names, for the block.
+
+    Args:
+        module: sharded or not.
+        vector: what to add, by parameter name.
+        scale: times ``vector``.
+        one_backward: the block ends with its only backward pass. A parameter then comes back, and its copy goes, the moment its
+            gradient is there: copies and gradients together are one copy of the weights, not two. (Shards wait for the end.)
 
     Raises:
         ValueError: ``module`` lacks one of the names.
     """
     pairs = _match(vector, module)
-    saved = [own.clone() for own, _ in pairs]
+    parameters = dict(module.named_parameters())
+    saved = {name: own.clone() for name, (own, _) in zip(vector, pairs, strict=True)}
+
+    def put_back(p: Tensor, name: str) -> None:
+        local(p).copy_(saved.pop(name))
+
+    early = [(name, p) for name in vector if one_backward and not isinstance(p := parameters.get(name), DTensor | None)]
+    hooks = [p.register_post_accumulate_grad_hook(partial(put_back, name=name)) for name, p in early if p.requires_grad]
     try:
         with torch.no_grad():
             for own, delta in pairs:
                 own.add_(delta.to(own.device), alpha=scale)
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         reshard(module)  # what was put together in the block is shifted
-        with torch.no_grad():
-            for (own, _), copy in zip(pairs, saved, strict=True):
-                own.copy_(copy)
+        restore(module, saved)
 
 
 @contextmanager

@@ -281,7 +281,8 @@ def test_a_run_that_was_borrowed_from_ends_as_the_one_that_was_not(checkpoint, t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("names", ["all", "some"])
-def test_the_gradient_at_shifted_weights_lands_on_the_true_ones(checkpoint, dtype, names):
+@pytest.mark.parametrize("one_backward", [False, True])
+def test_the_gradient_at_shifted_weights_lands_on_the_true_ones(checkpoint, dtype, names, one_backward):
     model = load_model(checkpoint, dtype)
     before, unshifted = bits(model), lm_loss(model)
     torch.manual_seed(1)
@@ -293,9 +294,10 @@ def test_the_gradient_at_shifted_weights_lands_on_the_true_ones(checkpoint, dtyp
     by_hand = lm_loss(moved)
     by_hand.backward()
 
-    with shifted(model, vector):
+    with shifted(model, vector, one_backward=one_backward):
         loss = lm_loss(model)
         loss.backward()
+        assert same_bits(bits(model), before) == one_backward  # back as the gradients came, or not yet
     assert not torch.equal(loss, unshifted)
     assert torch.equal(loss, by_hand)
     for p, q in zip(model.parameters(), moved.parameters(), strict=True):
