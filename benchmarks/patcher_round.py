@@ -38,6 +38,7 @@ def ours(
     max_length: int,
     precision: str,
     rounds: int,
+    one_pass_per_row: bool,
 ) -> list[float]:
     """Seconds of every round."""
     times: list[float] = []
@@ -60,7 +61,8 @@ def ours(
         max_length=max_length,
     )
     attacker = InnerAttacker(num_inner_steps, Optimizer(1e-4), batch_size)
-    module = PatcherModule(checkpoint, attacker, None, num_outer_steps, 0, fresh_optimizer=True, optimizer=Optimizer(3e-4))
+    settings = {"fresh_optimizer": True, "one_pass_per_row": one_pass_per_row, "optimizer": Optimizer(3e-4)}
+    module = PatcherModule(checkpoint, attacker, None, num_outer_steps, 0, **settings)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     L.Trainer(
         accelerator="cpu",
@@ -148,12 +150,12 @@ def main(
         max_length: tokens of a row.
         rounds: how many.
         precision: 32-true or bf16-mixed.
-        role: for the processes that this one starts: ours, attack or defend.
+        role: for the processes that this one starts: ours, one_pass (ours, with one_pass_per_row), attack or defend.
         folders: for those processes: where to start, the attacked weights, where to write.
     """
-    if role == "ours":
+    if role in ("ours", "one_pass"):
         sizes = (num_inner_steps, num_outer_steps, batch_size, max_length)
-        times = ours(checkpoint, refusals, harmful, *sizes, precision, 1 + rounds)[1:]
+        times = ours(checkpoint, refusals, harmful, *sizes, precision, 1 + rounds, role == "one_pass")[1:]
         print("steps took", *times)
         print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
@@ -178,6 +180,7 @@ def main(
     steps_only, with_disk, peaks = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         our_steps, our_peak = process("ours")
+        one_pass, _ = process("one_pass")
         start = checkpoint
         for number in tqdm(range(rounds), "rounds"):
             attacked, end = f"{folder}/attacked", f"{folder}/round{number}"
@@ -192,6 +195,7 @@ def main(
             peaks.append(max(peak for _, peak in found))
             start = end
         more_steps, more_peak = process("ours")
+        one_pass += process("one_pass")[0]
     own = our_steps + more_steps
     print(f"ours, a round                    {spread(own)} s")
     print(f"theirs, a round                  {spread(with_disk)} s, steps alone {spread(steps_only)} s")
@@ -199,6 +203,7 @@ def main(
     print(f"ours over theirs                 {spread(median / t for t in with_disk)}")
     print(f"ours over theirs, steps alone    {spread(median / t for t in steps_only)}")
     print(f"peak memory, ours over theirs    {max(our_peak, more_peak) / max(peaks):.2f}")
+    print(f"one pass a row over two          {spread(t / median for t in one_pass)}")
 
 
 if __name__ == "__main__":
