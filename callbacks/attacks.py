@@ -9,14 +9,13 @@ from typing import Literal
 import lightning as L
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from callbacks.results import ResultRow, Results
 from callbacks.scoring import Scores, defense_and_data, score
 from datamodules.sft import SFTDataModule
 from lightning_modules.adapters import LoRA, trainable
 from lightning_modules.defense import Defense
-from lightning_modules.engine import DivergedError, train_steps
+from lightning_modules.engine import train_steps, watched
 from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.weights import borrowed
@@ -136,28 +135,18 @@ class HarmfulFineTuning(L.Callback):
 
         self._record(job, 0, before, 0.0)
         shown = f"{self.name} ({self.threat_model}, {'undefended' if job.twin else module.label})"
-        bar = tqdm(
-            total=self.num_attack_steps, desc=shown, disable=not trainer.is_global_zero or trainer.progress_bar_callback is None
-        )
-        with bar, borrowed(module, self._prepared(job), self.copy_device):
+        visible = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with borrowed(module, self._prepared(job), self.copy_device):
             loss = module.finetuning_loss if job.defended else module.sft_loss
             steps = train_steps(module, loss, batches, self.num_attack_steps, self.optimizer, module.forward_context)
-            trained = 0.0
-            while True:
-                start = time.perf_counter()
-                try:
-                    step, value = next(steps)
-                except StopIteration:
-                    break
-                except DivergedError as error:
-                    raise DivergedError(f"{shown}: {error}") from error
+            trained, start = 0.0, time.perf_counter()
+            for step, value, bar in watched(steps, self.num_attack_steps, shown, visible):
                 trained += time.perf_counter() - start
-                bar.update()
-                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
                 if step in self.score_steps:
                     scores = score(module, job.data.evaluation)
                     bar.set_postfix(loss=f"{value:.3f}", harmful_score=f"{scores.metrics['harmful_score']:.1f}")
                     self._record(job, step, scores, trained)
+                start = time.perf_counter()
 
     @contextmanager
     def _prepared(self, job: "_Job") -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
 
 from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer
@@ -88,3 +89,25 @@ def train_steps(
         schedule.step()
         opt.zero_grad(set_to_none=True)
         yield step + 1, mean.item()
+
+
+def watched(
+    steps: Iterator[tuple[int, float]], num_steps: int, name: str, visible: bool, **bar: Any
+) -> Iterator[tuple[int, float, tqdm]]:
+    """``train_steps`` on a progress bar, which comes with every step for more to be shown.
+
+    Args:
+        steps: of ``train_steps``.
+        num_steps: how many there will be.
+        name: on the bar, and in front of what goes wrong.
+        visible: whether there is a bar to see.
+        bar: further settings of tqdm's.
+    """
+    with tqdm(total=num_steps, desc=name, disable=not visible, **bar) as shown:
+        try:
+            for step, loss in steps:
+                shown.update()
+                shown.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                yield step, loss, shown
+        except DivergedError as error:
+            raise DivergedError(f"{name}: {error}") from error

@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
 
 from datamodules.mixing import counter_seed, mix, uniform
 from datamodules.rows import Row, read_rows
 from lightning_modules.adapters import LoRA, adapter_vector, trainable
 from lightning_modules.defense import Defense
-from lightning_modules.engine import DivergedError, train_steps
+from lightning_modules.engine import train_steps, watched
 from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer, parked
 from lightning_modules.sharding import as_saved, saved_in, shard_of
@@ -210,16 +209,11 @@ class PatcherModule(Defense):
             return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
         shown = f"Round {self.progress['round']}, inner attack"
-        hidden = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
-        bar = tqdm(total=attacker.num_inner_steps, desc=shown, leave=False, disable=hidden)
-        with bar, borrowed(self, self._prepared(number, attacker), self.copy_device) as start:
+        visible = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        with borrowed(self, self._prepared(number, attacker), self.copy_device) as start:
             steps = train_steps(self, self.sft_loss, batches, attacker.num_inner_steps, attacker.optimizer, self.forward_context)
-            try:
-                for _, loss in steps:
-                    bar.update()
-                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            except DivergedError as error:
-                raise DivergedError(f"{shown}: {error}") from error
+            for _ in watched(steps, attacker.num_inner_steps, shown, visible, leave=False):
+                pass
             if attacker.lora is None:
                 return {name: tensor.to(self.copy_device) for name, tensor in attack_vector(self, start).items()}
             reshard(self)
