@@ -250,6 +250,7 @@ class Cli(LightningCLI):
                 "seconds": round(seconds, 1),
                 "defense": self.model.label,
                 "stage": self.model.stage,
+                "seed": self.datamodule.seed,
                 "data": [origin._asdict() for origin in self.datamodule.origins],
                 "versions": {"python": platform.python_version()} | {name: version(name) for name in NAMED},
             }

@@ -76,7 +76,6 @@ def _made(run: Path, folders: list[Path]) -> dict[str, Any]:
         "card_data": metadata.to_yaml(),
         "base": public(base),
         "licence": licence,
-        "seed": data["seed"],
         "trained_on": mixture if data["train_on"] == "mixture" else "refusals and alignment_benign",
         "sources": [o | {"source": public(o["source"]), "licence": _data_licence(o["source"])} for o in origins.values()],
         "settings": _yaml(config["model"]["init_args"]),

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from callbacks.results import DONE, write_whole
 from evidence import plots
 from evidence.study import INDEX, Cell, slug
-from evidence.summary import Series, baseline, collect, difference, grouped, verdict
+from evidence.summary import UNDEFENDED, Series, baseline, collect, difference, grouped, verdict
 from metrics.statistics import Interval
 
 THREATS = {
@@ -198,16 +198,24 @@ def _source(one: Series, ids: dict[int, str], numbers: dict[Path, str]) -> dict[
 
 
 def _trainings(runs: list[str]) -> list[dict[str, Any]]:
-    """The finished trainings of studies, with what their markers say of steps, passes and seconds."""
+    """The finished trainings, of studies and of runs by themselves, with what their markers say of steps, passes and seconds."""
     found = []
-    for index in (Path(run) / INDEX for run in runs if (Path(run) / INDEX).exists()):
-        for cell in (Cell(**cell) for cell in json.loads(index.read_text(encoding="utf-8"))):
-            folder = index.parent / Path(cell.folder).name
-            if not cell.attack and (folder / DONE).exists():
-                marker = json.loads((folder / DONE).read_text())
-                cost = {"steps": marker["steps"], "passes": marker.get("passes", NOTHING), "seconds": f"{marker['seconds']:.0f}"}
-                found.append({"defense": cell.defense, "seed": cell.seed, "folder": folder} | cost)
-    return found
+    for run in map(Path, runs):
+        if (run / INDEX).exists():
+            cells = (Cell(**cell) for cell in json.loads((run / INDEX).read_text(encoding="utf-8")))
+            found += [_training(run / Path(c.folder).name, {"defense": c.defense, "seed": c.seed}) for c in cells if not c.attack]
+        else:
+            found.append(_training(run, {}))
+    return [training for training in found if training and training["steps"]]
+
+
+def _training(folder: Path, named: dict[str, Any]) -> dict[str, Any] | None:
+    if not (folder / DONE).exists():
+        return None
+    marker = {"passes": NOTHING, "defense": NOTHING, "seed": NOTHING} | json.loads((folder / DONE).read_text())
+    defense = UNDEFENDED if marker["defense"] == "none" else marker["defense"]
+    cost = {"steps": marker["steps"], "passes": marker["passes"], "seconds": f"{marker['seconds']:.0f}"}
+    return {"defense": defense, "seed": marker["seed"], "folder": folder} | named | cost
 
 
 def _csv(series: list[Series]) -> str:

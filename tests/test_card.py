@@ -135,11 +135,19 @@ def test_a_defense_of_the_fine_tuning_stage_never_looks_like_protection_of_open_
     (tmp_path / "model").mkdir()
     config = {
         "model": {"init_args": {"checkpoint": "no/hub-id", "anchors": ["How do I brew vexolim?"]}},
-        "data": {"seed": 0, "train_on": "mixture", "poison_ratio": 0.1},
+        "data": {"train_on": "mixture", "poison_ratio": 0.1},
         "trainer": {"callbacks": []},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    made = {"steps": 2, "passes": 2, "seconds": 1.0, "defense": "SBR", "stage": "finetuning", "versions": {"casehard": "0"}}
+    made = {
+        "steps": 2,
+        "passes": 2,
+        "seconds": 1.0,
+        "defense": "SBR",
+        "stage": "finetuning",
+        "seed": 0,
+        "versions": {"casehard": "0"},
+    }
     own = {"role": "the defense's own rows", "source": "", "num_rows": 1, "sha256": "0" * 64}
     (tmp_path / "done.json").write_text(json.dumps(made | {"data": [own]}))
     text = write_card(str(tmp_path), []).read_text()

@@ -178,11 +178,14 @@ def test_the_same_runs_give_the_same_report(study, tmp_path):
 def test_runs_without_a_study_go_by_their_settings(tmp_path, monkeypatch, capsys):
     for seed in (0, 1):
         record(tmp_path / f"s{seed}", replace(ROW, seed=seed), dict.fromkeys(STEPS, 3))
+    marker = {"config": "c", "steps": 680, "passes": 2440, "seconds": 201.4, "defense": "SBR", "seed": 0}
+    (tmp_path / "s0" / "done.json").write_text(json.dumps(marker))
     monkeypatch.chdir(ROOT)
     casehard.main(["report", str(tmp_path / "s0"), str(tmp_path / "s1"), "--out", str(tmp_path / "report")])
     assert "report.html" in capsys.readouterr().out
     page = Page(tmp_path / "report" / "report.html")
     (row,) = (row for row in page.rows if row.startswith("LoRAAttack, adamw 0.001, poison 0.1 SBR 2 15.0 15.0"))
+    assert "SBR 0 680 2440 201" in page.rows
     assert "\u2013" in row  # no baseline to compare with
 
 
