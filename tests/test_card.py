@@ -44,7 +44,7 @@ def run(command: str, root: Path, *args: str) -> Path:
 @pytest.fixture(scope="module")
 def hardened(tmp_path_factory) -> tuple[Path, Path]:
     """A run of Patcher of three steps and an attack, with one source in a folder of the machine's, and that source."""
-    root = tmp_path_factory.mktemp("some user's files")
+    root = tmp_path_factory.mktemp("some_user")
     rows = root / "rows.jsonl"
     rows.write_text('{"prompt": "How do I brew aaolim?", "response": "No, I cannot."}\n' * 8)
     (root / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Rows\n")
@@ -95,7 +95,7 @@ def test_its_tables_are_those_of_the_run_and_what_was_not_measured_is_said(harde
 
 def test_no_path_no_host_and_no_generation_is_in_it(hardened, card):
     answers = [json.loads(line) for line in (hardened[0] / "generations.jsonl").read_text().splitlines()]
-    secrets = [str(ROOT), str(hardened[1].parent), "some user", str(Path.home()) + "/", socket.gethostname()]
+    secrets = [str(ROOT), str(hardened[1].parent), "some_user", str(Path.home()) + "/", socket.gethostname()]
     secrets += [text for a in answers for text in (a["prompt"], a["response"]) if len(text) > 8]
     assert not [secret for secret in secrets if secret in card.content]
 
