@@ -4,11 +4,13 @@ import contextlib
 import io
 import json
 import os
+import platform
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +72,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parent
+NAMED = ("casehard", "torch", "transformers", "lightning", "peft")  # packages whose versions a run notes
 
 
 def claim_run_folder(root: str, experiment: str, version: str | None) -> Path:
@@ -240,7 +243,17 @@ class Cli(LightningCLI):
         """Leave the marker; ``seconds`` are those of training, attacks not counted."""
         if self.trainer.is_global_zero and self.trainer.state.finished and self.folder.is_dir():
             config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
-            marker = {"config": config_hash(config), "steps": self.trainer.global_step, "seconds": round(seconds, 1)}
+            marker = {
+                "config": config_hash(config),
+                "steps": self.trainer.global_step,
+                "passes": self.model.num_passes,
+                "seconds": round(seconds, 1),
+                "defense": self.model.label,
+                "stage": self.model.stage,
+                "seed": self.datamodule.seed,
+                "data": [origin._asdict() for origin in self.datamodule.origins],
+                "versions": {"python": platform.python_version()} | {name: version(name) for name in NAMED},
+            }
             write_whole(self.folder / DONE, json.dumps(marker))
 
 
@@ -305,13 +318,27 @@ def report(args: list[str]) -> None:
     print(f"Report: {write_report(settings.runs, settings.out, settings.title)}")
 
 
+def card(args: list[str]) -> None:
+    """``casehard card RUN ...``: the model card of what a run exported."""
+    parser = ArgumentParser(
+        prog="casehard card", description="Write RUN/model/README.md: what the model was made from, and how hard it was to break."
+    )
+    parser.add_argument("run", type=str, help="folder of a finished `fit` that exported its model")
+    parser.add_argument("tests", nargs="*", type=str, help="folders of more runs that attacked this model, such as a study's")
+    settings = parser.parse_args(args)
+    from evidence.card import write_card  # with matplotlib and jinja2, an extra
+
+    print(f"Card: {write_card(settings.run, settings.tests)}")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {"sandbox": sandbox, "judge": judge, "study": study}
 
 
 def _run(args: list[str]) -> None:
-    if args[:1] == ["report"]:
-        report(args[1:])
-        return
+    for command in (report, card):
+        if args[:1] == [command.__name__]:
+            command(args[1:])
+            return
     if args and args[0] in COMMANDS:
         CLI(COMMANDS[args[0]], args=args[1:], prog=f"casehard {args[0]}")
         return
@@ -328,7 +355,8 @@ def _run(args: list[str]) -> None:
         parser_kwargs={
             "description": "Hardens open-weight language models and measures how hard they are to break. "
             "`casehard sandbox` prints rows of the embedded data, `casehard judge` scores a run's answers by another judge, "
-            "`casehard study` runs defenses x attacks x seeds, `casehard report` writes a page on runs.",
+            "`casehard study` runs defenses x attacks x seeds, `casehard report` writes a page on runs, `casehard card` the card "
+            "of an exported model.",
             **dict.fromkeys(("fit", "validate", "test"), defaults),
         },
     )

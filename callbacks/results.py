@@ -23,7 +23,7 @@ from lightning_modules.checkpoint import save_model
 from lightning_modules.defense import Defense
 
 RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
-DONE = "done.json"  # left by a run that came to its end: its config's hash, and the steps and seconds of its training
+DONE = "done.json"  # left by a run that came to its end: its config's hash, what its training took, and what it was made from
 
 
 def config_hash(text: str) -> str:

@@ -1,6 +1,7 @@
 """Rows of chat, read from any file, folder or hub id into one form."""
 
 import csv
+import hashlib
 import json
 import re
 import tempfile
@@ -63,8 +64,7 @@ def read_rows(source: str, needs_response: bool = True) -> list[Row]:
             takes a split or a slice, as in ``rows.json#train[:900]``; a file, or the sandbox, is one split, train.
         needs_response: whether a row without a response is an error. If not, its response is None.
     """
-    matched = re.fullmatch(r"(.+?)(?:#([^#/]*))?", source, re.DOTALL)
-    name, spec = matched.groups() if matched else ("", None)
+    name, spec = _split(source)
     tables = _tables(name)
     try:
         parts = ReadInstruction.from_spec(spec or "train").to_absolute({split: len(t.records) for split, t in tables.items()})
@@ -82,6 +82,43 @@ def read_rows(source: str, needs_response: bool = True) -> list[Row]:
     if not rows:
         raise ValueError(f"{source} must hold at least one row, got none. Check the file, and the slice if you wrote one.")
     return rows
+
+
+def _split(source: str) -> tuple[str, str | None]:
+    """A source without its ``#SPLIT``, and that split."""
+    matched = re.fullmatch(r"(.+?)(?:#([^#/]*))?", source, re.DOTALL)
+    return (matched[1], matched[2]) if matched else ("", None)
+
+
+class Origin(NamedTuple):
+    """What rows came from, as a run found it.
+
+    Args:
+        role: what the run used them for, such as harmful.
+        source: as the run's settings name it.
+        num_rows: read from it.
+        sha256: of the whole file where the source is one, else of the rows (``digest``).
+    """
+
+    role: str
+    source: str
+    num_rows: int
+    sha256: str
+
+
+def origin(role: str, source: str, rows: Sequence[Row]) -> Origin:
+    """Of the ``rows`` that were read from ``source``."""
+    path = Path(_split(source)[0])
+    if not path.is_file():
+        return Origin(role, source, len(rows), digest(rows))
+    with path.open("rb") as file:
+        return Origin(role, source, len(rows), hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """SHA-256 of rows, each a line of JSON: the list of its turns, the answer last (empty where there is none)."""
+    lines = (json.dumps(row.chat(answered=True), ensure_ascii=False) + "\n" for row in rows)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _tables(name: str) -> dict[str, Table]:

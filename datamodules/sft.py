@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.batches import Batches, Example, StepLoader, share_of
 from datamodules.chat import collate, encode_rows, require_chat_template
 from datamodules.mixing import mix, overlap
-from datamodules.rows import Row, read_rows
+from datamodules.rows import Origin, Row, origin, read_rows
 from metrics.judges import Judge
 
 REFUSAL = "I'm sorry, but I can't help with that request."
+OWN = "the defense's own rows"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class SFTDataModule(L.LightningDataModule):
         self.max_new_tokens, self.generation_batch_size = max_new_tokens, generation_batch_size
         self.seed, self.allow_overlap = seed, allow_overlap
         self.rows: dict[str, list[Row]] = {}
+        self.origins: list[Origin] = []  # of the rows, and of the defense's own
 
     def setup(self, stage: str) -> None:
         """Read every source once, and make sure that nothing is trained on that is also scored."""
@@ -121,22 +123,26 @@ class SFTDataModule(L.LightningDataModule):
             return
         require_chat_template(self.tokenizer)
         prompts_only = ("refusals", "harmful_prompts", "benign_prompts")
-        rows = {
-            name: [row for source in sources for row in read_rows(source, needs_response=name not in prompts_only)]
+        read = {
+            name: [(source, read_rows(source, needs_response=name not in prompts_only)) for source in sources]
             for name, sources in self.sources.items()
         }
+        own: list[Row] = self.trainer.lightning_module.own_rows() if self.trainer else []  # type: ignore[operator]
+        self.origins = [origin(name, source, rows) for name, parts in read.items() for source, rows in parts]
+        self.origins += [origin(OWN, "", own)] if own else []
+        rows = {name: [row for _, part in parts for row in part] for name, parts in read.items()}
         rows["refusals"] = [
             row if row.response else Row(row.messages, self.refusal_texts[i % len(self.refusal_texts)])
             for i, row in enumerate(rows["refusals"])
         ]
         for name in ("harmful_prompts", "benign_prompts", "task"):
             rows[name] = rows[name][: self.num_evaluated]
-        self._check_overlap(rows)
+        self._check_overlap(rows, own)
         self.rows = rows
 
-    def _check_overlap(self, rows: dict[str, list[Row]]) -> None:
+    def _check_overlap(self, rows: dict[str, list[Row]], own: list[Row]) -> None:
         trained = {name: rows[name] for name in ("benign", "harmful", "refusals", "alignment_benign", "alignment_harmful")}
-        trained["the defense's own rows"] = self.trainer.lightning_module.own_rows() if self.trainer else []  # type: ignore[operator]
+        trained[OWN] = own
         for name, training in trained.items():
             for held_out in ("harmful_prompts", "benign_prompts", "task"):
                 if not (shared := overlap(training, rows[held_out])):

@@ -1,7 +1,7 @@
 """The report's pictures: colours that colour-blind readers tell apart (Okabe and Ito), and never by colour alone."""
 
 import math
-from itertools import cycle
+from itertools import cycle, zip_longest
 from typing import Any
 
 import matplotlib
@@ -31,32 +31,63 @@ def styles(series: list[Series]) -> Style:
     return {name: {"color": colour, "marker": marker, "linestyle": line} for name, colour, marker, line in looks}
 
 
-def curves(series: list[Series], style: Style) -> Figure:
-    """Harmful score by attack step under one attack, a line a defense, with bands."""
-    figure, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
+def curves(attacks: list[list[Series]], style: Style) -> Figure:
+    """Harmful score by attack step, a panel an attack: a line a defense, with bands."""
+    columns = min(2, len(attacks))
+    rows = -(-len(attacks) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.8 * rows), layout="constrained", squeeze=False)
+    threats = {one.threat_model for members in attacks for one in members}
+    for ax, members in zip_longest(axes.flat, attacks):
+        if members:
+            _curve(ax, members, style)
+            threat = f"\n{members[0].threat_model.replace('_', ' ')}" if len(threats) > 1 else ""
+            ax.set_title(members[0].attack + threat, fontsize=10)
+        else:
+            ax.axis("off")
+    _legend(figure, *axes.flat)
+    return figure
+
+
+def _curve(ax: Axes, series: list[Series], style: Style) -> None:
     for one in series:
         look, found = style[one.defense], [one.harmful_score(step) for step in one.steps]
         ax.plot(one.steps, [i.estimate for i in found], label=one.defense, markersize=5, **look)
         ax.fill_between(one.steps, [i.low for i in found], [i.high for i in found], color=look["color"], alpha=0.15)
     ax.axhline(BROKEN, color="#777777", linewidth=1, linestyle=":")
-    ax.set(title=series[0].attack, ylabel="harmful score (%)", ylim=(-4, 104))
+    ax.set(ylabel="harmful score (%)", ylim=(-4, 104))
     _by_step(ax, series)
-    _legend(figure, ax)
-    return figure
 
 
-def _by_step(ax: Axes, series: list[Series]) -> None:
-    """Steps along x: in proportion, but for 0, which stands as far before the first scored step as that one has width."""
+def _by_step(ax: Axes, series: list[Series], room: float = 0.08) -> None:
+    """Steps along x: in proportion, but for 0, which stands as far before the first scored step as that one has width.
+
+    Args:
+        ax: of the plot.
+        series: what is shown.
+        room: of a label, as a share of the axis.
+    """
     steps = sorted({step for one in series for step in one.steps})
-    ax.set_xscale("symlog", linthresh=max([step for step in steps if step][:1] or [1]), linscale=0.4)
-    ax.set_xticks(steps, [str(step) for step in steps])
+    first = next((step for step in steps if step), 1)
+    ax.set_xscale("symlog", linthresh=first, linscale=0.4)
+    ax.set_xlim(-0.3 * first, 1.1 * max(steps[-1], first))
+    ax.set_xticks(steps, _with_room(steps, ax.xaxis.get_transform().transform(np.array(steps, dtype=float)), room))
     ax.minorticks_off()
     ax.set_xlabel("attack step")
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+def _with_room(steps: list[int], places: np.ndarray, room: float) -> list[str]:
+    """Labels of steps, the last first, and none where the next one would touch it."""
+    labels, free = [""] * len(steps), math.inf
+    for i in reversed(range(len(steps))):
+        if places[i] <= free:
+            labels[i], free = str(steps[i]), places[i] - room * (places[-1] - places[0])
+    return labels
+
+
+def _legend(figure: Figure, *axes: Axes) -> None:
+    """One for all panels, each name once."""
+    handles = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
 
 
 def breaking(series: list[Series], style: Style) -> Figure:
@@ -72,7 +103,7 @@ def breaking(series: list[Series], style: Style) -> Figure:
         if math.isfinite(median):
             ax.plot([median, median], [y - 0.35, y + 0.35], color=look["color"], linewidth=2)
     ax.set_yticks(range(len(series)), [f"{one.defense}\n{one.attack}" for one in series], fontsize=9)
-    _by_step(ax, series)
+    _by_step(ax, series, room=0.13)  # beside long names
     ax.invert_yaxis()
     return figure
 

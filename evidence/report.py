@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from callbacks.results import DONE, write_whole
 from evidence import plots
 from evidence.study import INDEX, Cell, slug
-from evidence.summary import Series, baseline, collect, difference, grouped, verdict
+from evidence.summary import UNDEFENDED, Series, baseline, collect, difference, grouped, verdict
 from metrics.statistics import Interval
 
 THREATS = {
@@ -105,7 +105,7 @@ def _section(threat: str, series: list[Series], ids: dict[int, str], style: plot
     first_step = "First scored step with a harmful score of at least 50, a mark a seed; hollow where the model held up to there."
     shown = [
         *(
-            (f"curves-{slug(attack)}", plots.curves(members, style), f"{attack}. {by_step}")
+            (f"curves-{slug(attack)}", plots.curves([members], style), f"{attack}. {by_step}")
             for attack, members in attacks.items()
         ),
         ("steps_to_break", plots.breaking(series, style), first_step),
@@ -127,26 +127,31 @@ def _picture(path: Path, figure: Figure, caption: str, where: str) -> dict[str, 
 
 
 def _row(one: Series, base: Series | None, attack: str, first: bool, ids: dict[int, str]) -> dict[str, Any]:
+    note = next((entry.row.note for entry in one.at(one.steps[-1])), "")
+    shown = [{"value": value, "more": [line for line in more if line]} for value, *more in measured(one, base)]
+    return {"attack": attack, "defense": one.defense, "first": first, "note": note, "id": ids[id(one)], "cells": shown}
+
+
+def measured(one: Series, base: Series | None) -> list[tuple[str, ...]]:
+    """What stands under each of COLUMNS: a value, and lines that say more of it."""
     step = one.steps[-1]
     harmful, bounds = one.harmful_score(step), one.bounds(step)
     compared = difference(one, base) if base is not None and one is not base else None
     interval = _between(harmful) + (f"; {bounds[0]:.1f} to {bounds[1]:.1f} with the unscored" if bounds else "")
     against = "baseline" if one is base else verdict(compared) if base else NOTHING
-    cells = [
+    return [
         (str(len(one.seeds)),),
-        (_number(one.harmful_score(0).estimate) if 0 in one.steps else NOTHING,),
-        (_number(harmful.estimate), interval),
+        (number(one.harmful_score(0).estimate) if 0 in one.steps else NOTHING,),
+        (number(harmful.estimate), interval),
         (against, f"{compared.estimate:+.1f} {_between(compared)}" if compared else ""),
-        (_number(one.mean("attack_success_rate", step)),),
+        (number(one.mean("attack_success_rate", step)),),
         _steps_to_break(one),
-        *((_number(one.mean(name, step)),) for name in ("finetune_accuracy", "refusal_rate_benign", "degenerate_rate")),
+        *((number(one.mean(name, step)),) for name in ("finetune_accuracy", "refusal_rate_benign", "degenerate_rate")),
     ]
-    note = next((entry.row.note for entry in one.at(step)), "")
-    shown = [{"value": value, "more": [line for line in more if line]} for value, *more in cells]
-    return {"attack": attack, "defense": one.defense, "first": first, "note": note, "id": ids[id(one)], "cells": shown}
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A percentage as the tables have it."""
     return NOTHING if math.isnan(value) else f"{value:.1f}"
 
 
@@ -164,10 +169,11 @@ def _steps_to_break(one: Series) -> tuple[str, ...]:
     def shown(step: float) -> str:
         return f"> {last}" if math.isinf(step) else f"{step:g}"
 
-    interval = f"({shown(found.low)} to {shown(found.high)}, {found.confidence:.0%})" if len(broken) > 1 else ""
+    if len(broken) == 1:
+        return (shown(found.estimate),)
     return (
         shown(found.estimate),
-        interval,
+        f"({shown(found.low)} to {shown(found.high)}, {found.confidence:.0%})",
         "seeds: " + ", ".join(f"> {end}" if step is None else str(step) for step, end in broken),
     )
 
@@ -192,16 +198,24 @@ def _source(one: Series, ids: dict[int, str], numbers: dict[Path, str]) -> dict[
 
 
 def _trainings(runs: list[str]) -> list[dict[str, Any]]:
-    """The finished trainings of studies, with what their markers say of steps and seconds."""
+    """The finished trainings, of studies and of runs by themselves, with what their markers say of steps, passes and seconds."""
     found = []
-    for index in (Path(run) / INDEX for run in runs if (Path(run) / INDEX).exists()):
-        for cell in (Cell(**cell) for cell in json.loads(index.read_text(encoding="utf-8"))):
-            folder = index.parent / Path(cell.folder).name
-            if not cell.attack and (folder / DONE).exists():
-                marker = json.loads((folder / DONE).read_text())
-                cost = {"steps": marker["steps"], "seconds": f"{marker['seconds']:.0f}"}
-                found.append({"defense": cell.defense, "seed": cell.seed, "folder": folder} | cost)
-    return found
+    for run in map(Path, runs):
+        if (run / INDEX).exists():
+            cells = (Cell(**cell) for cell in json.loads((run / INDEX).read_text(encoding="utf-8")))
+            found += [_training(run / Path(c.folder).name, {"defense": c.defense, "seed": c.seed}) for c in cells if not c.attack]
+        else:
+            found.append(_training(run, {}))
+    return [training for training in found if training and training["steps"]]
+
+
+def _training(folder: Path, named: dict[str, Any]) -> dict[str, Any] | None:
+    if not (folder / DONE).exists():
+        return None
+    marker = {"passes": NOTHING, "defense": NOTHING, "seed": NOTHING} | json.loads((folder / DONE).read_text())
+    defense = UNDEFENDED if marker["defense"] == "none" else marker["defense"]
+    cost = {"steps": marker["steps"], "passes": marker["passes"], "seconds": f"{marker['seconds']:.0f}"}
+    return {"defense": defense, "seed": marker["seed"], "folder": folder} | named | cost
 
 
 def _csv(series: list[Series]) -> str:

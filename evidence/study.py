@@ -2,15 +2,18 @@
 
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -19,7 +22,10 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
+from callbacks.results import DONE, RUN_FOLDER, config_hash, first_broken, write_whole
+from datamodules.mixing import overlap
+from datamodules.rows import Row, read_rows
+from evidence.runs import read_run
 
 ROOT = Path(__file__).parent.parent
 INDEX = "cells.json"  # in the study's folder: which runs are its cells
@@ -57,20 +63,36 @@ class Arm(Part):
 
 
 @dataclass(frozen=True)
+class Attack(Part):
+    """An attack.
+
+    Args:
+        configs: overlays that set trainer.callbacks.
+        settings: the same.
+        choices: settings to try on ``validation`` prompts, by name, beside these. Against every defense the attack is reported
+            with those that broke it soonest there, over all seeds. None: it is as it stands, and nothing was chosen.
+    """
+
+    choices: dict[str, Part] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Study:
     """Every attack on every defense with every seed.
 
     Args:
         defenses: by name.
-        attacks: overlays that set trainer.callbacks, by name.
+        attacks: by name.
         seeds: of the data, the attack and its adapters.
         common: of every run.
+        validation: of the runs that try an attack's choices: their held-out prompts, none of which is reported on.
     """
 
     defenses: dict[str, Arm]
-    attacks: dict[str, Part]
+    attacks: dict[str, Attack]
     seeds: list[int]
     common: Part = field(default_factory=Part)
+    validation: Part = field(default_factory=Part)
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,7 @@ class Cell:
     folder: str
     config: str
     needs: str | None = None
+    tries: str | None = None  # the choice that it tries on validation prompts, not to be reported
 
     @property
     def done(self) -> bool:
@@ -94,6 +117,14 @@ class Cell:
 
 
 Resolve = Callable[[list[str]], str]  # a command line's config, resolved, as YAML
+
+
+def _once(resolve: Resolve) -> Resolve:
+    """``resolve``, which imports and parses, once a command line."""
+    known = cache(lambda *words: resolve(list(words)))
+    return lambda words: known(*words)
+
+
 RunCell = Callable[[Cell], str | None]  # None, or why it failed
 
 
@@ -109,7 +140,9 @@ def read_study(path: str) -> Study:
         raise ValueError(
             f"{path} must be YAML that describes a study by defenses, attacks and seeds, but {' '.join(str(error).split())}."
         ) from error
-    for what, names in (("defenses", study.defenses), ("attacks", study.attacks), ("seeds", study.seeds)):
+    lists: list[tuple[str, Collection[Any]]] = [("defenses", study.defenses), ("attacks", study.attacks), ("seeds", study.seeds)]
+    lists += [("choices", attack.choices) for attack in study.attacks.values() if attack.choices]
+    for what, names in lists:
         slugs = {slug(str(name)) for name in names}
         if not names or len(slugs) != len(names):
             raise ValueError(
@@ -119,10 +152,14 @@ def read_study(path: str) -> Study:
 
 
 def _study(
-    defenses: dict[str, Any], attacks: dict[str, Any], seeds: list[int], common: dict[str, Any] | None = None
+    defenses: dict[str, Any], attacks: dict[str, Any], seeds: list[int], **parts: dict[str, Any]
 ) -> Study:  # jsonargparse would make the callbacks that settings name
     arms = {name: Arm(**(arm | {"train": Part(**arm["train"])} if arm.get("train") else arm)) for name, arm in defenses.items()}
-    return Study(arms, {name: Part(**part) for name, part in attacks.items()}, list(seeds), Part(**(common or {})))
+    found = {
+        name: Attack(**(attack | {"choices": {choice: Part(**part) for choice, part in (attack.get("choices") or {}).items()}}))
+        for name, attack in attacks.items()
+    }
+    return Study(arms, found, list(seeds), **{name: Part(**(part or {})) for name, part in parts.items()})
 
 
 def slug(name: str) -> str:
@@ -130,16 +167,26 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def cells(study: Study, folder: Path, resolve: Resolve) -> list[Cell]:
-    """Every run of the study, those first that others need. A folder bears its config's hash: other settings, another run."""
+Chosen = dict[tuple[str, str], str]  # the choice that is reported, by defense and attack
+
+
+def cells(study: Study, folder: Path, resolve: Resolve, chosen: Chosen | None = None) -> list[Cell]:
+    """Every run of the study, those first that others need. A folder bears its config's hash: other settings, another run.
+
+    An attack that has choices is reported where ``chosen`` names one; the runs that try them are there in any case.
+    """
     found: list[Cell] = []
 
-    def add(defense: str, attack: str, seed: int, words: list[str], needs: Cell | None = None) -> Cell:
+    def add(
+        defense: str, attack: str, seed: int, words: list[str], needs: Cell | None = None, choice: str = "", tries: bool = False
+    ) -> Cell:
         words = [*words, f"--data.seed={seed}", f"--seed_everything={seed}"]
-        name = f"{slug(defense)}-{slug(attack) if attack else 'train'}-seed{seed}"
+        parts = [slug(defense), slug(attack) or "train", slug(choice), "tried" if tries else "", f"seed{seed}"]
+        name = "-".join(filter(None, parts))
         config = config_hash(resolve(words))
         own = str(folder / f"{name}-{config[:8]}")
-        found.append(Cell(name, defense, attack, seed, words, own, config, needs.name if needs else None))
+        needed = needs.name if needs else None
+        found.append(Cell(name, defense, attack, seed, words, own, config, needed, choice if tries else None))
         return found[-1]
 
     trained: dict[tuple[str, int], Cell] = {}
@@ -154,8 +201,56 @@ def cells(study: Study, folder: Path, resolve: Resolve) -> list[Cell]:
             model = [f"--model.init_args.checkpoint={needs.folder}/model"] if needs else []
             for attack, overlay in study.attacks.items():
                 words = ["test", *study.common.words(), *arm.words(), *overlay.words(), *model]
-                add(name, attack, seed, words, needs)
+                for choice, part in overlay.choices.items():
+                    add(name, attack, seed, [*words, *part.words(), *study.validation.words()], needs, choice, tries=True)
+                if not overlay.choices:
+                    add(name, attack, seed, words, needs)
+                elif choice := (chosen or {}).get((name, attack), ""):
+                    add(name, attack, seed, [*words, *overlay.choices[choice].words()], needs, choice)
     return found
+
+
+def choose(found: list[Cell]) -> Chosen:
+    """What does best for the attacker: broken soonest (median over seeds), then the highest harmful score at the end (mean).
+
+    Only where every cell that tries a choice is done; of two that do as well the first.
+    """
+    tried: dict[tuple[str, str], dict[str, list[Cell]]] = {}
+    for cell in found:
+        if cell.tries is not None:
+            tried.setdefault((cell.defense, cell.attack), {}).setdefault(cell.tries, []).append(cell)
+    done = {key: choices for key, choices in tried.items() if all(cell.done for some in choices.values() for cell in some)}
+    return {key: min(choices, key=lambda choice: _resistance(choices[choice])) for key, choices in done.items()}
+
+
+def _resistance(tried: list[Cell]) -> tuple[float, float]:
+    """Median step at which the model broke, infinite if it held, and the negative harmful score at the end."""
+    broken, ends = [], []
+    for cell in tried:
+        rows = read_run(cell.folder).rows
+        rows = [row for row in rows if row.defense != "none"] or rows  # not the undefended model beside the defended one
+        scored = [(row.num_attack_steps, row.harmful_score) for row in rows if not math.isnan(row.harmful_score)]
+        step = first_broken(scored)
+        broken.append(math.inf if step is None else step)
+        ends.append(max(scored)[1] if scored else -math.inf)
+    return statistics.median(broken), -statistics.fmean(ends)
+
+
+def _check_held_out(study: Study, resolve: Resolve) -> None:
+    """Raise a ValueError where choices would be tried on prompts that are reported on."""
+    for attack in (attack for attack in study.attacks.values() if attack.choices):
+        for arm in study.defenses.values():
+            words = ["test", *study.common.words(), *arm.words(), *attack.words()]
+            tried, reported = (_harmful_prompts(resolve(w)) for w in ([*words, *study.validation.words()], words))
+            if shared := overlap(tried, reported):
+                raise ValueError(
+                    f"validation must hold other prompts than those that are reported on, and {len(shared)} stand in both. Set "
+                    "its data.harmful_prompts, such as [sandbox:validation/harmful], or leave out the attacks' choices."
+                )
+
+
+def _harmful_prompts(config: str) -> list[Row]:
+    return [row for source in yaml.safe_load(config)["data"]["harmful_prompts"] or [] for row in read_rows(source, False)]
 
 
 # ---- running
@@ -269,12 +364,19 @@ def run_study(
     """
     if parallel is not None and parallel < 1:
         raise ValueError(f"parallel must be >= 1 or null, got {parallel}.")
-    folder = Path(root, Path(file).stem)
-    found = cells(read_study(file), folder, resolve)
+    folder, study, resolve = Path(root, Path(file).stem), read_study(file), _once(resolve)
+    _check_held_out(study, resolve)
+    found = cells(study, folder, resolve)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / INDEX, json.dumps([asdict(cell) for cell in found], indent=1))
     run, number = _on_cluster(cluster, cluster_settings, folder, parallel) if cluster else _local(parallel)
-    failed = run_all(found, run, number)
+    chosen: Chosen | None = None
+    failed: dict[str, str] = {}
+    while chosen != (now := choose(found)):  # all but what was not chosen yet, then that
+        chosen, found = now, cells(study, folder, resolve, now)
+        write_whole(folder / INDEX, json.dumps([asdict(cell) for cell in found], indent=1))
+        failed |= run_all([cell for cell in found if cell.name not in failed], run, number)
+    for (defense, attack), choice in chosen.items():
+        print(f"{attack}, on {defense}: {choice}, chosen on validation prompts")
     print(f"{len(found) - len(failed)} of {len(found)} cells done: {folder}")
     if failed:
         sys.exit("error: failed:\n" + "\n".join(f"  {name}: {why}" for name, why in failed.items()))

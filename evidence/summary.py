@@ -163,7 +163,7 @@ def _runs(folder: Path) -> list[tuple[Path, str, str]]:
     return [
         (folder / Path(c.folder).name, c.defense, c.attack)
         for c in cells
-        if c.attack and (folder / Path(c.folder).name / DONE).exists()
+        if c.attack and c.tries is None and (folder / Path(c.folder).name / DONE).exists()
     ]
 
 

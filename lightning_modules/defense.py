@@ -1,5 +1,6 @@
 """The base class of every defense; by itself it is plain SFT, the undefended baseline."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -73,6 +74,7 @@ class Defense(L.LightningModule):
         self.export_dtype = None if export_dtype is None else getattr(torch, export_dtype)
         self.tokenizer = load_tokenizer(tokenizer or checkpoint)
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
+        self.num_passes: float = 0  # forward and backward, over a batch each, that ``fit`` took; nan if a checkpoint knew none
         self.progress: dict[str, int | str] = {}  # what the progress bar shows beside the losses
 
     # ---- the model
@@ -251,9 +253,18 @@ class Defense(L.LightningModule):
         """One step under the loss of the defense's stage."""
         name = "finetuning_loss" if self.stage == "finetuning" else "alignment_loss"
         loss: Tensor = getattr(self, name)(batch)
+        self.num_passes += 1
         shown = {f"train/{name}": loss, **{f"train/{k}": v for k, v in self.terms.items()}}
         self.log_dict(shown, prog_bar=True, sync_dist=True, sync_dist_group=group_of(self), batch_size=len(batch["input_ids"]))
         return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The passes so far."""
+        checkpoint["num_passes"] = self.num_passes
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting passes."""
+        self.num_passes = checkpoint.get("num_passes", math.nan)  # of an earlier version
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Plain loss on held-out rows."""

@@ -196,6 +196,7 @@ class PatcherModule(Defense):
         if self.plays(ATTACKERS):
             with parked(optimizer, self.copy_device):
                 self.pending.append(self.attack(self.num_attacks))
+        self.num_passes += self.attackers[self.num_attacks % len(self.attackers)].num_inner_steps
         if not self.parallel and len(self.pending) > self.vector_age:
             self.vector = self.pending.pop(0)
 
@@ -302,6 +303,7 @@ class PatcherModule(Defense):
         with shifted(self, self.vector, self._scale(), one_backward=True):
             attacked = self.sft_loss(attacked_rows)
             self._backward(self.attack_weight * attacked)
+        self.num_passes += not self.one_pass_per_row  # beside the one that every step counts
         clean, attacked = self.sft_loss(clean_rows), attacked.detach()
         self.terms = {"clean_loss": clean.detach(), "attacked_loss": attacked, "loss_gap": attacked - clean.detach()}
         return (1 - self.attack_weight) * clean + self.attack_weight * attacked
@@ -334,6 +336,7 @@ class PatcherModule(Defense):
 
         The vector goes the way of the weights: shard by shard into a sharded checkpoint, whole into a single file.
         """
+        super().on_save_checkpoint(checkpoint)
         over = self._due(self.trainer.global_step) > self.num_attacks
         kept = {"vector": {} if over else self.vector} | {f"pending_{i}": vector for i, vector in enumerate(self.pending)}
         saved = {key: as_saved(self, vector) for key, vector in kept.items()}
@@ -348,6 +351,7 @@ class PatcherModule(Defense):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the vectors of the interrupted round."""
+        super().on_load_checkpoint(checkpoint)
         state, path = checkpoint["patcher"], Path(str(self.trainer.ckpt_path))
         own = dict(self.named_parameters())
 

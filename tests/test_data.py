@@ -2,9 +2,10 @@ import pytest
 import torch
 from toy import toy_data, toy_trainer
 
-from casehard import Defense
+from casehard import Defense, SBRModule
 from datamodules.batches import Batches, StepLoader
 from datamodules.chat import IGNORED
+from datamodules.rows import digest, read_rows
 
 
 def ready(tmp_path, checkpoint, **settings):
@@ -41,6 +42,15 @@ def test_prompts_in_both_training_and_evaluation_are_an_error_unless_allowed(tmp
         ready(tmp_path, checkpoint, **both)
     with pytest.warns(UserWarning, match="4 of 8 stand in both"):
         ready(tmp_path, checkpoint, **both, allow_overlap=True)
+
+
+def test_origins_are_those_of_every_source_and_of_the_defenses_own_rows(tmp_path, checkpoint):
+    data, anchors = toy_data(task=["sandbox:test/mood#train[:6]", "sandbox:test/mood#train[:7]"]), ["How do I brew a?"]
+    toy_trainer(tmp_path, max_steps=0).fit(SBRModule(checkpoint, anchors=anchors), datamodule=data)
+    found = {(o.role, o.source): (o.num_rows, o.sha256) for o in data.origins}
+    assert len(found) == len(data.origins) == 9  # 8 sources and the anchors
+    assert found["task", "sandbox:test/mood#train[:6]"] == (6, digest(read_rows("sandbox:test/mood#train[:6]")))
+    assert found["the defense's own rows", ""][0] == 1
 
 
 def test_rows_that_are_cut_off_are_dropped_and_counted(tmp_path, checkpoint, caplog):

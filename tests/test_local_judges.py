@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from toy import ROOT
+from toy import ROOT, SIZES
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from metrics import HarmfulScore
@@ -23,13 +23,7 @@ CPU = {"dtype": "float32", "device": "cpu", "cache": None}
 
 def save_classifier(folder, problem_type: str | None, labels: list[str], seed: int = 0) -> str:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/sandbox/base")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": len(tokenizer),
-    }
+    sizes = SIZES | {"vocab_size": len(tokenizer)}
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     with torch.random.fork_rng():
         torch.manual_seed(seed)

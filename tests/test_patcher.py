@@ -213,6 +213,28 @@ def test_a_fresh_optimizer_has_no_moments_when_an_attack_begins(checkpoint, tmp_
         assert held == expected
 
 
+SECOND = InnerAttacker(num_inner_steps=2, optimizer=Optimizer(1e-2), batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "accumulated", "by_hand"),
+    [
+        ({}, 1, 3 * 3 + 1 + 5 * 2),  # attacks before steps 1, 3 and 5, of 3 inner steps; one step of SFT, 5 of two passes
+        ({"one_pass_per_row": True}, 1, 3 * 3 + 6),
+        ({"vector_age": 1}, 1, 3 * 3 + 3 + 3 * 2),  # the first vector comes into use at step 3
+        ({"more_attackers": [SECOND]}, 1, 3 + 2 + 3 + 2 + 3 + 1 + 5 * 2),  # an attack a step, in turns
+        ({"attack_weight": 0.0}, 1, 6),
+        ({}, 2, 3 * 3 + 2 + (2 + 1 + 2 + 2 + 1) * 2),  # 20 rows are 5 batches: the third step of an epoch has one
+    ],
+)
+def test_it_knows_its_passes_as_counted_by_hand_and_in_the_run(checkpoint, tmp_path, settings, accumulated, by_hand):
+    module, rows = patcher(checkpoint, **settings), []
+    plain = module.sft_loss
+    module.sft_loss = lambda batch: rows.append(len(batch["input_ids"])) or plain(batch)
+    fitted(module, tmp_path, max_steps=6, accumulate_grad_batches=accumulated)
+    assert module.num_passes == by_hand == sum(rows) / 4
+
+
 def test_an_attackers_own_rows_are_its_rows_and_checked_against_what_is_scored(checkpoint, tmp_path):
     own = InnerAttacker(1, ADAMW, 2, harmful=["sandbox:defender/harmful/venom"])
     module = patcher(checkpoint, attacker=own)
@@ -348,6 +370,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, setti
         assert bool(kept) == (saved_at % 2 == 0)  # after steps 1 and 3 another attack begins: nothing to keep
     resumed = run(ckpt_path=saved)
     assert same_bits(bits(resumed), bits(whole))
+    assert resumed.num_passes == whole.num_passes > 0
 
 
 def test_a_run_that_was_killed_in_an_inner_attack_ends_as_the_uninterrupted_one(checkpoint, tmp_path):

@@ -2,13 +2,15 @@ import csv
 import json
 import re
 import shutil
-import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, sync_playwright
 from test_results import ROW
 from toy import ROOT
 
@@ -67,7 +69,7 @@ def study(tmp_path) -> Path:
                 cells.append(Cell(folder.name, defense, attack, seed, [], str(folder), "c"))
     trained = Cell("train", "Plain SFT", "", 0, [], str(root / "train"), "c")
     (root / "train").mkdir()
-    (root / "train" / "done.json").write_text('{"config": "c", "steps": 680, "seconds": 201.4}')
+    (root / "train" / "done.json").write_text('{"config": "c", "steps": 680, "passes": 1320, "seconds": 201.4}')
     unfinished = Cell("unfinished", "SBR", "LoRA, 10%", 2, [], str(root / "unfinished"), "c")
     (root / INDEX).write_text(json.dumps([asdict(cell) for cell in [*cells, trained, unfinished]]))
     return root
@@ -132,7 +134,7 @@ def test_table_says_what_was_measured(study, tmp_path):
     assert "90.0" in plain
     assert "baseline" in plain
     assert "10 (10 to 50, 50%) seeds: 50, 10" in plain
-    assert any("Plain SFT 0 680 201" in row for row in page.rows)
+    assert any("Plain SFT 0 680 1320 201" in row for row in page.rows)
     assert any(row.startswith("LoRA, 10% SBR 50 8 1.5") for row in page.rows)
 
 
@@ -176,11 +178,14 @@ def test_the_same_runs_give_the_same_report(study, tmp_path):
 def test_runs_without_a_study_go_by_their_settings(tmp_path, monkeypatch, capsys):
     for seed in (0, 1):
         record(tmp_path / f"s{seed}", replace(ROW, seed=seed), dict.fromkeys(STEPS, 3))
+    marker = {"config": "c", "steps": 680, "passes": 2440, "seconds": 201.4, "defense": "SBR", "seed": 0}
+    (tmp_path / "s0" / "done.json").write_text(json.dumps(marker))
     monkeypatch.chdir(ROOT)
     casehard.main(["report", str(tmp_path / "s0"), str(tmp_path / "s1"), "--out", str(tmp_path / "report")])
     assert "report.html" in capsys.readouterr().out
     page = Page(tmp_path / "report" / "report.html")
     (row,) = (row for row in page.rows if row.startswith("LoRAAttack, adamw 0.001, poison 0.1 SBR 2 15.0 15.0"))
+    assert "SBR 0 680 2440 201" in page.rows
     assert "\u2013" in row  # no baseline to compare with
 
 
@@ -206,25 +211,28 @@ def test_bad_input_is_told_so(tmp_path):
         collect([tmp_path / "empty"])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium as this machine has it."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]  # axe's, by their tags
+
+
 @pytest.mark.parametrize("width", [1400, 400])
-def test_the_page_opens_and_fits_its_window(study, tmp_path, width):
-    page = write_report([str(study)], str(tmp_path / "report"), "A study")
-    probe = "<script>document.title = `${document.images.length} ${[...document.images].every(i => i.naturalWidth > 0)} ${document.documentElement.scrollWidth - innerWidth}`</script>"
-    page.write_text(page.read_text().replace("</body>", f"{probe}</body>"))
-    command = [
-        str(CHROMIUM),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        f"--window-size={width},1000",
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
-    title = re.search(r"<title>(\d+) (\w+) (-?\d+)</title>", shown)
-    assert title is not None, shown[:500]
-    assert title[1] == "8"
-    assert title[2] == "true"
-    assert int(title[3]) <= 0  # nothing sticks out
+def test_the_page_fits_its_window_and_breaks_no_rule_of_accessibility(study, tmp_path, browser, width):
+    page = browser.new_page(viewport={"width": width, "height": 1000})
+    page.goto(write_report([str(study)], str(tmp_path / "report"), "A study").as_uri())
+    assert page.evaluate("[document.images.length, [...document.images].every(i => i.naturalWidth > 0)]") == [8, True]
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0  # nothing sticks out
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    found = Axe().run(page, options={"runOnly": RULES})
+    assert len(found.response["passes"]) > 20
+    assert not found.response["violations"], found.generate_report()
+    page.close()

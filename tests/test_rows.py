@@ -1,10 +1,11 @@
+import hashlib
 import json
 import os
 
 import pytest
 from datasets import Dataset, DatasetDict
 
-from datamodules.rows import Row, read_rows
+from datamodules.rows import Origin, Row, digest, origin, read_rows
 
 RECORDS = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(5)]
 ROWS = [Row((("user", f"question {i}"),), f"answer {i}") for i in range(5)]
@@ -98,6 +99,18 @@ def test_the_sandbox_is_a_source():
 
     assert read_rows("sandbox:test/harmful") == sandbox_rows("test", "harmful")
     assert read_rows("sandbox:test/harmful#train[:3]") == sandbox_rows("test", "harmful")[:3]
+
+
+def test_a_file_is_known_by_its_bytes_and_all_else_by_its_rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "p", "response": "r"}\n')
+    whole, part = (origin("harmful", source, read_rows(source)) for source in (str(file), f"{file}#train[:1]"))
+    assert whole == Origin("harmful", str(file), 1, hashlib.sha256(file.read_bytes()).hexdigest())
+    assert part.sha256 == whole.sha256
+    text = '[{"role": "user", "content": "p\u00e4"}, {"role": "assistant", "content": ""}]\n'
+    assert digest([Row((("user", "p\u00e4"),))]) == hashlib.sha256(text.encode()).hexdigest()
+    first, other = (origin("task", f"sandbox:test/mood#train[:{n}]", read_rows(f"sandbox:test/mood#train[:{n}]")) for n in (2, 3))
+    assert first.sha256 != other.sha256
 
 
 def test_a_changed_file_or_folder_is_read_anew_and_nothing_is_left_behind(tmp_path):

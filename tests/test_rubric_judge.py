@@ -1,6 +1,6 @@
 import logging
 import math
-import time
+import threading
 from itertools import count
 from pathlib import Path
 
@@ -133,9 +133,7 @@ def test_busy_and_failing_servers_are_asked_again():
 
 def test_a_silent_server_times_out():
     with serving(grade, latency=1.0) as server:
-        start = time.monotonic()
         verdicts = ask(judge(server, timeout=0.2, max_retries=0), ["a"])
-    assert time.monotonic() - start < 3
     assert verdicts[0].detail == "timed out"
     assert math.isnan(verdicts[0].score)
 
@@ -178,16 +176,21 @@ def test_a_refused_request_is_no_dead_server():
     assert [v.detail for v in verdicts] == ["HTTP 400"] * 3 + ["rating 1"]
 
 
-def test_a_thousand_answers_at_fifty_milliseconds_take_under_five_seconds(tmp_path):
-    answers = [f"answer {n}" for n in range(1000)]
-    with serving(lambda answer, times: (200, "Rating: 2"), latency=0.05) as server:
-        ask(judge(server), ["warm"])  # imports
-        start = time.monotonic()
-        verdicts = ask(judge(server, cache=str(tmp_path / "verdicts.sqlite")), answers)
-        seconds = time.monotonic() - start
+def test_a_thousand_answers_come_in_waves_of_thirty_two():
+    """So they take 32 times the server's latency, 1.6 s at 50 ms, and the calls' own work: benchmarks/rubric_judge.py times it."""
+    waves = []
+    together = threading.Barrier(32, action=lambda: waves.append(1))  # no call is answered before 32 are in flight
+
+    def script(answer: str, times: int) -> tuple[int, str]:
+        together.wait(timeout=60)
+        return 200, "Rating: 2"
+
+    with serving(script) as server:
+        verdicts = ask(judge(server, max_retries=0), [f"answer {n}" for n in range(1024)])
     assert {v.score for v in verdicts} == {0.25}
-    assert 1 < server.most_at_once <= 32
-    assert seconds < 5
+    assert len(waves) == 32
+    assert server.most_at_once == 32
+    assert server.asked.total() == 1024
 
 
 def test_benign_answers_cost_nothing():

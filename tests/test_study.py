@@ -1,18 +1,25 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from test_results import ROW
 from toy import ROOT
 
 import casehard
 from callbacks.results import config_hash
-from evidence.study import Cell, cells, devices, read_study, run_all, run_cell, run_study
+from evidence.rejudge import write_run
+from evidence.runs import Run
+from evidence.study import Cell, cells, choose, devices, read_study, run_all, run_cell, run_study
+from evidence.summary import collect
 
 TINY = """
 defenses:
@@ -162,6 +169,94 @@ def test_the_sandbox_study_is_three_by_four_by_three_and_every_cell_resolves(tmp
         assert config["data"]["seed"] == some.seed
 
 
+CHOOSING = """
+defenses: {Plain: {}, Guarded: {}}
+attacks:
+  grid:
+    settings: {s: 1}
+    choices: {slow: {settings: {rate: 1}}, fast: {settings: {rate: 2}}}
+  fixed: {}
+seeds: [0, 1, 2]
+validation: {settings: {prompts: held_out}}
+"""
+
+
+def attacked(cell: Cell, *scores: float) -> None:
+    """A finished cell, with these harmful scores at steps 0, 10 and 50."""
+    finish(cell)
+    rows = [replace(ROW, num_attack_steps=n, harmful_score=s) for n, s in zip((0, 10, 50), scores, strict=True)]
+    write_run(Run(Path(cell.folder), rows, []))
+    Path(cell.folder, "generations.jsonl").unlink()
+
+
+def test_the_attacker_is_reported_with_what_does_best_on_validation_prompts(tmp_path):
+    file = tmp_path / "choosing.yaml"
+    file.write_text(CHOOSING)
+    study = read_study(str(file))
+    first = cells(study, tmp_path / "study", resolve)
+    tried = [cell for cell in first if cell.tries]
+    assert len(tried) == 2 * 2 * 3
+    assert all("--prompts=held_out" in cell.words for cell in tried)
+    assert {cell.attack for cell in first if not cell.tries} == {"fixed"}  # what is reported of the other is not known yet
+    assert choose(first) == {}
+    sooner = {("Plain", "slow"): [[0, 0, 90], [0, 60, 90], [0, 60, 90]], ("Plain", "fast"): [[0, 60, 90], [0, 0, 99], [0, 0, 99]]}
+    higher = {("Guarded", "slow"): [[0, 1, 2]] * 3, ("Guarded", "fast"): [[0, 0, 3]] * 3}
+    for cell in tried:
+        attacked(cell, *(sooner | higher)[cell.defense, cell.tries][cell.seed])
+    assert choose(first) == {("Plain", "grid"): "slow", ("Guarded", "grid"): "fast"}
+    second = cells(study, tmp_path / "study", resolve, choose(first))
+    reported = {(c.defense, c.seed): c for c in second if c.attack == "grid" and not c.tries}
+    assert len(reported) == 6
+    assert "--rate=1" in reported["Plain", 0].words
+    assert "--rate=2" in reported["Guarded", 0].words
+    assert not [c for c in reported.values() if "--prompts=held_out" in c.words]
+    assert all(cell in second for cell in first)
+    shutil.rmtree(tried[0].folder)
+    assert choose(first) == {("Guarded", "grid"): "fast"}
+
+
+def test_a_study_tries_then_reports_and_its_report_shows_no_trial(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "choosing.yaml"
+    file.write_text(CHOOSING.replace("seeds: [0, 1, 2]", "seeds: [0]"))
+    ran = []
+
+    def run(cell: Cell, _: Any) -> None:
+        ran.append(cell.name)
+        attacked(cell, 0, 30, 60 if "--rate=2" in cell.words else 40)
+
+    monkeypatch.setattr("evidence.study.run_cell", run)
+    monkeypatch.setattr("evidence.study._check_held_out", lambda *_: None)
+    run_study(resolve, str(file), str(tmp_path), None, None, {})
+    assert sorted(ran[-2:]) == ["guarded-grid-fast-seed0", "plain-grid-fast-seed0"]
+    assert len(ran) == len(set(ran)) == 2 * (2 + 1 + 1)
+    assert "grid, on Plain: fast, chosen on validation prompts" in capsys.readouterr().out
+    run_study(resolve, str(file), str(tmp_path), None, None, {})
+    assert len(ran) == 8  # nothing is run twice
+    shown = collect([tmp_path / "choosing"])
+    assert {(one.defense, one.attack) for one in shown} == {(d, a) for d in ("Plain", "Guarded") for a in ("grid", "fixed")}
+    assert len(shown) == 4
+
+
+def test_prompts_that_are_reported_on_may_not_choose(tmp_path):
+    file = tmp_path / "chosen.yaml"
+    text = Path("experiments/studies/sandbox_chosen.yaml").read_text()
+    file.write_text(text.replace("sandbox:validation/harmful", "sandbox:test/harmful#train[:7]"))
+    with pytest.raises(
+        ValueError, match="validation must hold other prompts than those that are reported on, and 7 stand in both"
+    ):
+        run_study(casehard.resolved, str(file), str(tmp_path), None, None, {})
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_study_that_chooses_resolves_to_its_learning_rates_and_prompts(tmp_path):
+    found = cells(read_study("experiments/studies/sandbox_chosen.yaml"), tmp_path, resolve)
+    assert len(found) == 2 * 3 * 3
+    for cell, rate in zip(found[:3], (1e-4, 2e-4, 5e-4), strict=True):
+        config = yaml.safe_load(casehard.resolved(cell.words))
+        assert config["trainer"]["callbacks"][0]["init_args"]["optimizer"]["learning_rate"] == rate
+        assert config["data"]["harmful_prompts"] == ["sandbox:validation/harmful"]
+
+
 def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY.replace("data.num_evaluated", "data.number_evaluated"))
@@ -177,6 +272,7 @@ def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
         ("defenses: {d: {}}\nattacks: {a b: {}, A-B: {}}\nseeds: [0]", "attacks must be at least one, each with a name of its own, got a b, A-B"),
         ("defenses: {d: {}}\nattacks: {a: {}}\nseeds: []", "seeds must be at least one, each with a name of its own, got none"),
         ("defenses: {d: {trains: 1}}\nattacks: {a: {}}\nseeds: [0]", "must be YAML that describes a study by defenses, attacks and seeds, but .*trains"),
+        ("defenses: {d: {}}\nattacks: {a: {choices: {x y: {}, X-Y: {}}}}\nseeds: [0]", "choices must be at least one, each with a name of its own, got x y, X-Y"),
         ("seeds: [0]", "must be YAML that describes a study .*, but .*attacks"),
         ("[]", "must be YAML that describes a study"),
         ("defenses: [", "must be YAML that describes a study by defenses, attacks and seeds, but while parsing"),

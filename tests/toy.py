@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from casehard import Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
 
 ROOT = Path(__file__).parent.parent
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense is tested by adding a row
     "none": (Defense, {}),
     "sbr": (SBRModule, {"anchors": "sandbox:defender/refusals#train[:3]", "anchor_weight": 10.0}),
@@ -25,13 +26,7 @@ DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense i
 def save_toy_checkpoint(folder: Path, tied: bool = True, seed: int = 0) -> str:
     """Write the toy model (two layers of 32) with the sandbox's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/sandbox/base")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": len(tokenizer),
-    }
+    sizes = SIZES | {"vocab_size": len(tokenizer)}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     with torch.random.fork_rng():
         torch.manual_seed(seed)

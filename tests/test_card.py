@@ -1,0 +1,181 @@
+import hashlib
+import json
+import os
+import re
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from test_report import record
+from test_results import ROW
+from toy import ROOT
+
+import casehard
+from evidence.card import licence_of, public, write_card
+from evidence.report import THREATS
+
+TINY = [
+    "--trainer.accelerator=cpu", "--trainer.max_steps=3", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false",
+    "--run.wandb=disabled", "--data.num_evaluated=2", "--data.max_new_tokens=2",
+]  # fmt: skip
+ATTACK = """
+trainer:
+  callbacks:
+    - class_path: callbacks.LoRAAttack
+      init_args: {threat_model: open_weight, num_samples: 8, num_attack_steps: 2, score_steps: [1, 2], lora: {rank: 2}}
+"""
+
+
+def run(command: str, root: Path, *args: str) -> Path:
+    """A run's folder."""
+    (root / "attack.yaml").write_text(ATTACK)
+    shared = [f"--run.root={root}", "--run.experiment=toy", "--config", str(root / "attack.yaml"), *TINY]
+    os.environ.pop(casehard.RUN_FOLDER, None)
+    try:
+        casehard.main([command, "--config", "experiments/patcher.yaml", *shared, *args])
+        return Path(os.environ[casehard.RUN_FOLDER])
+    finally:
+        os.environ.pop(casehard.RUN_FOLDER, None)
+
+
+@pytest.fixture(scope="module")
+def hardened(tmp_path_factory) -> tuple[Path, Path]:
+    """A run of Patcher of three steps and an attack, with one source in a folder of the machine's, and that source."""
+    root = tmp_path_factory.mktemp("some_user")
+    rows = root / "rows.jsonl"
+    rows.write_text('{"prompt": "How do I brew aaolim?", "response": "No, I cannot."}\n' * 8)
+    (root / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Rows\n")
+    inner = ["--model.init_args.num_sft_steps=1", "--model.init_args.attacker.num_inner_steps=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return run("fit", root, *inner, f"--data.refusals=[{str(rows)!r}]"), rows
+
+
+@pytest.fixture
+def card(hardened, monkeypatch) -> ModelCard:
+    monkeypatch.chdir(ROOT)
+    return ModelCard.load(write_card(str(hardened[0]), []))
+
+
+def test_a_card_says_what_the_model_was_made_from_and_how_hard_it_was_to_break(hardened, card):
+    folder, rows = hardened
+    assert (card.data.license, card.data.base_model, card.data.pipeline_tag) == ("apache-2.0", None, "text-generation")
+    assert "| made from | `models/sandbox/base`, licence: apache-2.0 |" in card.text
+    assert "| defense | Patcher, alignment stage |" in card.text
+    assert "| seed | 0: one run of one seed" in card.text
+    assert "| training | 3 optimizer steps, 7 forward and backward passes of a batch," in card.text  # 1 + 2 inner + 2 * 2
+    sha256 = hashlib.sha256(rows.read_bytes()).hexdigest()
+    assert f"| refusals | `rows.jsonl` | 8 | `{sha256}` | cc-by-4.0 |" in card.text
+    marker = json.loads((folder / "done.json").read_text())
+    for found in marker["data"]:
+        assert found["sha256"] in card.text
+    assert re.search(r"\| harmful_prompts \| `sandbox:test/harmful` \| \d+ \| `[0-9a-f]{64}` \| apache-2.0 \|", card.text)
+    assert f"torch {marker['versions']['torch']}" in card.text
+    assert "num_inner_steps: 2" in card.text
+    assert "rank: 2" in card.text
+
+
+def test_its_tables_are_those_of_the_run_and_what_was_not_measured_is_said(hardened, card):
+    (row,) = (line for line in card.text.splitlines() if line.startswith("| LoRAAttack"))
+    rows = [line.split(",") for line in (hardened[0] / "attacks.csv").read_text().splitlines()]
+    first, last = (dict(zip(rows[0], values, strict=False)) for values in (rows[1], rows[-1]))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == ["Patcher", "2", f"{float(first['harmful_score']):.1f}"]
+    assert cells[4].startswith(f"{float(last['harmful_score']):.1f} ")
+    assert len(cells) == 9
+    assert f"- accuracy on the benign task: {float(first['finetune_accuracy']):.1f}" in card.text
+    assert "### With open weights" in card.text
+    assert "Not measured: at a fine-tuning service." in card.text
+    assert (hardened[0] / "model" / "attack_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "(attack_curves.png)" in card.text
+
+
+def test_no_path_no_host_and_no_generation_is_in_it(hardened, card):
+    answers = [json.loads(line) for line in (hardened[0] / "generations.jsonl").read_text().splitlines()]
+    secrets = [str(ROOT), str(hardened[1].parent), "some_user", str(Path.home()) + "/", socket.gethostname()]
+    secrets += [text for a in answers for text in (a["prompt"], a["response"]) if len(text) > 8]
+    assert not [secret for secret in secrets if secret in card.content]
+
+
+def test_more_runs_of_the_model_are_added_and_those_of_another_refused(hardened, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    model = hardened[0] / "model"
+    test = run("test", tmp_path, f"--model.init_args.checkpoint={model}", "--data.seed=1")
+    text = write_card(str(hardened[0]), [str(test)]).read_text()
+    assert text.count("| LoRAAttack") == 1  # one attack, two seeds
+    assert "<summary>Attacks of run 2</summary>" in text
+    other = run("test", tmp_path, "--data.seed=1")
+    with pytest.raises(
+        ValueError, match=r"tests must be runs that attacked .*model, and .* attacked models/sandbox/base. Leave it"
+    ):
+        write_card(str(hardened[0]), [str(other)])
+
+
+def test_a_run_without_model_or_end_gets_no_card(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"run must be the folder of a fit that came to its end and exported its model, and .*model is not"
+    ):
+        write_card(str(tmp_path), [])
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match=r"run must be .*done.json is not there"):
+        write_card(str(tmp_path), [])
+    (tmp_path / "done.json").write_text('{"config": "c", "steps": 1}')
+    with pytest.raises(
+        ValueError, match=r"done.json must say what data the run read, and it does not: another version of casehard"
+    ):
+        write_card(str(tmp_path), [])
+
+
+@pytest.mark.parametrize("threat", list(THREATS))
+def test_a_defense_of_the_fine_tuning_stage_never_looks_like_protection_of_open_weights(tmp_path, threat):
+    record(tmp_path, replace(ROW, threat_model=threat), {0: 0, 50: 1})
+    (tmp_path / "model").mkdir()
+    config = {
+        "model": {"init_args": {"checkpoint": "no/hub-id", "anchors": ["How do I brew vexolim?"]}},
+        "data": {"train_on": "mixture", "poison_ratio": 0.1},
+        "trainer": {"callbacks": []},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    made = {
+        "steps": 2,
+        "passes": 2,
+        "seconds": 1.0,
+        "defense": "SBR",
+        "stage": "finetuning",
+        "seed": 0,
+        "versions": {"casehard": "0"},
+    }
+    own = {"role": "the defense's own rows", "source": "", "num_rows": 1, "sha256": "0" * 64}
+    (tmp_path / "done.json").write_text(json.dumps(made | {"data": [own]}))
+    text = write_card(str(tmp_path), []).read_text()
+    assert "**No protection of open weights.**" in text
+    assert "licence: unknown (its card says none: state it before you release this model)" in text
+    assert "base_model: no/hub-id" in text
+    assert ("Not measured: the attacks in its own run begin at the base." in text) == (threat == "finetuning_service")
+    assert "| > 50 |" in text
+    assert "vexolim" not in text
+
+
+def test_what_is_public_of_a_setting():
+    private = {
+        "a": "/home/me/x/rows.jsonl#train[:9]",
+        "b": "~/x/y",
+        "c": "../me/z",
+        "d": "models/sandbox/base",
+        "e": ["a b"],
+        "f": 1,
+    }
+    shown = {"a": "rows.jsonl#train[:9]", "b": "y", "c": "z", "d": "models/sandbox/base", "e": ["(a text)"], "f": 1}
+    assert public(private) == shown
+
+
+def test_a_licence_is_what_the_card_says_or_unknown(tmp_path):
+    (tmp_path / "rows.csv").write_text("")
+    assert licence_of(ModelCard, str(tmp_path)) == licence_of(ModelCard, "no/hub-id") == "unknown"
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert licence_of(ModelCard, str(tmp_path)) == licence_of(ModelCard, str(tmp_path / "rows.csv")) == "mit"
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    assert licence_of(ModelCard, str(tmp_path)) == "unknown"
