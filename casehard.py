@@ -1,6 +1,5 @@
 """Casehard's front door: its public names, and ``main()``, the ``casehard`` (and ``lightning``) command."""
 
-import contextlib
 import io
 import json
 import os
@@ -8,9 +7,9 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import yaml
@@ -19,14 +18,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from wandb import Settings
 
 from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
 from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
 from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
-from evidence.rejudge import main as judge
-from evidence.study import run_study
 from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
 from metrics import (
     AttackSuccessRate,
@@ -41,6 +37,9 @@ from metrics import (
     StrongRejectJudge,
     Verdict,
 )
+
+if TYPE_CHECKING:
+    from wandb import Settings
 
 __all__ = [
     "AttackSuccessRate",
@@ -147,8 +146,10 @@ def _lists(config: Any, prefix: str = "") -> Iterator[str]:
         yield from _lists(value, f"{prefix}{key}.")
 
 
-def wandb_settings() -> Settings:
+def wandb_settings() -> "Settings":
     """Nothing of the machine goes to W&B: no name, paths, hardware, command line or console; numbers only."""
+    from wandb import Settings
+
     return Settings(host="casehard", x_disable_meta=True, x_disable_stats=True, disable_git=True, save_code=False, console="off")
 
 
@@ -261,7 +262,7 @@ def main(args: list[str] | None = None) -> None:
 def resolved(args: list[str]) -> str:
     """The config that a command line of ``fit`` or ``test`` resolves to, as YAML; nothing is run."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with redirect_stdout(printed):
         try:
             _run([*args, "--print_config"])
         except SystemExit as stop:
@@ -290,6 +291,8 @@ def study(
         cluster: send the cells out through submitit: slurm, local, or auto for what is there. null runs them here.
         cluster_settings: submitit's, such as {timeout_min: 60, slurm_partition: gpu, gpus_per_node: 1}.
     """
+    from evidence.study import run_study
+
     run_study(resolved, file, root, parallel, cluster, cluster_settings or {})
 
 
@@ -305,15 +308,23 @@ def report(args: list[str]) -> None:
     print(f"Report: {write_report(settings.runs, settings.out, settings.title)}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"sandbox": sandbox, "judge": judge, "study": study}
+def _command(name: str) -> Callable[..., None] | None:
+    """A command whose settings are the function's own."""
+    if name == "judge":
+        from evidence.rejudge import main as judge
+
+        return judge
+    commands: dict[str, Callable[..., None]] = {"sandbox": sandbox, "study": study}
+    return commands.get(name)
 
 
 def _run(args: list[str]) -> None:
-    if args[:1] == ["report"]:
+    name = args[0] if args else ""
+    if name == "report":
         report(args[1:])
         return
-    if args and args[0] in COMMANDS:
-        CLI(COMMANDS[args[0]], args=args[1:], prog=f"casehard {args[0]}")
+    if command := _command(name):
+        CLI(command, args=args[1:], prog=f"casehard {name}")
         return
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
