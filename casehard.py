@@ -172,6 +172,8 @@ class Cli(LightningCLI):
         parser.add_argument("--run.root", type=str, default="runs", help="where run folders are made")
         parser.add_argument("--run.wandb", type=Literal["offline", "online", "disabled"], default="offline", help="W&B logging")
         parser.add_argument("--run.project", type=str, default="casehard", help="W&B project")
+        parser.add_argument("--run.group", type=str, default="", help="W&B group of the run; by default its experiment's name")
+        parser.add_argument("--run.tags", type=list[str], default=[], help="W&B tags of the run")
         parser.add_argument("--run.export", type=bool, default=True, help="write the trained model in Hugging Face format")
         parser.add_argument(
             "--run.checkpoint_steps",
@@ -180,6 +182,12 @@ class Cli(LightningCLI):
             help="optimizer steps between checkpoints, from which --ckpt_path goes on; by default one an epoch",
         )
         parser.add_argument("--run.generations", type=bool, default=True, help="write generated answers to generations.jsonl")
+        parser.add_argument(
+            "--run.wandb_generations",
+            type=bool,
+            default=False,
+            help="also send generated answers to W&B, a table an evaluation; with real data they are harmful texts",
+        )
 
     def _experiment(self, config: Any) -> str:
         if config.run.experiment:
@@ -194,9 +202,8 @@ class Cli(LightningCLI):
         if RUN_FOLDER not in os.environ and not dry:
             os.environ[RUN_FOLDER] = str(claim_run_folder(config.run.root, self._experiment(config), config.run.version))
         self.folder = Path(os.environ.get(RUN_FOLDER, Path(config.run.root, self._experiment(config), "dry")))
-        extra: list[Any] = [
-            Results(str(self.folder), config.run.export and self.subcommand == "fit" and not dry, config.run.generations)
-        ]
+        export = config.run.export and self.subcommand == "fit" and not dry
+        extra: list[Any] = [Results(str(self.folder), export, config.run.generations, config.run.wandb_generations)]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
             steps = config.run.checkpoint_steps
             extra.append(ModelCheckpoint(self.folder / "checkpoints", save_last="link", save_top_k=1, every_n_train_steps=steps))
@@ -215,9 +222,10 @@ class Cli(LightningCLI):
         loggers: list[Logger] = [CSVLogger(folder.parent.parent, folder.parent.name, int(number[1]) if number else folder.name)]
         if config.run.wandb != "disabled":
             offline = config.run.wandb == "offline"
-            name = f"{folder.parent.name}-{folder.name}"
-            where = {"save_dir": folder, "project": config.run.project, "offline": offline, "group": folder.parent.name}
-            wandb = WandbLogger(name=name, settings=wandb_settings(), **where)
+            name, group = f"{folder.parent.name}-{folder.name}", config.run.group or folder.parent.name
+            where = {"save_dir": folder, "project": config.run.project, "offline": offline}
+            place = {"group": group, "job_type": self.subcommand, "tags": config.run.tags}
+            wandb = WandbLogger(name=name, settings=wandb_settings(), **where, **place)
             wandb.experiment.define_metric("attack_step")
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
