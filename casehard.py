@@ -316,6 +316,25 @@ def report(args: list[str]) -> None:
     print(f"Report: {write_report(settings.runs, settings.out, settings.title)}")
 
 
+def dashboard(args: list[str]) -> None:
+    """``casehard dashboard RUN ...``: a saved W&B workspace on what runs logged."""
+    parser = ArgumentParser(
+        prog="casehard dashboard",
+        description="Save a workspace on W&B with panels for all that runs logged: how long each defense held under each attack, "
+        "the attacks' curves, and training. It shows the W&B runs of the groups that these runs are in, and averages over the "
+        "seeds of a study's. Needs the key of a W&B account (WANDB_API_KEY, or `wandb login`); --dry_run needs neither.",
+    )
+    parser.add_argument("runs", nargs="+", type=str, help="run folders, or a study's, whose keys get panels")
+    parser.add_argument("--project", type=str, default="casehard", help="W&B project that has the runs (run.project)")
+    parser.add_argument("--entity", type=str | None, default=None, help="W&B user or team; by default the key's own")
+    parser.add_argument("--title", type=str, default="How hard to break", help="of the workspace")
+    parser.add_argument("--dry_run", type=bool, default=False, help="print what would be saved, as JSON, and save nothing")
+    settings = parser.parse_args(args)
+    from evidence.dashboard import make_dashboard
+
+    print(make_dashboard(settings.runs, settings.project, settings.entity, settings.title, settings.dry_run))
+
+
 def _command(name: str) -> Callable[..., None] | None:
     """A command whose settings are the function's own."""
     if name == "judge":
@@ -328,8 +347,8 @@ def _command(name: str) -> Callable[..., None] | None:
 
 def _run(args: list[str]) -> None:
     name = args[0] if args else ""
-    if name == "report":
-        report(args[1:])
+    if name in ("report", "dashboard"):  # any number of run folders
+        {"report": report, "dashboard": dashboard}[name](args[1:])
         return
     if command := _command(name):
         CLI(command, args=args[1:], prog=f"casehard {name}")
@@ -347,7 +366,8 @@ def _run(args: list[str]) -> None:
         parser_kwargs={
             "description": "Hardens open-weight language models and measures how hard they are to break. "
             "`casehard sandbox` prints rows of the embedded data, `casehard judge` scores a run's answers by another judge, "
-            "`casehard study` runs defenses x attacks x seeds, `casehard report` writes a page on runs.",
+            "`casehard study` runs defenses x attacks x seeds, `casehard report` writes a page on runs, "
+            "`casehard dashboard` saves one on W&B.",
             **dict.fromkeys(("fit", "validate", "test"), defaults),
         },
     )
