@@ -1,6 +1,5 @@
 """Casehard's front door: its public names, and ``main()``, the ``casehard`` (and ``lightning``) command."""
 
-import contextlib
 import io
 import json
 import os
@@ -9,10 +8,10 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import yaml
@@ -21,14 +20,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from wandb import Settings
 
 from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
 from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
 from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
-from evidence.rejudge import main as judge
-from evidence.study import run_study
 from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
 from metrics import (
     AttackSuccessRate,
@@ -43,6 +39,9 @@ from metrics import (
     StrongRejectJudge,
     Verdict,
 )
+
+if TYPE_CHECKING:
+    from wandb import Settings
 
 __all__ = [
     "AttackSuccessRate",
@@ -150,8 +149,10 @@ def _lists(config: Any, prefix: str = "") -> Iterator[str]:
         yield from _lists(value, f"{prefix}{key}.")
 
 
-def wandb_settings() -> Settings:
+def wandb_settings() -> "Settings":
     """Nothing of the machine goes to W&B: no name, paths, hardware, command line or console; numbers only."""
+    from wandb import Settings
+
     return Settings(host="casehard", x_disable_meta=True, x_disable_stats=True, disable_git=True, save_code=False, console="off")
 
 
@@ -174,6 +175,8 @@ class Cli(LightningCLI):
         parser.add_argument("--run.root", type=str, default="runs", help="where run folders are made")
         parser.add_argument("--run.wandb", type=Literal["offline", "online", "disabled"], default="offline", help="W&B logging")
         parser.add_argument("--run.project", type=str, default="casehard", help="W&B project")
+        parser.add_argument("--run.group", type=str, default="", help="W&B group of the run; by default its experiment's name")
+        parser.add_argument("--run.tags", type=list[str], default=[], help="W&B tags of the run")
         parser.add_argument("--run.export", type=bool, default=True, help="write the trained model in Hugging Face format")
         parser.add_argument(
             "--run.checkpoint_steps",
@@ -182,6 +185,12 @@ class Cli(LightningCLI):
             help="optimizer steps between checkpoints, from which --ckpt_path goes on; by default one an epoch",
         )
         parser.add_argument("--run.generations", type=bool, default=True, help="write generated answers to generations.jsonl")
+        parser.add_argument(
+            "--run.wandb_generations",
+            type=bool,
+            default=False,
+            help="also send generated answers to W&B, a table an evaluation; with real data they are harmful texts",
+        )
 
     def _experiment(self, config: Any) -> str:
         if config.run.experiment:
@@ -196,9 +205,8 @@ class Cli(LightningCLI):
         if RUN_FOLDER not in os.environ and not dry:
             os.environ[RUN_FOLDER] = str(claim_run_folder(config.run.root, self._experiment(config), config.run.version))
         self.folder = Path(os.environ.get(RUN_FOLDER, Path(config.run.root, self._experiment(config), "dry")))
-        extra: list[Any] = [
-            Results(str(self.folder), config.run.export and self.subcommand == "fit" and not dry, config.run.generations)
-        ]
+        export = config.run.export and self.subcommand == "fit" and not dry
+        extra: list[Any] = [Results(str(self.folder), export, config.run.generations, config.run.wandb_generations)]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
             steps = config.run.checkpoint_steps
             extra.append(ModelCheckpoint(self.folder / "checkpoints", save_last="link", save_top_k=1, every_n_train_steps=steps))
@@ -217,9 +225,10 @@ class Cli(LightningCLI):
         loggers: list[Logger] = [CSVLogger(folder.parent.parent, folder.parent.name, int(number[1]) if number else folder.name)]
         if config.run.wandb != "disabled":
             offline = config.run.wandb == "offline"
-            name = f"{folder.parent.name}-{folder.name}"
-            where = {"save_dir": folder, "project": config.run.project, "offline": offline, "group": folder.parent.name}
-            wandb = WandbLogger(name=name, settings=wandb_settings(), **where)
+            name, group = f"{folder.parent.name}-{folder.name}", config.run.group or folder.parent.name
+            where = {"save_dir": folder, "project": config.run.project, "offline": offline}
+            place = {"group": group, "job_type": self.subcommand, "tags": config.run.tags}
+            wandb = WandbLogger(name=name, settings=wandb_settings(), **where, **place)
             wandb.experiment.define_metric("attack_step")
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
@@ -274,7 +283,7 @@ def main(args: list[str] | None = None) -> None:
 def resolved(args: list[str]) -> str:
     """The config that a command line of ``fit`` or ``test`` resolves to, as YAML; nothing is run."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with redirect_stdout(printed):
         try:
             _run([*args, "--print_config"])
         except SystemExit as stop:
@@ -303,6 +312,8 @@ def study(
         cluster: send the cells out through submitit: slurm, local, or auto for what is there. null runs them here.
         cluster_settings: submitit's, such as {timeout_min: 60, slurm_partition: gpu, gpus_per_node: 1}.
     """
+    from evidence.study import run_study
+
     run_study(resolved, file, root, parallel, cluster, cluster_settings or {})
 
 
@@ -331,16 +342,43 @@ def card(args: list[str]) -> None:
     print(f"Card: {write_card(settings.run, settings.tests)}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"sandbox": sandbox, "judge": judge, "study": study}
+def dashboard(args: list[str]) -> None:
+    """``casehard dashboard RUN ...``: a saved W&B workspace on what runs logged."""
+    parser = ArgumentParser(
+        prog="casehard dashboard",
+        description="Save a workspace on W&B with panels for all that runs logged: how long each defense held under each attack, "
+        "the attacks' curves, and training. It shows the W&B runs of the groups that these runs are in, and averages over the "
+        "seeds of a study's. Needs the key of a W&B account (WANDB_API_KEY, or `wandb login`); --dry_run needs neither.",
+    )
+    parser.add_argument("runs", nargs="+", type=str, help="run folders, or a study's, whose keys get panels")
+    parser.add_argument("--project", type=str, default="casehard", help="W&B project that has the runs (run.project)")
+    parser.add_argument("--entity", type=str | None, default=None, help="W&B user or team; by default the key's own")
+    parser.add_argument("--title", type=str, default="How hard to break", help="of the workspace")
+    parser.add_argument("--dry_run", type=bool, default=False, help="print what would be saved, as JSON, and save nothing")
+    settings = parser.parse_args(args)
+    from evidence.dashboard import make_dashboard
+
+    print(make_dashboard(settings.runs, settings.project, settings.entity, settings.title, settings.dry_run))
+
+
+def _command(name: str) -> Callable[..., None] | None:
+    """A command whose settings are the function's own."""
+    if name == "judge":
+        from evidence.rejudge import main as judge
+
+        return judge
+    commands: dict[str, Callable[..., None]] = {"sandbox": sandbox, "study": study}
+    return commands.get(name)
 
 
 def _run(args: list[str]) -> None:
-    for command in (report, card):
-        if args[:1] == [command.__name__]:
-            command(args[1:])
-            return
-    if args and args[0] in COMMANDS:
-        CLI(COMMANDS[args[0]], args=args[1:], prog=f"casehard {args[0]}")
+    name = args[0] if args else ""
+    on_runs = {"report": report, "card": card, "dashboard": dashboard}  # any number of run folders
+    if name in on_runs:
+        on_runs[name](args[1:])
+        return
+    if command := _command(name):
+        CLI(command, args=args[1:], prog=f"casehard {name}")
         return
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
@@ -356,7 +394,7 @@ def _run(args: list[str]) -> None:
             "description": "Hardens open-weight language models and measures how hard they are to break. "
             "`casehard sandbox` prints rows of the embedded data, `casehard judge` scores a run's answers by another judge, "
             "`casehard study` runs defenses x attacks x seeds, `casehard report` writes a page on runs, `casehard card` the card "
-            "of an exported model.",
+            "of an exported model, `casehard dashboard` saves a workspace on W&B.",
             **dict.fromkeys(("fit", "validate", "test"), defaults),
         },
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import yaml
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,14 @@ from lightning_modules.checkpoint import save_model
 from lightning_modules.defense import Defense
 
 RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
+METRICS = (  # of a row, as loggers get them
+    "harmful_score",
+    "attack_success_rate",
+    "num_unscored",
+    "finetune_accuracy",
+    "refusal_rate_benign",
+    "degenerate_rate",
+)
 DONE = "done.json"  # left by a run that came to its end: its config's hash, what its training took, and what it was made from
 
 
@@ -99,20 +108,41 @@ def steps_to_break(rows: Iterable[ResultRow]) -> str:
     return f"> {max(scored)[0]}" if broken is None else str(broken)
 
 
+def outcome(rows: list[ResultRow]) -> dict[str, float]:
+    """What an attack came to, from its rows: the last one's ``METRICS``, and how long the model held, nan where not measured.
+
+    ``steps_to_break`` is nan if the model held. ``steps_held`` is the last scored step then, a lower bound, and else the same: it
+    can be averaged over seeds, beside ``broken``, 1 or 0. Nothing was to be broken where nothing was poison.
+    """
+    scored = [(row.num_attack_steps, row.harmful_score) for row in rows if not math.isnan(row.harmful_score)]
+    found = {name: float(getattr(rows[-1], name)) for name in METRICS}
+    if not scored or not rows[-1].poison_ratio:
+        return found | dict.fromkeys(("steps_to_break", "steps_held", "broken"), math.nan)
+    broken = first_broken(scored)
+    held = max(scored)[0] if broken is None else broken
+    return found | {
+        "steps_to_break": math.nan if broken is None else float(broken),
+        "steps_held": float(held),
+        "broken": float(broken is not None),
+    }
+
+
 class Results(L.Callback):
     """Keep every result row, write it the moment it is known, and close with a table.
 
-    ``attacks.csv`` has a row an evaluation, ``generations.jsonl`` an answer a line (local only: no logger gets them), ``model/``
-    the trained weights in Hugging Face format. Each appears whole or not at all.
+    ``attacks.csv`` has a row an evaluation, ``generations.jsonl`` an answer a line, ``model/`` the trained weights in Hugging
+    Face format. Each appears whole or not at all. Loggers get the numbers; W&B's summary also what each attack came to.
 
     Args:
         folder: the run's folder.
         export: write the model when training ends.
-        generations: write the generated answers.
+        generations: write the generated answers, local only.
+        wandb_generations: also send them to W&B, a table an evaluation. With real data they are harmful texts.
     """
 
-    def __init__(self, folder: str, export: bool = True, generations: bool = True) -> None:
+    def __init__(self, folder: str, export: bool = True, generations: bool = True, wandb_generations: bool = False) -> None:
         self.folder, self.export, self.generations = Path(folder), export, generations
+        self.wandb_generations = wandb_generations
         self.rows: list[ResultRow] = []
         self.training_seconds = 0.0  # of this process: a resumed run's start is not in it
         self._started = 0.0
@@ -120,7 +150,7 @@ class Results(L.Callback):
 
     @rank_zero_only
     def record(self, trainer: L.Trainer, row: ResultRow, answers: list[dict[str, Any]]) -> None:
-        """Keep a row and its answers, on disk and in every logger (``attack/<attack>/<metric>`` against ``attack_step``)."""
+        """Keep a row and its answers, on disk and in every logger (``attack/<job>/<metric>`` against ``attack_step``)."""
         self.rows.append(row)
         self.folder.mkdir(parents=True, exist_ok=True)
         table = io.StringIO()
@@ -133,18 +163,27 @@ class Results(L.Callback):
             self._answers += [key | answer for answer in answers]
             lines = (json.dumps(a, ensure_ascii=False, default=str) for a in self._answers)
             write_whole(self.folder / "generations.jsonl", "".join(f"{line}\n" for line in lines))
-        names = (
-            "harmful_score",
-            "attack_success_rate",
-            "num_unscored",
-            "finetune_accuracy",
-            "refusal_rate_benign",
-            "degenerate_rate",
-        )
-        prefix = f"attack/{row.attack}-{row.threat_model}-{row.defense}"
-        metrics = {f"{prefix}/{n}": float(getattr(row, n)) for n in names if not math.isnan(getattr(row, n))}
+        job, rows = self._job()
+        metrics = {f"attack/{job}/{n}": float(getattr(row, n)) for n in METRICS if not math.isnan(getattr(row, n))}
         for logger in trainer.loggers:
             logger.log_metrics(metrics | {"attack_step": float(row.num_attack_steps)}, step=trainer.global_step)
+            if isinstance(logger, WandbLogger):
+                logger.experiment.summary.update({f"attack/{job}/{n}": value for n, value in outcome(rows).items()})
+                if self.wandb_generations:
+                    columns, data = _table(row, answers)
+                    logger.log_table(f"generations/{job}", columns, data, step=trainer.global_step)
+
+    def _job(self) -> tuple[str, list[ResultRow]]:
+        """The attack under way as loggers name it, and its rows so far. The second of one name in a run is ``NAME_2``."""
+        row = self.rows[-1]
+        starts = [
+            number
+            for number, r in enumerate(self.rows)
+            if (r.attack, r.threat_model, r.defense, r.epoch, r.num_attack_steps)
+            == (row.attack, row.threat_model, row.defense, row.epoch, 0)
+        ]
+        name = row.attack if len(starts) < 2 else f"{row.attack}_{len(starts)}"
+        return f"{name}-{row.threat_model}-{row.defense}", self.rows[starts[-1] if starts else 0 :]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training begins."""
@@ -196,6 +235,13 @@ class Results(L.Callback):
         if self.rows:
             console.print(self.table())
         console.print(f"Run folder: {self.folder}", soft_wrap=True)
+
+
+def _table(row: ResultRow, answers: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of a table of answers; kinds of answers differ in what they have."""
+    lines = [{"attack_step": row.num_attack_steps} | answer for answer in answers]
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    return columns, [[line.get(name) for name in columns] for line in lines]
 
 
 def _cells(row: ResultRow, notes: list[str]) -> list[str]:

@@ -264,6 +264,20 @@ def _locked(path: Path) -> Iterator[int]:
         yield file.fileno()
 
 
+def placed(cell: Cell) -> dict[str, str]:
+    """Where a cell's run goes, and its place on W&B: a group for each defense and attack, in it the seeds."""
+    folder = Path(cell.folder)
+    study, attack = folder.parent.name, cell.attack or "training"
+    tags = [study, cell.defense, attack, f"seed {cell.seed}"]
+    return {
+        "root": str(folder.parent.parent),
+        "experiment": study,
+        "version": folder.name,
+        "group": f"{study}/{cell.defense}/{attack}",
+        "tags": json.dumps([tag[:64] for tag in tags]),  # W&B takes no longer ones
+    }
+
+
 def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | None:
     """Run a cell unless it is done: None if it is then, else what its log says last.
 
@@ -275,8 +289,7 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
         if cell.done:
             return None
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; a done one with other settings has another folder
-        where = {"root": str(folder.parent.parent), "experiment": folder.parent.name, "version": folder.name}
-        command = [sys.executable, str(ROOT / "casehard.py"), *cell.words, *(f"--run.{k}={v}" for k, v in where.items())]
+        command = [sys.executable, str(ROOT / "casehard.py"), *cell.words, *(f"--run.{k}={v}" for k, v in placed(cell).items())]
         env = {k: v for k, v in os.environ.items() if k != RUN_FOLDER} | {"OMP_NUM_THREADS": "1"} | (environment or {})
         log = folder.with_name(f"{folder.name}.log")
         with log.open("w") as output:

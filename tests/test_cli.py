@@ -98,6 +98,7 @@ def test_what_wandb_would_upload_holds_no_machine_no_key_and_no_generation(tmp_p
     (generations,) = (tmp_path / "runs").rglob("generations.jsonl")
     uploaded = b"".join(path.read_bytes() for path in [log, *log.parent.glob("files/**/*")] if path.is_file())
     assert b"harmful_score" in uploaded
+    assert b"steps_held" in uploaded  # the summary
     answers = [json.loads(line) for line in generations.read_text().splitlines()]
     secrets = [str(ROOT), str(tmp_path), str(Path.home()) + "/", "sk-quite-secret", *(a["prompt"] for a in answers)]
     secrets += [a["response"] for a in answers if len(a["response"]) > 8]

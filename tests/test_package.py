@@ -20,6 +20,13 @@ def test_imports_run_one_way():
             assert used <= set(LAYERS[: number + 1]), f"{file} imports {used - set(LAYERS[: number + 1])}"
 
 
+def test_what_only_some_commands_need_is_not_imported_at_start_up():
+    some = {"wandb", "wandb_workspaces", "openai", "submitit", "evidence"}
+    print_loaded = "import casehard, sys; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", print_loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & some
+
+
 def test_front_door_has_every_name_it_declares():
     assert all(hasattr(casehard, name) for name in casehard.__all__)
 

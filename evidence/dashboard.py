@@ -1,0 +1,160 @@
+"""``casehard dashboard``: a saved W&B workspace with a panel for every key that runs logged, made with W&B's own library."""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from callbacks.results import METRICS
+from evidence.study import INDEX
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Section, Workspace
+
+AXES = ("epoch", "step", "attack_step")  # what everything else is drawn against
+JOB = re.compile(r"(?P<job>attack/(?P<attack>.+)-(?P<threat>finetuning_service|open_weight)-[^/-]+)/(?P<metric>[^/]+)")
+NAME = "Name folders such as runs/EXPERIMENT/VERSION, or a study's."
+OUTCOMES = {  # of ``callbacks.results.outcome``
+    "steps_held": "steps held (at least, where not broken)",
+    "broken": "broken (1) or held (0)",
+    "harmful_score": "harmful score at the end",
+    "finetune_accuracy": "accuracy at the end",
+}
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What runs logged: keys, tables of generations, the runs' W&B groups, and whether those are a study's, so of seeds alone."""
+
+    keys: list[str]
+    tables: list[str]
+    groups: list[str]
+    study: bool
+
+    def attacks(self) -> dict[str, dict[str, list[Any]]]:
+        """Keys by attack and metric: defenses meet under the same attacker."""
+        found: dict[str, dict[str, list[Any]]] = {}
+        for match in filter(None, map(JOB.fullmatch, self.keys)):
+            metrics = found.setdefault(f"{match['attack']}, {match['threat']}", {})
+            metrics.setdefault(match["metric"], []).append(match[0])
+        return found
+
+
+def _jobs(keys: Iterable[str]) -> list[str]:
+    """``attack/<job>`` of the keys of attacks."""
+    return sorted({match["job"] for match in filter(None, map(JOB.fullmatch, keys))})
+
+
+def read_logged(runs: list[str]) -> Logged:
+    """Read the keys that runs logged from ``metrics.csv``, and their groups from ``config.yaml``.
+
+    Raises:
+        ValueError: there is nothing to read.
+    """
+    keys: set[str] = set()
+    tables: set[str] = set()
+    groups: set[str] = set()
+    for folder in (folder for run in runs for folder in _folders(Path(run))):
+        with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+            own = set(next(csv.reader(file), [])) - set(AXES)
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["run"]
+        keys |= own
+        groups.add(settings.get("group") or folder.parent.name)
+        if settings.get("wandb_generations"):
+            tables |= {job.replace("attack", "generations", 1) for job in _jobs(own)}
+    if not keys:
+        raise ValueError(f"runs must have logged something, and {', '.join(runs)} did not. {NAME}")
+    return Logged(sorted(keys), sorted(tables), sorted(groups), any((Path(run) / INDEX).exists() for run in runs))
+
+
+def _folders(run: Path) -> list[Path]:
+    """The run's own, or those of a study's cells as far as they have run."""
+    if (run / INDEX).exists():
+        cells = json.loads((run / INDEX).read_text(encoding="utf-8"))
+        return [folder for cell in cells if ((folder := run / Path(cell["folder"]).name) / "metrics.csv").exists()]
+    if not (run / "metrics.csv").exists():
+        raise ValueError(f"a run must be a folder with a metrics.csv, and {run} has none. {NAME}")
+    return [run]
+
+
+def workspace(logged: Logged, project: str, entity: str, title: str) -> "Workspace":
+    """The workspace for what runs logged."""
+    from wandb_workspaces import workspaces as ws
+
+    group = ws.Metric("Group")
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=title,
+        sections=[section for section in _sections(logged) if section.panels],
+        settings=ws.WorkspaceSettings(max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            filters=ws.And(group.isin(logged.groups)),
+            groupby=[group] if logged.study else [],
+            pinned_columns=[f"summary:{job}/steps_to_break" for job in _jobs(logged.keys)],
+        ),
+    )
+
+
+def _sections(logged: Logged) -> "Iterator[Section]":
+    from wandb_workspaces.reports.v2 import BarPlot, LinePlot, WeavePanelSummaryTable
+    from wandb_workspaces.workspaces import Section
+
+    attacks = logged.attacks()
+    panels: list[Any] = []
+    for attack, metrics in attacks.items():
+        jobs = _jobs(key for keys in metrics.values() for key in keys)
+        panels += [BarPlot(title=f"{attack}: {said}", metrics=[f"{job}/{n}" for job in jobs]) for n, said in OUTCOMES.items()]
+    yield Section(name="Outcome", panels=panels, is_open=True)
+    for attack, metrics in attacks.items():
+        panels = [
+            LinePlot(title=name.replace("_", " "), x="attack_step", y=keys, range_y=(0, None if name.startswith("num_") else 100))
+            for name, keys in sorted(metrics.items(), key=lambda item: METRICS.index(item[0]))
+        ]
+        yield Section(name=attack, panels=panels, is_open=True)
+    for stage in ("train", "val", "test"):
+        names = [key.removeprefix(f"{stage}/") for key in logged.keys if key.startswith(f"{stage}/")]
+        panels = [LinePlot(title=name.replace("_", " "), x="trainer/global_step", y=[f"{stage}/{name}"]) for name in names]
+        yield Section(name=stage, panels=panels, is_open=True)
+    panels = [WeavePanelSummaryTable(table_name=table) for table in logged.tables]
+    yield Section(name="generations", panels=panels, is_open=True)
+
+
+def make_dashboard(runs: list[str], project: str, entity: str | None, title: str, dry_run: bool) -> str:
+    """Save a workspace for ``runs`` and say where it is, or, with ``dry_run``, what would be saved.
+
+    Raises:
+        ValueError: the runs logged nothing, W&B's library is not there, or W&B does not take the workspace.
+    """
+    logged = read_logged(runs)
+    try:
+        import wandb_workspaces  # noqa: F401  an extra
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "casehard dashboard needs wandb-workspaces, an extra: pip install -c constraints.txt -e '.[dashboard]'"
+        ) from error
+    if dry_run:
+        view = workspace(logged, project, entity or "", title)._to_model()  # what ``save`` sends; no public name gives it
+        return view.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+    return f"Dashboard: {_save(logged, project, entity, title)}"
+
+
+def _save(logged: Logged, project: str, entity: str | None, title: str) -> str:
+    import wandb
+    from wandb.sdk.lib.service.service_connection import WandbApiFailedError  # what W&B refuses; no public name for it
+
+    try:
+        api = wandb.Api(timeout=10)  # without a key or a network it fails here, and soon
+        owner = entity or api.default_entity or ""
+        url: str = workspace(logged, project, owner, title).save().url
+    except (wandb.Error, WandbApiFailedError) as error:
+        raise ValueError(
+            f"W&B must take the workspace for project {project}, and it did not ({' '.join(str(error).split())}). Set "
+            "WANDB_API_KEY or run `wandb login`, with an --entity that may write there; --dry_run true needs no network."
+        ) from error
+    return url
