@@ -12,7 +12,7 @@ import statistics
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -62,10 +62,15 @@ class RandomTokens(SFTDataModule):
         return [{"input_ids": row, "labels": [IGNORED] * asked + row[asked:]} for row in ids]
 
 
-class Block(Clock):
+class Block(NamedTuple):
+    seconds: float
+    peak: float  # bytes
+
+
+class Meter(Clock):
     """Seconds and peak memory of the steps after the first, in which the optimizer makes its moments."""
 
-    peak = float("nan")  # bytes
+    peak = float("nan")
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
         super().on_train_batch_end(trainer, *args)
@@ -124,13 +129,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 def fitted(module: Defense, model: PreTrainedModel, data: SFTDataModule, steps: int, device: str, precision: str) -> Block:
     """Train ``model`` under ``module`` for a block of ``steps``; it is handed on from block to block."""
-    gc.collect()  # moments of the last block hang in cycles
+    gc.collect()  # the last block's moments hang in cycles
     model.zero_grad()
     module.model = model
-    clock = Block(every=steps, start=1)
-    trainer = L.Trainer(accelerator=device, devices=1, precision=precision, max_steps=1 + steps, callbacks=[clock], **QUIET)  # type: ignore[arg-type]
+    meter = Meter(every=steps, start=1)
+    trainer = L.Trainer(accelerator=device, devices=1, precision=precision, max_steps=1 + steps, callbacks=[meter], **QUIET)  # type: ignore[arg-type]
     trainer.fit(module, datamodule=data)
-    return clock
+    return Block(meter.seconds[0], meter.peak)  # not the meter, on which Lightning hangs the module, and that its moments
 
 
 def main(
@@ -220,8 +225,8 @@ def main(
     for kind, found in measured.items():
         tokens = rows * passes[kind] + (anchors if kind == "SBR" else 0)
         labels = passes[kind] * batch_size * (length - length // 2)
-        times = [each.seconds[0] / num_steps for each in found]
-        ratios = [each.seconds[0] / plain.seconds[0] for each, plain in zip(found, measured["SFT"], strict=True)]
+        times = [each.seconds / num_steps for each in found]
+        ratios = [each.seconds / plain.seconds for each, plain in zip(found, measured["SFT"], strict=True)]
         step, most = statistics.median(times), max(each.peak for each in found) - empty
         share = model_flops(model, tokens, labels, length) / step / peak
         columns = f"{spread(times, '.3f'):22}  {spread(ratios):20}  {tokens / rows:5.2f}  {tokens / step:8.0f}  {share:7.1%}"

@@ -1,11 +1,17 @@
-"""What saves memory leaves the result alone."""
+"""What is held in copies of what trains, and that what saves memory leaves the result alone."""
+
+import gc
+from collections import defaultdict
+from math import floor
 
 import pytest
 import torch
+from test_patcher import ATTACKER, data
 from test_sbr import rows_of
-from toy import DEFENSES, toy_data, toy_trainer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from toy import DEFENSES, save_toy_checkpoint, toy_data, toy_trainer
 
-from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
+from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
 from datamodules.chat import collate
 
 
@@ -52,3 +58,82 @@ def test_attacks_on_a_gpu_leave_every_bit(checkpoint, tmp_path, strategy, defens
     trainer.fit(module, datamodule=toy_data())
     before, after = (spy.seen[0] for spy in spies)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ---- copies
+
+
+def held() -> int:
+    """Bytes of all tensors that Python knows, gradients too; what autograd keeps of a pass is not among them."""
+    gc.collect()
+    found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    found += [t.grad for t in found if t.is_leaf and t.grad is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if t.device.type == "cpu"}.values())
+
+
+class Copies:
+    """Most copies of the model that are held, by phase, when an optimizer has stepped or a counted method returns."""
+
+    def __init__(self, module: Defense) -> None:
+        self.before, self.phase, self.most = held(), "step", defaultdict(int)
+        Defense.configure_model(module)
+        self.module, self.one = module, sum(p.nbytes for p in module.model.parameters())
+
+    def count(self, *_: object) -> None:
+        self.most[self.phase] = max(self.most[self.phase], floor((held() - self.before) / self.one + 0.2))  # buffers, batches
+
+    def fit(self, folder, loader, **settings) -> dict[str, int]:
+        handle = register_optimizer_step_post_hook(self.count)
+        try:
+            toy_trainer(folder, **settings).fit(self.module, datamodule=loader)
+        finally:
+            handle.remove()
+        return dict(self.most)
+
+    def during(self, name: str, phase: str) -> None:
+        """Count under ``phase`` while a method of the module runs."""
+        method = getattr(self.module, name)
+
+        def counted(*args):
+            outer, self.phase = self.phase, phase
+            try:
+                return method(*args)
+            finally:
+                self.count()
+                self.phase = outer
+
+        setattr(self.module, name, counted)
+
+
+@pytest.mark.parametrize("kind", [Defense, SBRModule])
+@pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
+def test_a_step_holds_weights_gradients_and_two_moments(checkpoint, tmp_path, kind, accumulate_grad_batches):
+    settings = {"freeze_unembedding": False} if kind is SBRModule else {}
+    copies = Copies(kind(checkpoint, **settings))
+    found = copies.fit(tmp_path, toy_data(), max_steps=3, accumulate_grad_batches=accumulate_grad_batches)
+    assert found == {"step": 4}
+
+
+@pytest.mark.parametrize(("fresh_optimizer", "attack"), [(False, 7), (True, 5)])
+def test_a_round_of_patcher_holds_what_the_table_says(checkpoint, tmp_path, fresh_optimizer, attack):
+    module = PatcherModule(checkpoint, ATTACKER, None, 2, 1, fresh_optimizer=fresh_optimizer)
+    copies = Copies(module)
+    copies.during("attack", "attack")
+    copies.during("_backward", "shifted pass")
+    found = copies.fit(tmp_path, data(), max_steps=5)
+    assert found == {"step": 5, "attack": attack, "shifted pass": 6}
+
+
+@pytest.mark.parametrize("undefended", [False, True])
+def test_an_attack_after_fit_holds_what_the_table_says(checkpoint, tmp_path, undefended):
+    other = save_toy_checkpoint(tmp_path / "other", seed=1) if undefended else None
+    copies = Copies(Defense(checkpoint))
+
+    class Noted(FullParameterAttack):
+        def on_fit_end(self, trainer, pl_module):
+            copies.phase = "attack"
+            super().on_fit_end(trainer, pl_module)
+
+    attack = Noted("open_weight", num_samples=16, num_attack_steps=2, batch_size=4, undefended_checkpoint=other)
+    found = copies.fit(tmp_path, toy_data(), max_steps=2, callbacks=[attack])
+    assert found == {"step": 4, "attack": 8 + undefended}
