@@ -82,10 +82,11 @@ class Copies:
     def count(self, *_: object) -> None:
         self.most[self.phase] = max(self.most[self.phase], floor((held() - self.before) / self.one + 0.2))  # buffers, batches
 
-    def fit(self, folder, loader, **settings) -> dict[str, int]:
+    def run(self, name: str, folder, loader, **settings) -> dict[str, int]:
+        """What was found while the trainer's method of that name ran."""
         handle = register_optimizer_step_post_hook(self.count)
         try:
-            toy_trainer(folder, **settings).fit(self.module, datamodule=loader)
+            getattr(toy_trainer(folder, **settings), name)(self.module, datamodule=loader)
         finally:
             handle.remove()
         return dict(self.most)
@@ -110,7 +111,7 @@ class Copies:
 def test_a_step_holds_weights_gradients_and_two_moments(checkpoint, tmp_path, kind, accumulate_grad_batches):
     settings = {"freeze_unembedding": False} if kind is SBRModule else {}
     copies = Copies(kind(checkpoint, **settings))
-    found = copies.fit(tmp_path, toy_data(), max_steps=3, accumulate_grad_batches=accumulate_grad_batches)
+    found = copies.run("fit", tmp_path, toy_data(), max_steps=3, accumulate_grad_batches=accumulate_grad_batches)
     assert found == {"step": 4}
 
 
@@ -120,20 +121,53 @@ def test_a_round_of_patcher_holds_what_the_table_says(checkpoint, tmp_path, fres
     copies = Copies(module)
     copies.during("attack", "attack")
     copies.during("_backward", "shifted pass")
-    found = copies.fit(tmp_path, data(), max_steps=5)
+    found = copies.run("fit", tmp_path, data(), max_steps=5)
     assert found == {"step": 5, "attack": attack, "shifted pass": 6}
 
 
-@pytest.mark.parametrize("undefended", [False, True])
-def test_an_attack_after_fit_holds_what_the_table_says(checkpoint, tmp_path, undefended):
-    other = save_toy_checkpoint(tmp_path / "other", seed=1) if undefended else None
-    copies = Copies(Defense(checkpoint))
+ATTACKED = {
+    "after fit": ("fit", Defense, {}, "open_weight", 8),
+    "after fit, beside an undefended model": ("fit", Defense, {}, "open_weight", 9),
+    "after Patcher": ("fit", PatcherModule, {"attacker": ATTACKER, "num_outer_steps": 2, "num_sft_steps": 0}, "open_weight", 8),
+    "after SBR, from the aligned model": ("fit", SBRModule, {"freeze_unembedding": False}, "finetuning_service", 9),
+    "in test": ("test", Defense, {}, "open_weight", 5),
+}
+
+
+@pytest.mark.parametrize("case", ATTACKED)
+def test_a_full_parameter_attack_holds_what_the_table_says(checkpoint, tmp_path, case):
+    run, kind, settings, threat_model, expected = ATTACKED[case]
+    other = save_toy_checkpoint(tmp_path / "other", seed=1) if "undefended" in case else None
+    copies = Copies(kind(checkpoint, **settings))
 
     class Noted(FullParameterAttack):
-        def on_fit_end(self, trainer, pl_module):
+        def run(self, *args):
             copies.phase = "attack"
-            super().on_fit_end(trainer, pl_module)
+            super().run(*args)
 
-    attack = Noted("open_weight", num_samples=16, num_attack_steps=2, batch_size=4, undefended_checkpoint=other)
-    found = copies.fit(tmp_path, toy_data(), max_steps=2, callbacks=[attack])
-    assert found == {"step": 4, "attack": 8 + undefended}
+    attack = Noted(threat_model, num_samples=16, num_attack_steps=2, batch_size=4, undefended_checkpoint=other)
+    found = copies.run(run, tmp_path, data(train_on="mixture"), max_steps=2, callbacks=[attack])
+    assert found["attack"] == expected
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_autocast_keeps_the_weights_in_bfloat16_until_a_pass_is_over(checkpoint, activation_checkpointing):
+    module, batch, kept = (
+        Defense(checkpoint, activation_checkpointing=activation_checkpointing),
+        collate(rows_of(), 0, "right"),
+        {},
+    )
+    module.configure_model()
+    matrices = [p for p in module.model.parameters() if p.ndim == 2]
+
+    def keep(tensor):
+        if tensor.dtype == torch.bfloat16 and any(tensor.shape in (p.shape, p.T.shape) for p in matrices):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.no_grad():
+        module.sft_loss(batch)  # the first one tries out whether rows fold
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        module.sft_loss(batch)
+    share = sum(t.numel() for t in kept.values()) / sum(p.numel() for p in matrices)
+    assert share == 1 if not activation_checkpointing else share < 0.6  # of the toy, the unembedding is more than half
