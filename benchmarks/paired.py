@@ -8,12 +8,18 @@ import torch
 from tqdm import tqdm
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """How long ``action`` takes, what it has queued on an accelerator included."""
-    start = time.perf_counter()
-    action()
+def settle() -> None:
+    """Wait for what is queued on an accelerator."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """How long ``action`` takes, what it has queued on an accelerator included."""
+    settle()
+    start = time.perf_counter()
+    action()
+    settle()
     return time.perf_counter() - start
 
 

@@ -6,11 +6,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import lightning as L
 import torch
+from clock import Clock
 from jsonargparse import CLI
 from paired import seconds, spread
 from tqdm import tqdm
@@ -41,16 +41,7 @@ def ours(
     one_pass_per_row: bool,
 ) -> list[float]:
     """Seconds of every round."""
-    times: list[float] = []
-
-    class Clock(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-            if trainer.global_step % num_outer_steps == 0:
-                times.append(time.perf_counter())
-
-        def on_train_start(self, *_: object) -> None:
-            times.append(time.perf_counter())
-
+    clock = Clock(every=num_outer_steps)
     data = SFTDataModule(
         benign=[],
         judge=SandboxJudge(),
@@ -70,10 +61,10 @@ def ours(
         limit_val_batches=0,
         max_epochs=-1,
         max_steps=rounds * num_outer_steps,
-        callbacks=[Clock()],
+        callbacks=[clock],
         **quiet,
     ).fit(module, datamodule=data)
-    return [b - a for a, b in pairwise(times)]
+    return clock.seconds
 
 
 # ---- the straightforward way

@@ -144,6 +144,7 @@ class Defense(L.LightningModule):
             if self.lora is None:
                 aligned = self._read(self.checkpoint, self.random_weights, self.sizes)
                 distribute(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
+                del aligned  # not held for the block
             else:  # an adapter whose second factor is zero adds nothing
                 trained = {n: local(p) for n, p in self.named_parameters() if p.requires_grad}
                 restore(self, {name: torch.zeros_like(p) for name, p in trained.items() if "lora_B" in name})
@@ -151,7 +152,9 @@ class Defense(L.LightningModule):
 
     @contextmanager
     def undefended_at(self, checkpoint: str) -> Iterator[None]:
-        """For a block, hold the weights of another model of this architecture, adapters without effect. Memory: two copies.
+        """For a block, hold the weights of another model of this architecture, adapters without effect.
+
+        Memory: one copy of the model, and two while the other's weights are read.
 
         Raises:
             ValueError: ``checkpoint`` is of another architecture.
@@ -166,6 +169,7 @@ class Defense(L.LightningModule):
                     f"of shape {list(own[unlike[0]].shape)}. Name the model that the defense started from, or leave it out."
                 )
             distribute(self.model, {name: theirs[key] for name, key in plain.items()})
+            del theirs  # not held for the block
             restore(self.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if name not in plain})
             # an adapter whose factors are both zero adds nothing, and no training moves it
             yield

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -243,6 +245,20 @@ class PatcherModule(Defense):
     def _roles(self) -> DeviceMesh:
         assert self.device_mesh is not None
         return self.device_mesh["tensor_parallel"]  # a defender and the attacker that holds the same shard
+
+    def configure_callbacks(self) -> list[Callback]:
+        """None; but of Lightning's hooks this one alone comes before its mesh, which does not know of roles.
+
+        Raises:
+            ValueError: processes that do not make two equal halves.
+        """
+        processes = self.trainer.num_devices * self.trainer.num_nodes
+        if self.parallel and processes % 2 and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"parallel must have as many processes that attack as that defend, and devices * num_nodes is {processes}. "
+                "Take an even number, with data_parallel_size half of it and tensor_parallel_size 2."
+            )
+        return []
 
     def configure_model(self) -> None:
         """As for every defense; the parallel form needs its strategy."""

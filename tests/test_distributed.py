@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -224,6 +225,7 @@ FORMS = {
     "full": {"attacker": ATTACKER},
     "lora": {"attacker": LORA_ATTACKER, "more_attackers": [ATTACKER], "random_scale": True},
     "all lora": {"attacker": LORA_ATTACKER, "lora": LoRA(rank=2, dropout=0.2)},
+    "fresh": {"attacker": ATTACKER, "fresh_optimizer": True},
 }
 
 
@@ -271,6 +273,7 @@ def test_a_defender_beside_an_attacker_is_the_sequential_form_with_vectors_of_th
     (tmp_path / "roles").mkdir()
     on_ranks(hardened, tmp_path / "roles", "roles", checkpoint, tmp_path)
     assert all(same_outcome(tmp_path / "one" / form, tmp_path / "roles" / form) for form in FORMS)
+    assert not same_outcome(tmp_path / "roles/full", tmp_path / "roles/fresh")  # the optimizer's moments were dropped
 
 
 @pytest.mark.slow
@@ -279,6 +282,18 @@ def test_two_defenders_beside_two_attackers_are_two_processes_of_the_sequential_
         (tmp_path / strategy).mkdir()
         on_ranks(hardened, tmp_path / strategy, strategy, checkpoint, tmp_path, world_size=world_size)
     assert all(same_outcome(tmp_path / "fsdp2" / form, tmp_path / "four roles" / form) for form in FORMS)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (3, 1)])
+def test_halves_of_unequal_size_are_an_error(checkpoint, tmp_path, monkeypatch, sizes):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as one of three processes, which are not waited for
+    module = PatcherModule(checkpoint, vector_age=1, parallel=True)
+    strategy = ModelParallelStrategy(*sizes, timeout=timedelta(seconds=5))
+    fit = toy_trainer(tmp_path, devices=3, strategy=strategy)
+    with pytest.raises(
+        ValueError, match=r"many processes that attack as that defend, and devices \* num_nodes is 3\. Take an even"
+    ):
+        fit.fit(module, datamodule=data())
 
 
 # ---- at length

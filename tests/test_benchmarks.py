@@ -1,0 +1,90 @@
+"""`benchmarks/scale.py` runs on any sizes, here and on a GPU, and counts what is to be computed as torch does."""
+
+import pytest
+import torch
+from test_sbr import rows_of
+from torch.utils.flop_counter import FlopCounterMode
+from toy import ROOT
+
+from casehard import Defense
+from datamodules.chat import collate
+from lightning_modules.forward import states_and_logits
+
+SHORT = {"batch_size": 2, "length": 24, "num_steps": 2, "num_inner_steps": 1, "num_blocks": 1, "num_warmup": 0}
+
+
+@pytest.fixture
+def scale(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import scale
+
+    return scale
+
+
+def figures(printed: str) -> dict[str, list[float]]:
+    """Seconds a step, its ratio to SFT's, the least that this could be, tokens a second, share of the peak, GiB and copies."""
+    lines = [line.replace("(", " ").replace(")", " ").replace("%", " ").split() for line in printed.splitlines()[3:6]]
+    return {line[0]: [float(line[i]) for i in (1, 5, 9, 10, 11, 12, 13)] for line in lines}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16-mixed", "bf16"])
+def test_any_sizes_are_run_and_measured(scale, checkpoint, capsys, precision):
+    scale.main(checkpoint, layers=3, device="cpu", precision=precision, **SHORT)
+    printed = capsys.readouterr().out
+    assert f"3 layers, 0 million parameters; {precision} on" in printed
+    found = figures(printed)
+    assert list(found) == ["SFT", "SBR", "Patcher"]
+    assert [values[2] for values in found.values()] == [1, pytest.approx(1 + 17 / 48, abs=0.01), 2.5]
+    for step, ratio, limit, tokens, share, *_ in found.values():
+        assert tokens == pytest.approx(2 * 24 * limit / step, rel=0.05)
+        assert min(ratio, share) > 0
+
+
+def test_without_a_gpu_it_says_so_and_skips(scale, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    scale.main(checkpoint, device="cuda")
+    assert capsys.readouterr().out == "Skipped: --device cuda needs a CUDA device, and none is here.\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16"])
+def test_a_gpu_is_measured(scale, capsys, precision):
+    scale.main(str(ROOT / "models/sizes/qwen2_5_1_5b"), 2, "cuda", precision, profile=True, **(SHORT | {"length": 512}))
+    printed = capsys.readouterr().out
+    assert torch.cuda.get_device_name() in printed
+    for *_, share, memory, copies in figures(printed).values():
+        assert 0 < share < 100
+        assert 0 < memory < torch.cuda.get_device_properties(0).total_memory / 2**30
+        assert copies > 4  # weights, gradients, two moments
+
+
+def test_a_block_of_patcher_is_a_round_with_its_attack(scale, checkpoint, capsys, monkeypatch):
+    passes = []
+    loss = scale.Defense.sft_loss
+    monkeypatch.setattr(scale.Defense, "sft_loss", lambda module, batch: passes.append(type(module)) or loss(module, batch))
+    scale.main(checkpoint, device="cpu", **SHORT)
+    assert [passes.count(kind) for kind in (Defense, scale.PatcherModule)] == [1 + 2, 1 + 1 + 2 * 2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_to_be_computed_is_what_torch_counts(scale, checkpoint, tied):
+    module = Defense(checkpoint, random_weights=True, sizes={"tie_word_embeddings": tied})
+    module.configure_model()
+    module.model.set_attn_implementation("eager")  # torch counts its products
+    batch = collate(rows_of(num_rows=4), 0, "right")
+    rows, length = batch["input_ids"].shape
+    batch = {
+        "input_ids": batch["input_ids"] * 0 + torch.arange(rows)[:, None] + 5,
+        "attention_mask": torch.ones(rows, length).long(),
+    }
+    scored = torch.zeros(rows, length, dtype=torch.bool)
+    scored[:, -3:] = True
+    states_and_logits(module.model, batch, ~scored, scored)  # tries out whether rows fold
+    with FlopCounterMode(display=False) as counter:
+        states_and_logits(module.model, batch, ~scored, scored)[1].sum().backward()
+    tokens, config = rows * length, module.model.config
+    skipped = 6 * tokens * config.num_hidden_layers * config.hidden_size * length  # eager attention computes both halves
+    assert scale.model_flops(module.model, tokens, 3 * rows, length) + skipped == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
