@@ -156,6 +156,9 @@ class PatcherModule(Defense):
     def on_fit_start(self) -> None:
         """Lay out the attackers' rows, so that bad settings show before the first step."""
         self.draws = [self._draw(which, attacker) for which, attacker in enumerate(self.attackers)] if self.attack_weight else []
+        if self.parallel:  # Lightning asks all ranks before every batch, for which defenders would wait until the attack is over
+            loop = self.trainer.fit_loop.epoch_loop
+            self._check_sigterm, loop._broadcast_sigterm_tensor = loop._broadcast_sigterm_tensor, lambda: None  # type: ignore[method-assign]
 
     def _draw(self, which: int, attacker: InnerAttacker) -> Callable[[int], Batch]:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -193,6 +196,7 @@ class PatcherModule(Defense):
         if self.fresh_optimizer:
             optimizer.state.clear()
         if self.parallel:
+            self._check_sigterm()
             self.synchronize()
             self.vector, self.pending = self._handed_over(), []
         if self.plays(ATTACKERS):

@@ -36,7 +36,9 @@ def test_any_sizes_are_run_and_measured(scale, checkpoint, capsys, precision):
     assert list(found) == ["SFT", "SBR", "Patcher"]
     assert [values[2] for values in found.values()] == [1, pytest.approx(1 + 17 / 48, abs=0.01), 2.5]
     for step, ratio, limit, tokens, share, *_ in found.values():
-        assert 0.99 / (step + 0.0005) < tokens / (2 * 24 * limit) < 1.01 / (step - 0.0005)  # seconds are printed to the third place
+        assert (
+            0.99 / (step + 0.0005) < tokens / (2 * 24 * limit) < 1.01 / (step - 0.0005)
+        )  # seconds are printed to the third place
         assert min(ratio, share) > 0
 
 
