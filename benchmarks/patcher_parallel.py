@@ -20,11 +20,11 @@ FORMS = {
 }
 
 
-def lightning(command: str, *words: str, threads: str = "1") -> None:
+def fit(*words: str, threads: str) -> None:
     """Run the command line itself, from the repository's root."""
     env = {k: v for k, v in os.environ.items() if k != RUN_FOLDER} | {"OMP_NUM_THREADS": threads}
     done = subprocess.run(
-        [sys.executable, "casehard.py", command, *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "casehard.py", "fit", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
@@ -48,7 +48,7 @@ def main(seeds: list[int] = [0, 1, 2], settings: list[str] = [], out: str | None
             for form, (threads, own) in FORMS.items():
                 where = {"root": root, "experiment": form, "version": f"seed{seed}", "wandb": "disabled"}
                 words = ["--config", "experiments/patcher.yaml", *own, "--trainer.callbacks=[]", f"--data.seed={seed}", *settings]
-                lightning("fit", *words, *(f"--run.{key}={value}" for key, value in where.items()), threads=threads)
+                fit(*words, *(f"--run.{key}={value}" for key, value in where.items()), threads=threads)
                 marker = json.loads(Path(root, form, f"seed{seed}", DONE).read_text())
                 seconds[form].append(marker["seconds"])
     for form, found in seconds.items():
