@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from callbacks.results import DONE, write_whole
 from evidence import plots
 from evidence.report import COLUMNS, THREATS, measured, number
+from evidence.runs import own_file
 from evidence.summary import UNDEFENDED, Series, baseline, collect, grouped
 
 OWN_LICENCE = "apache-2.0"  # casehard's, and so its sandbox's
@@ -109,7 +110,7 @@ def _finished(run: Path) -> dict[str, Any]:
 
 def _marker(folder: Path) -> dict[str, Any]:
     """What a run noted at its end."""
-    path = _beside(folder, DONE)
+    path = own_file(folder, DONE)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if "data" not in found:
         raise ValueError(f"{path} must say what data the run read, and it does not: another version of casehard made it.")
@@ -117,13 +118,8 @@ def _marker(folder: Path) -> dict[str, Any]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(_beside(folder, "config.yaml").read_text(encoding="utf-8"))
+    found: dict[str, Any] = yaml.safe_load(own_file(folder, "config.yaml").read_text(encoding="utf-8"))
     return found
-
-
-def _beside(folder: Path, name: str) -> Path:
-    """A file of a run; of another judge's verdicts, the judged run's."""
-    return next((f / name for f in (folder, folder.parent.parent) if (f / name).exists()), folder / name)
 
 
 def _yaml(settings: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from callbacks.results import ResultRow, Results, write_whole
-from evidence.runs import Answer, Run, read_run, unscored_bounds
+from evidence.runs import JUDGED, Answer, Run, read_run, unscored_bounds
 from metrics import AttackSuccessRate, DegenerateRate, HarmfulScore, Judge, RefusalRate, Verdict
 from metrics.statistics import Agreement, agreement
 
@@ -57,7 +57,7 @@ def rejudged(run: Run, judge: Judge) -> Run:
         [a | verdicts[a["kind"]][_pair(a)]._asdict() if a["kind"] in verdicts else a for a in block] for block in run.answers
     ]
     rows = [_scored(row, block, judge) for row, block in zip(run.rows, answers, strict=True)]
-    return Run(run.folder / "judged" / re.sub(r"[^\w.-]+", "_", judge.name), rows, answers)
+    return Run(run.folder / JUDGED / re.sub(r"[^\w.-]+", "_", judge.name), rows, answers)
 
 
 def _pair(answer: Answer) -> tuple[str, str]:
@@ -124,6 +124,6 @@ def described(found: Agreement) -> str:
 def _others(run: Path, own: Path) -> list[tuple[str, Run]]:
     """The run as its own judge saw it, and as the other judges did."""
     own_judge = read_run(run)
-    folders = sorted(path.parent for path in run.glob("judged/*/attacks.csv") if path.parent != own)
+    folders = sorted(path.parent for path in run.glob(f"{JUDGED}/*/attacks.csv") if path.parent != own)
     judged = [(other.rows[0].judge, other) for other in map(read_run, folders)]
     return [(f"{own_judge.rows[0].judge} (the run's own)", own_judge), *judged]

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from callbacks.results import DONE, write_whole
 from evidence import plots
+from evidence.runs import own_file
 from evidence.study import INDEX, Cell, slug
 from evidence.summary import UNDEFENDED, Series, baseline, collect, difference, grouped, verdict
 from metrics.statistics import Interval
@@ -86,10 +87,8 @@ def _folders(series: list[Series]) -> list[Path]:
 
 
 def _config(folder: Path) -> str:
-    path = next(
-        (f / "config.yaml" for f in (folder, folder.parent.parent) if (f / "config.yaml").exists()), None
-    )  # judged: its run's
-    return path.read_text(encoding="utf-8") if path else "no config.yaml"
+    path = own_file(folder, "config.yaml")
+    return path.read_text(encoding="utf-8") if path.exists() else "no config.yaml"
 
 
 def _section(threat: str, series: list[Series], ids: dict[int, str], style: plots.Style, folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from callbacks.results import ResultRow
 
 Answer = dict[str, Any]  # a line of generations.jsonl
 KEYS = ("defense", "attack", "threat_model", "seed", "num_attack_steps")  # of a row, as its answers repeat them
+JUDGED = "judged"  # folder in a run's, with a run of the same answers for every other judge
 KINDS = {"harmful": 0, "benign": 1, "task": 2}  # in the order in which they are written
 
 
@@ -21,6 +22,11 @@ class Run:
     folder: Path
     rows: list[ResultRow]
     answers: list[list[Answer]]
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """A file that a run left; for ``RUN/judged/JUDGE`` that of RUN, whose answers were judged."""
+    return (folder.parent.parent if folder.parent.name == JUDGED else folder) / name
 
 
 def read_run(folder: str | Path) -> Run:

@@ -189,6 +189,19 @@ def test_runs_without_a_study_go_by_their_settings(tmp_path, monkeypatch, capsys
     assert "\u2013" in row  # no baseline to compare with
 
 
+def test_the_config_of_a_judged_run_is_that_of_its_answers_and_nobody_elses(tmp_path):
+    (tmp_path / "config.yaml").write_text("project: another")
+    run = tmp_path / "experiment" / "run"
+    record(run, ROW, dict.fromkeys(STEPS, 3))
+    judged = run / "judged" / "strict"
+    shutil.copytree(run, judged, ignore=shutil.ignore_patterns("judged", "config.yaml"))
+    assert "seed_everything: 0" in write_report([str(judged)], str(tmp_path / "judged"), "A run").read_text()
+    (run / "config.yaml").unlink()
+    text = write_report([str(run)], str(tmp_path / "own"), "A run").read_text()
+    assert "no config.yaml" in text
+    assert "another" not in text
+
+
 def test_runs_without_answers_have_no_intervals(tmp_path):
     record(tmp_path / "run", ROW, dict.fromkeys(STEPS, 3))
     (tmp_path / "run" / "generations.jsonl").unlink()
