@@ -2,7 +2,7 @@
 
 import json
 import re
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from callbacks.results import DONE, write_whole
 from evidence import plots
 from evidence.report import COLUMNS, THREATS, measured, number
-from evidence.runs import own_file
+from evidence.runs import own_file, public, published
 from evidence.summary import UNDEFENDED, Series, baseline, collect, grouped
 
 OWN_LICENCE = "apache-2.0"  # casehard's, and so its sandbox's
@@ -79,8 +79,8 @@ def _made(run: Path, folders: list[Path]) -> dict[str, Any]:
         "licence": licence,
         "trained_on": mixture if data["train_on"] == "mixture" else "refusals and alignment_benign",
         "sources": [o | {"source": public(o["source"]), "licence": _data_licence(o["source"])} for o in origins.values()],
-        "settings": _yaml(config["model"]["init_args"]),
-        "attack_settings": [_yaml(_config(folder)["trainer"]["callbacks"]) for folder in folders],
+        "settings": published(config["model"]["init_args"]),
+        "attack_settings": [published(_config(folder)["trainer"]["callbacks"]) for folder in folders],
     }
 
 
@@ -122,29 +122,11 @@ def _config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _yaml(settings: Any) -> str:
-    return yaml.safe_dump(public(settings), sort_keys=False)
-
-
 def _tested(test: Path, model: Path) -> Path:
     checkpoint = _config(test)["model"]["init_args"]["checkpoint"]
     if Path(checkpoint).resolve() != model.resolve() and model.parent not in test.parents:
         raise ValueError(f"tests must be runs that attacked {model}, and {test} attacked {checkpoint}. Leave it out.")
     return test
-
-
-def public(value: Any) -> Any:
-    """``value`` of a config without what is this machine's or somebody's text: paths by their last part, texts left out."""
-    if isinstance(value, dict):
-        return {name: public(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [public(part) for part in value]
-    if not isinstance(value, str):
-        return value
-    path = PurePath(value)
-    if path.is_absolute() or value.startswith("~") or ".." in path.parts:
-        return path.name
-    return "(a text)" if re.search(r"\s", value) else value
 
 
 def _local(source: str) -> bool:

@@ -6,16 +6,17 @@ import io
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import matplotlib.pyplot as plt
+import yaml
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from callbacks.results import DONE, write_whole
 from evidence import plots
-from evidence.runs import own_file
+from evidence.runs import own_file, published, run_name
 from evidence.study import INDEX, Cell, slug
 from evidence.summary import UNDEFENDED, Series, baseline, collect, difference, grouped, verdict
 from metrics.statistics import Interval
@@ -72,9 +73,7 @@ def write_report(runs: list[str], out: str, title: str) -> Path:
         costs=[_cost(one, ids) for one in series],
         trainings=[t | {"id": numbers[t["folder"]]} for t in _trainings(runs)],
         sources=[_source(one, ids, numbers) for one in series],
-        runs=[
-            {"id": number, "name": f"{path.parent.name}/{path.name}", "config": _config(path)} for path, number in numbers.items()
-        ],
+        runs=[{"id": number, "name": run_name(path), "config": _config(path)} for path, number in numbers.items()],
     )
     write_whole(folder / "report.html", text)
     write_whole(folder / "attacks.csv", _csv(series))
@@ -87,8 +86,13 @@ def _folders(series: list[Series]) -> list[Path]:
 
 
 def _config(folder: Path) -> str:
+    """A run's config without what nobody else should read; the runs of its experiment are named as they are on the page."""
     path = own_file(folder, "config.yaml")
-    return path.read_text(encoding="utf-8") if path.exists() else "no config.yaml"
+    if not path.exists():
+        return "no config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    run = config.get("run", {})
+    return published(config, PurePath(run["root"], run["experiment"]) if run.get("experiment") else None)
 
 
 def _section(threat: str, series: list[Series], ids: dict[int, str], style: plots.Style, folder: Path) -> dict[str, Any]:
@@ -192,7 +196,7 @@ def _cost(one: Series, ids: dict[int, str]) -> dict[str, Any]:
 
 def _source(one: Series, ids: dict[int, str], numbers: dict[Path, str]) -> dict[str, Any]:
     folders = {seed: next(iter(by_step.values())).folder for seed, by_step in sorted(one.entries.items())}
-    runs = [{"seed": seed, "id": numbers[path], "name": f"{path.parent.name}/{path.name}"} for seed, path in folders.items()]
+    runs = [{"seed": seed, "id": numbers[path], "name": run_name(path)} for seed, path in folders.items()]
     return {"attack": one.attack, "defense": one.defense, "id": ids[id(one)], "runs": runs}
 
 
@@ -220,7 +224,7 @@ def _training(folder: Path, named: dict[str, Any]) -> dict[str, Any] | None:
 def _csv(series: list[Series]) -> str:
     """Every evaluation, with the names that the report gives it."""
     rows = [
-        {"run": f"{e.folder.parent.name}/{e.folder.name}", "attack_name": one.attack, "defense_name": one.defense} | asdict(e.row)
+        {"run": run_name(e.folder), "attack_name": one.attack, "defense_name": one.defense} | asdict(e.row)
         for one in series
         for seed in one.seeds
         for _, e in sorted(one.entries[seed].items())

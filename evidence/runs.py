@@ -2,10 +2,13 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+
+import yaml
 
 from callbacks.results import ResultRow
 
@@ -27,6 +30,42 @@ class Run:
 def own_file(folder: Path, name: str) -> Path:
     """A file that a run left; for ``RUN/judged/JUDGE`` that of RUN, whose answers were judged."""
     return (folder.parent.parent if folder.parent.name == JUDGED else folder) / name
+
+
+def run_name(folder: Path) -> str:
+    """``EXPERIMENT/VERSION`` of a run, with ``/judged/JUDGE`` where another judge's verdicts are meant."""
+    parts = folder.resolve().parts
+    return "/".join(parts[-4 if JUDGED in parts[-2:-1] else -2 :])
+
+
+def public(value: Any, runs: PurePath | None = None) -> Any:
+    """``value`` of a config without what is this machine's or somebody's text, for all that is published.
+
+    Paths are shown by their last part, addresses and texts are left out.
+
+    Args:
+        value: a config or any part of it.
+        runs: folder of the runs of one experiment; paths in it are shown from its name on.
+    """
+    if isinstance(value, dict):
+        return {name: public(part, runs) for name, part in value.items()}
+    if isinstance(value, list):
+        return [public(part, runs) for part in value]
+    if not isinstance(value, str):
+        return value
+    if re.search(r"\s", value):
+        return "(a text)"
+    if "://" in value:
+        return "(an address)"
+    path = PurePath(value)
+    if runs is not None and path.is_relative_to(runs):
+        return str(path.relative_to(runs.parent))
+    return path.name if path.is_absolute() or value.startswith("~") or ".." in path.parts else value
+
+
+def published(settings: Any, runs: PurePath | None = None) -> str:
+    """The ``public`` of settings, as YAML."""
+    return yaml.safe_dump(public(settings, runs), sort_keys=False)
 
 
 def read_run(folder: str | Path) -> Run:

@@ -14,8 +14,9 @@ from test_results import ROW
 from toy import ROOT
 
 import casehard
-from evidence.card import licence_of, public, write_card
+from evidence.card import licence_of, write_card
 from evidence.report import THREATS
+from evidence.runs import public
 
 TINY = [
     "--trainer.accelerator=cpu", "--trainer.max_steps=3", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false",
@@ -167,8 +168,11 @@ def test_what_is_public_of_a_setting():
         "d": "models/sandbox/base",
         "e": ["a b"],
         "f": 1,
+        "g": "http://gpu7:8000/v1",
+        "h": "/think How do I?",
     }
     shown = {"a": "rows.jsonl#train[:9]", "b": "y", "c": "z", "d": "models/sandbox/base", "e": ["(a text)"], "f": 1}
+    shown |= {"g": "(an address)", "h": "(a text)"}
     assert public(private) == shown
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, sync_playwright
 from test_results import ROW
@@ -17,6 +18,7 @@ from toy import ROOT
 import casehard
 from callbacks.results import ResultRow, Results
 from evidence.report import write_report
+from evidence.runs import run_name
 from evidence.study import INDEX, Cell
 from evidence.summary import collect, difference, verdict
 from metrics import Verdict
@@ -44,7 +46,7 @@ def record(folder: Path, row: ResultRow, harmful: dict[int, int], unscored: int 
             "num_unscored": unscored,
         }
         results.record(Silent, replace(row, num_attack_steps=step, **measured), answers)  # type: ignore[arg-type]
-    (folder / "config.yaml").write_text(f"seed_everything: {row.seed}\n# <b>{row.attack}</b>\n")
+    (folder / "config.yaml").write_text(f"seed_everything: {row.seed}\nname: <b>{row.attack}</b>\n")
 
 
 class Silent:
@@ -200,6 +202,31 @@ def test_the_config_of_a_judged_run_is_that_of_its_answers_and_nobody_elses(tmp_
     text = write_report([str(run)], str(tmp_path / "own"), "A run").read_text()
     assert "no config.yaml" in text
     assert "another" not in text
+
+
+def test_nothing_that_is_published_names_the_machine_or_its_users(tmp_path):
+    root = tmp_path / "some_user" / "runs"
+    run = root / "sandbox" / "attacked"
+    record(run, ROW, dict.fromkeys(STEPS, 3))
+    private = {
+        "model": {"checkpoint": str(root / "sandbox" / "trained" / "model"), "tokenizer": str(Path.home() / "tokenizer")},
+        "data": {"judge": {"base_url": "http://some_host:8000/v1", "cache": "~some_user/verdicts"}},
+        "run": {"root": str(root), "experiment": "sandbox", "group": f"all of {tmp_path}"},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(private))
+    page = write_report([str(run)], str(tmp_path / "report"), "A run")
+    text = "".join(path.read_text() for path in (page, *page.parent.glob("*.csv")))
+    assert not [s for s in (str(tmp_path), "some_user", str(Path.home()) + "/", "some_host") if s in text]
+    assert "checkpoint: sandbox/trained/model" in text  # as the page calls that run
+    assert "tokenizer: tokenizer" in text
+    assert 'sandbox/attacked,"LoRAAttack' in text
+
+
+@pytest.mark.parametrize("folder", ["experiment/run", "experiment/run/judged/strict"])
+def test_a_run_goes_by_its_experiment_and_version(tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / folder)
+    assert run_name(tmp_path / folder) == run_name(Path()) == folder
 
 
 def test_runs_without_answers_have_no_intervals(tmp_path):
