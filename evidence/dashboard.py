@@ -149,12 +149,13 @@ def _save(logged: Logged, project: str, entity: str | None, title: str) -> str:
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError  # what W&B refuses; no public name for it
 
     try:
+        wandb.setup(wandb.Settings(x_graphql_retry_max=1))  # more would last past the timeout, which hides why
         api = wandb.Api(timeout=10)  # without a key or a network it fails here, and soon
         owner = entity or api.default_entity or ""
         url: str = workspace(logged, project, owner, title).save().url
     except (wandb.Error, WandbApiFailedError) as error:
         raise ValueError(
-            f"W&B must take the workspace for project {project}, and it did not ({' '.join(str(error).split())}). Set "
-            "WANDB_API_KEY or run `wandb login`, with an --entity that may write there; --dry_run true needs no network."
+            f"W&B must take the workspace for project {project}, and it did not ({' '.join(str(error).split())}). Check "
+            "the network, WANDB_API_KEY (or `wandb login`) and that --entity may write there; --dry_run true needs none of these."
         ) from error
     return url

@@ -1,9 +1,11 @@
 import json
 import math
 import os
+import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -247,9 +249,24 @@ def test_what_wandb_refuses_ends_in_one_sentence(runs, server, account):
 def test_without_a_key_it_says_what_to_set(runs, account):
     account()
     with pytest.raises(
-        SystemExit, match=r"error: W&B must take the .* did not \(No API key.*\)\. Set WANDB_API_KEY or run `wandb login`"
+        SystemExit,
+        match=r"error: W&B must take the .* did not \(No API key.*\)\. Check the network, WANDB_API_KEY \(or `wandb login`\)",
     ):
         casehard.main(["dashboard", str(runs["sbr"])])
+
+
+def test_a_wandb_that_cannot_be_reached_ends_soon_and_in_one_sentence(runs, account):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        account(WANDB_API_KEY="a" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{closed.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(
+            SystemExit,
+            match=r"error: W&B must take the workspace for project casehard, and it did not \(.*connection refused.*\)\. "
+            r"Check the network, .*; --dry_run true needs none of these\.$",
+        ):
+            casehard.main(["dashboard", str(runs["sbr"])])
+        assert time.monotonic() - started < 9  # seconds; it gave up by itself, before its timeout
 
 
 def test_without_the_extra_it_says_what_to_install(runs, monkeypatch):
