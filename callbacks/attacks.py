@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -42,7 +42,8 @@ class HarmfulFineTuning(L.Callback):
         score_steps: steps after which to score; 0 (before the attack) is always scored; null scores the last step.
         undefended: under finetuning_service, first run the same job by plain SFT: the same rows, order, optimizer and seed.
         every_n_epochs: also attack after every so many epochs of ``fit``; null only when it ends.
-        name: in tables and dashboards; by default the class's.
+        name: in tables and dashboards; by default the class's. Attacks of one run that differ only in settings that no table
+            shows, such as the shape of an adapter, need one each.
         copy_device: where the copy of the weights waits, such as cpu; null keeps it beside the model.
         undefended_checkpoint: an undefended model of the same architecture: first run the same job on it. The weights of both
             are held, so one copy more.
@@ -88,6 +89,22 @@ class HarmfulFineTuning(L.Callback):
     def state_key(self) -> str:
         """Several attacks of one class may stand in one run."""
         return self._generate_state_key(name=self.name, threat_model=self.threat_model, seed=self.seed, poison=self.poison_ratio)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Raise a ValueError, before any weights load, where the rows of two attacks could not be told apart."""
+        _, data = defense_and_data(trainer, pl_module)
+        own = self._known_by(data.seed)
+        attacks = [c for c in trainer.callbacks if isinstance(c, HarmfulFineTuning)]  # type: ignore[attr-defined]
+        if sum(attack._known_by(data.seed) == own for attack in attacks) > 1:
+            raise ValueError(
+                "attacks must differ in name, threat model, optimizer, learning rate, poison ratio or seed, by which results are "
+                f"told apart, and two are {', '.join(map(str, own))}. Set name for one of them."
+            )
+
+    def _known_by(self, seed: int) -> tuple[Any, ...]:
+        """What tables and reports tell attacks of one run apart by (``Results.jobs``); ``seed`` is the data's."""
+        own = seed if self.seed is None else self.seed
+        return self.name, self.threat_model, self.optimizer.name, self.optimizer.learning_rate, self.poison_ratio, own
 
     # ---- when it runs
 

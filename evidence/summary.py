@@ -146,7 +146,8 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
             if kept.row.harmful_score != row.harmful_score and not math.isnan(row.harmful_score):
                 raise ValueError(
                     f"runs must hold every evaluation once, and {kept.folder} and {run.folder} differ in {labels[0]}, "
-                    f"{labels[1]}, seed {row.seed}, step {row.num_attack_steps}. Leave one out."
+                    f"{labels[1]}, seed {row.seed}, step {row.num_attack_steps}. "
+                    "Leave one out; attacks of different settings need names of their own."
                 )
     if not series:
         raise ValueError(

@@ -226,6 +226,23 @@ def test_attacks_run_in_test_on_a_checkpoint(tmp_path, checkpoint):
     ]
 
 
+@pytest.mark.parametrize("other", [{"lora": LoRA(rank=4)}, {"seed": 7}, {"optimizer": Optimizer(1e-2, schedule="linear")}])
+def test_attacks_that_no_table_could_tell_apart_are_refused_before_any_weights_load(tmp_path, checkpoint, other):
+    module, results, settings = Defense(checkpoint), Results(str(tmp_path), export=False), {"threat_model": "open_weight"} | FAST
+
+    def attacked_by(**second: object) -> None:
+        attacks = [LoRAAttack(**settings), LoRAAttack(**(settings | other | second))]  # type: ignore[arg-type]
+        toy_trainer(tmp_path, callbacks=[results, *attacks]).test(module, datamodule=toy_data(seed=7), verbose=False)
+
+    with pytest.raises(
+        ValueError, match=r"attacks must differ in name, .*two are LoRAAttack, open_weight, adamw, 0.01, 0.1, 7. Set name"
+    ):
+        attacked_by()
+    assert not list(module.parameters())
+    attacked_by(name="Other")
+    assert [len(rows) for rows in results.jobs().values()] == [2, 2]
+
+
 def test_an_attack_without_a_seed_takes_the_datas(tmp_path, checkpoint):
     results = Results(str(tmp_path), export=False)
     attacks = [ATTACKS["full"](threat_model="open_weight", **seed) for seed in ({}, {"seed": 4})]

@@ -38,7 +38,7 @@ trainer:
     - class_path: callbacks.LoRAAttack
       init_args: &job {threat_model: finetuning_service, num_samples: 16, num_attack_steps: 2, lora: {rank: 2}, score_steps: [1, 2]}
     - class_path: callbacks.LoRAAttack
-      init_args: {<<: *job, num_attack_steps: 1, score_steps: [1]}
+      init_args: {<<: *job, num_attack_steps: 1, score_steps: [1], optimizer: {learning_rate: 3.0e-4}}
     - class_path: callbacks.LoRAAttack
       init_args: {<<: *job, name: Benign, poison_ratio: 0.0}
 """
