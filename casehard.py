@@ -133,7 +133,7 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Forget what the file's lists replace, then apply it."""
-        text = Path(values).read_text(encoding="utf-8") if Path(values).is_file() else values
+        text = Path(values).read_text(encoding="utf-8") if os.path.isfile(values) else values  # a text may be too long for a name
         with suppress(yaml.YAMLError):  # which is then said below
             for key in _lists(yaml.safe_load(text)):
                 if cfg.get(key) is not None:
@@ -195,7 +195,8 @@ class Cli(LightningCLI):
     def _experiment(self, config: Any) -> str:
         if config.run.experiment:
             return str(config.run.experiment)
-        own = [Path(str(path)).stem for path in config.config or [] if Path(str(path)).name != "default.yaml"]
+        files = [Path(str(path)) for path in config.config or [] if path is not None]  # None: a text
+        own = [file.stem for file in files if file.name != "default.yaml"]
         return own[0] if own else "casehard"
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

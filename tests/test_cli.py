@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -261,6 +262,14 @@ def test_order_of_overlays_does_not_matter(call):
     files = ["experiments/sbr.yaml", *(f"experiments/{name}.yaml" for name in overlays)]
     first = resolved(call, files)
     assert all(resolved(call, order) == first for order in (files[::-1], files[1:] + files[:1], files[2:] + files[:2]))
+
+
+def test_a_configs_text_does_what_its_file_does_and_names_no_run(call):
+    file = "experiments/attack/persistent.yaml"
+    text = (ROOT / file).read_text()
+    assert resolved(call, ["experiments/sbr.yaml", text]) == resolved(call, ["experiments/sbr.yaml", file])
+    config = SimpleNamespace(run=SimpleNamespace(experiment=None), config=[None, "experiments/sbr.yaml"])
+    assert casehard.Cli._experiment(None, config) == "sbr"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("attack", sorted(path.stem for path in (ROOT / "experiments/attack").glob("*.yaml")))
