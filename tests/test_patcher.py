@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from test_sbr import reference_sft, rows_of
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -457,6 +458,14 @@ def test_the_parallel_form_in_one_process_is_an_error_that_names_the_way_out(che
     with pytest.raises(
         ValueError, match=r"parallel must run under ModelParallelStrategy .* is SingleDeviceStrategy\. Add --config"
     ):
+        fitted(module, tmp_path)
+
+
+def test_a_lightning_that_asks_for_sigterm_in_another_way_is_an_error(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.delattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
+    monkeypatch.setattr(PatcherModule, "configure_model", Defense.configure_model)  # its strategy is not what this is about
+    module = patcher(checkpoint, parallel=True, vector_age=1)
+    with pytest.raises(ValueError, match=r"parallel must be false under lightning 2\..* has no _broadcast_sigterm_tensor"):
         fitted(module, tmp_path)
 
 
