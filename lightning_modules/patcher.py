@@ -237,10 +237,9 @@ class PatcherModule(Defense):
             return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
         shown = f"Round {self.progress['round']}, inner attack"
-        visible = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         with borrowed(self, self._prepared(number, attacker), self.copy_device) as start:
             steps = train_steps(self, self.sft_loss, batches, attacker.num_inner_steps, attacker.optimizer, self.forward_context)
-            for _ in watched(steps, attacker.num_inner_steps, shown, visible, leave=False):
+            for _ in watched(steps, attacker.num_inner_steps, shown, self.trainer, leave=False):
                 pass
             if attacker.lora is None:
                 return {name: tensor.to(self.copy_device) for name, tensor in attack_vector(self, start).items()}
