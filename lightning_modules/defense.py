@@ -75,6 +75,7 @@ class Defense(L.LightningModule):
         self.tokenizer = load_tokenizer(tokenizer or checkpoint)
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
         self.num_passes: float = 0  # forward and backward, over a batch each, that ``fit`` took; nan if a checkpoint knew none
+        self.can_go_on = True  # with training: optimizer and gradients are as the last step left them
         self.progress: dict[str, int | str] = {}  # what the progress bar shows beside the losses
 
     # ---- the model
@@ -244,6 +245,7 @@ class Defense(L.LightningModule):
 
     def on_train_start(self) -> None:
         """A fine-tuning stage defense takes its references before any step, unless a checkpoint brought them."""
+        self.can_go_on = True
         if self.stage == "finetuning":
             self.begin_finetuning()
 
@@ -262,8 +264,24 @@ class Defense(L.LightningModule):
         self.log_dict(shown, prog_bar=True, sync_dist=True, sync_dist_group=group_of(self), batch_size=len(batch["input_ids"]))
         return loss
 
+    def on_train_end(self) -> None:
+        """The last checkpoint is written: let go of what only one more step would need, to leave its room to the attacks."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+        self.zero_grad()
+        self.can_go_on = False
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The passes so far."""
+        """The passes so far.
+
+        Raises:
+            ValueError: after training, unless weights are all that is saved.
+        """
+        if "optimizer_states" in checkpoint and not self.can_go_on:
+            raise ValueError(
+                "save_checkpoint must be called before training ends, and it was called after: the optimizer's state is gone. "
+                "Add a ModelCheckpoint to the trainer's callbacks, or save with weights_only=True."
+            )
         checkpoint["num_passes"] = self.num_passes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

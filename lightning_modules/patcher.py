@@ -320,7 +320,9 @@ class PatcherModule(Defense):
         self.synchronize()
 
     def on_train_end(self) -> None:
-        """What comes now, such as attacks, is for all processes."""
+        """What comes now, such as attacks, is for all processes, and needs no vector."""
+        super().on_train_end()
+        self.vector, self.pending = {}, []
         self.synchronize()
 
     # ---- the defender

@@ -265,7 +265,7 @@ def test_a_lora_attackers_vector_is_what_its_adapter_adds(checkpoint, tmp_path, 
         for name, p in module.named_parameters():  # the attack began here: after the first step
             p.copy_(watch.weights[0][name.removeprefix("model.")].view(p.dtype).view_as(p))
         clean = module.sft_loss(batch).item()
-        with shifted(module, module.vector):
+        with shifted(module, watch.vectors[-1]):
             assert module.sft_loss(batch).item() == pytest.approx(seen["attacked"], rel=1e-5)
     assert abs(clean - seen["attacked"]) > 1e-3
 
@@ -372,6 +372,29 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, setti
     resumed = run(ckpt_path=saved)
     assert same_bits(bits(resumed), bits(whole))
     assert resumed.num_passes == whole.num_passes > 0
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_as_if_it_had_not_ended(checkpoint, tmp_path):
+    def run(max_steps: int, folder: str, **more):
+        saver = ModelCheckpoint(tmp_path / folder, save_last=True)
+        module = patcher(checkpoint)
+        L.seed_everything(0)
+        toy_trainer(tmp_path, callbacks=[saver], max_steps=max_steps, enable_checkpointing=True).fit(
+            module, datamodule=data(), **more
+        )
+        return module
+
+    whole, ended = run(6, "whole"), run(4, "ended")
+    assert not any([ended.vector, ended.pending, ended.trainer.optimizers[0].state])
+    resumed = run(6, "resumed", ckpt_path=tmp_path / "ended/last.ckpt")
+    assert same_bits(bits(resumed), bits(whole))
+
+
+def test_a_checkpoint_after_training_is_an_error_that_names_the_way_out(checkpoint, tmp_path):
+    trainer = fitted(Defense(checkpoint), tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"save_checkpoint must be called before training ends, .* Add a ModelCheckpoint"):
+        trainer.save_checkpoint(tmp_path / "late.ckpt")
+    trainer.save_checkpoint(tmp_path / "late.ckpt", weights_only=True)
 
 
 def test_a_run_that_was_killed_in_an_inner_attack_ends_as_the_uninterrupted_one(checkpoint, tmp_path):
