@@ -84,6 +84,7 @@ class Defense(L.LightningModule):
         """Load the weights, once; Lightning calls this when the strategy is ready for them."""
         if hasattr(self, "model"):
             return
+        self.drawn_from = torch.get_rng_state()  # to draw random weights once more (``as_aligned``)
         if self.device_mesh is None:
             self.register_module("model", self._whole())
         else:
@@ -143,6 +144,8 @@ class Defense(L.LightningModule):
             return
         with borrowed(self):
             if self.lora is None:
+                if self.random_weights:
+                    torch.set_rng_state(self.drawn_from)
                 aligned = self._read(self.checkpoint, self.random_weights, self.sizes)
                 distribute(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
                 del aligned  # not held for the block
@@ -272,7 +275,7 @@ class Defense(L.LightningModule):
         self.can_go_on = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The passes so far.
+        """The passes so far, and where random weights came from.
 
         Raises:
             ValueError: after training, unless weights are all that is saved.
@@ -283,10 +286,14 @@ class Defense(L.LightningModule):
                 "Add a ModelCheckpoint to the trainer's callbacks, or save with weights_only=True."
             )
         checkpoint["num_passes"] = self.num_passes
+        if self.random_weights:
+            checkpoint["drawn_from"] = self.drawn_from
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting passes."""
+        """Go on counting passes, from the same weights."""
         self.num_passes = checkpoint.get("num_passes", math.nan)  # of an earlier version
+        if "drawn_from" in checkpoint:
+            self.drawn_from = checkpoint["drawn_from"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Plain loss on held-out rows."""
