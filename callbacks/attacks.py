@@ -145,19 +145,18 @@ class HarmfulFineTuning(L.Callback):
                 self._attack(replace(job, defended=acts), before)
 
     def _attack(self, job: "_Job", before: Scores) -> None:
-        trainer, module = job.trainer, job.module
+        module = job.module
 
         def batches(step: int) -> dict[str, Tensor]:
             return {name: tensor.to(module.device) for name, tensor in job.draw(step).items()}
 
         self._record(job, 0, before, 0.0)
         shown = f"{self.name} ({self.threat_model}, {'undefended' if job.twin else module.label})"
-        visible = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with borrowed(module, self._prepared(job), self.copy_device):
             loss = module.finetuning_loss if job.defended else module.sft_loss
             steps = train_steps(module, loss, batches, self.num_attack_steps, self.optimizer, module.forward_context)
             trained, start = 0.0, time.perf_counter()
-            for step, value, bar in watched(steps, self.num_attack_steps, shown, visible):
+            for step, value, bar in watched(steps, self.num_attack_steps, shown, job.trainer):
                 trained += time.perf_counter() - start
                 if step in self.score_steps:
                     scores = score(module, job.data.evaluation)

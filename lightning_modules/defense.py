@@ -75,6 +75,7 @@ class Defense(L.LightningModule):
         self.tokenizer = load_tokenizer(tokenizer or checkpoint)
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
         self.num_passes: float = 0  # forward and backward, over a batch each, that ``fit`` took; nan if a checkpoint knew none
+        self.can_go_on = True  # with training: optimizer and gradients are as the last step left them
         self.progress: dict[str, int | str] = {}  # what the progress bar shows beside the losses
 
     # ---- the model
@@ -83,6 +84,7 @@ class Defense(L.LightningModule):
         """Load the weights, once; Lightning calls this when the strategy is ready for them."""
         if hasattr(self, "model"):
             return
+        self.drawn_from = torch.get_rng_state()  # to draw random weights once more (``as_aligned``)
         if self.device_mesh is None:
             self.register_module("model", self._whole())
         else:
@@ -142,6 +144,8 @@ class Defense(L.LightningModule):
             return
         with borrowed(self):
             if self.lora is None:
+                if self.random_weights:
+                    torch.set_rng_state(self.drawn_from)
                 aligned = self._read(self.checkpoint, self.random_weights, self.sizes)
                 distribute(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
                 del aligned  # not held for the block
@@ -244,6 +248,7 @@ class Defense(L.LightningModule):
 
     def on_train_start(self) -> None:
         """A fine-tuning stage defense takes its references before any step, unless a checkpoint brought them."""
+        self.can_go_on = True
         if self.stage == "finetuning":
             self.begin_finetuning()
 
@@ -262,13 +267,33 @@ class Defense(L.LightningModule):
         self.log_dict(shown, prog_bar=True, sync_dist=True, sync_dist_group=group_of(self), batch_size=len(batch["input_ids"]))
         return loss
 
+    def on_train_end(self) -> None:
+        """The last checkpoint is written: let go of what only one more step would need, to leave its room to the attacks."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+        self.zero_grad()
+        self.can_go_on = False
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The passes so far."""
+        """The passes so far, and where random weights came from.
+
+        Raises:
+            ValueError: after training, unless weights are all that is saved.
+        """
+        if "optimizer_states" in checkpoint and not self.can_go_on:
+            raise ValueError(
+                "save_checkpoint must be called before training ends, and it was called after: the optimizer's state is gone. "
+                "Add a ModelCheckpoint to the trainer's callbacks, or save with weights_only=True."
+            )
         checkpoint["num_passes"] = self.num_passes
+        if self.random_weights:
+            checkpoint["drawn_from"] = self.drawn_from
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting passes."""
+        """Go on counting passes, from the same weights."""
         self.num_passes = checkpoint.get("num_passes", math.nan)  # of an earlier version
+        if "drawn_from" in checkpoint:
+            self.drawn_from = checkpoint["drawn_from"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Plain loss on held-out rows."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ def train_steps(
 
 
 def watched(
-    steps: Iterator[tuple[int, float]], num_steps: int, name: str, visible: bool, **bar: Any
+    steps: Iterator[tuple[int, float]], num_steps: int, name: str, trainer: L.Trainer, **bar: Any
 ) -> Iterator[tuple[int, float, tqdm]]:
     """``train_steps`` on a progress bar, which comes with every step for more to be shown.
 
@@ -100,9 +101,10 @@ def watched(
         steps: of ``train_steps``.
         num_steps: how many there will be.
         name: on the bar, and in front of what goes wrong.
-        visible: whether there is a bar to see.
+        trainer: there is a bar to see where it shows one.
         bar: further settings of tqdm's.
     """
+    visible = trainer.is_global_zero and trainer.progress_bar_callback is not None
     with tqdm(total=num_steps, desc=name, disable=not visible, **bar) as shown:
         try:
             for step, loss in steps:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
@@ -156,9 +157,27 @@ class PatcherModule(Defense):
     def on_fit_start(self) -> None:
         """Lay out the attackers' rows, so that bad settings show before the first step."""
         self.draws = [self._draw(which, attacker) for which, attacker in enumerate(self.attackers)] if self.attack_weight else []
-        if self.parallel:  # Lightning asks all ranks before every batch, for which defenders would wait until the attack is over
-            loop = self.trainer.fit_loop.epoch_loop
-            self._check_sigterm, loop._broadcast_sigterm_tensor = loop._broadcast_sigterm_tensor, lambda: None  # type: ignore[method-assign]
+        if self.parallel and self.draws:
+            self._ask_for_sigterm_at_exchanges()
+
+    def _ask_for_sigterm_at_exchanges(self) -> None:
+        """Have Lightning ask for SIGTERM where all ranks meet anyway, not before every batch.
+
+        It broadcasts what rank 0 knows, for which defenders would wait until the attack is over, so that the halves took turns.
+        Lightning 2.6 has no setting for it (Lightning-AI/pytorch-lightning#21487).
+
+        Raises:
+            ValueError: a Lightning that asks in another way.
+        """
+        loop = self.trainer.fit_loop.epoch_loop
+        ask = getattr(loop, "_broadcast_sigterm_tensor", None)
+        if ask is None:
+            raise ValueError(
+                f"parallel must be false under lightning {L.__version__}, whose training loop has no _broadcast_sigterm_tensor: "
+                "unless that is replaced, defenders wait for attackers. Leave vector_age at 1 for the same weights, or install "
+                "lightning 2.6."
+            )
+        loop._broadcast_sigterm_tensor = lambda: ask() if self._attack_is_due() else None  # type: ignore[method-assign]
 
     def _draw(self, which: int, attacker: InnerAttacker) -> Callable[[int], Batch]:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -177,13 +196,16 @@ class PatcherModule(Defense):
         """How many attacks are to be over before defender step ``step`` (from 0)."""
         return max(0, (step - self.num_sft_steps) // self.attack_every + 1)
 
+    def _attack_is_due(self) -> bool:
+        return bool(self.attack_weight) and self._due(self.trainer.global_step) > self.num_attacks
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Attack where one is due, before the first batch of a step."""
         super().on_train_batch_start(batch, batch_idx)
         step = self.trainer.global_step
         number = max(0, (step - self.num_sft_steps) // self.num_outer_steps + 1)
         self.progress = {"round": number, "phase": "harden" if number else "SFT"}
-        if self.attack_weight and self._due(step) > self.num_attacks:
+        if self._attack_is_due():
             self._next_vector()
             self.num_attacks += 1
             if self.vector:
@@ -196,7 +218,6 @@ class PatcherModule(Defense):
         if self.fresh_optimizer:
             optimizer.state.clear()
         if self.parallel:
-            self._check_sigterm()
             self.synchronize()
             self.vector, self.pending = self._handed_over(), []
         if self.plays(ATTACKERS):
@@ -216,10 +237,9 @@ class PatcherModule(Defense):
             return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
         shown = f"Round {self.progress['round']}, inner attack"
-        visible = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
         with borrowed(self, self._prepared(number, attacker), self.copy_device) as start:
             steps = train_steps(self, self.sft_loss, batches, attacker.num_inner_steps, attacker.optimizer, self.forward_context)
-            for _ in watched(steps, attacker.num_inner_steps, shown, visible, leave=False):
+            for _ in watched(steps, attacker.num_inner_steps, shown, self.trainer, leave=False):
                 pass
             if attacker.lora is None:
                 return {name: tensor.to(self.copy_device) for name, tensor in attack_vector(self, start).items()}
@@ -300,7 +320,9 @@ class PatcherModule(Defense):
         self.synchronize()
 
     def on_train_end(self) -> None:
-        """What comes now, such as attacks, is for all processes."""
+        """What comes now, such as attacks, is for all processes, and needs no vector."""
+        super().on_train_end()
+        self.vector, self.pending = {}, []
         self.synchronize()
 
     # ---- the defender
@@ -357,8 +379,8 @@ class PatcherModule(Defense):
         The vector goes the way of the weights: shard by shard into a sharded checkpoint, whole into a single file.
         """
         super().on_save_checkpoint(checkpoint)
-        over = self._due(self.trainer.global_step) > self.num_attacks
-        kept = {"vector": {} if over else self.vector} | {f"pending_{i}": vector for i, vector in enumerate(self.pending)}
+        kept = {"vector": {} if self._attack_is_due() else self.vector}
+        kept |= {f"pending_{i}": vector for i, vector in enumerate(self.pending)}
         saved = {key: as_saved(self, vector) for key, vector in kept.items()}
         if not self.plays(DEFENDERS):
             checkpoint |= {"state_dict": {}, "optimizer_states": []}  # the defenders' count

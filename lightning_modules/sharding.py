@@ -43,7 +43,10 @@ def from_first(value: T | None, mesh: DeviceMesh) -> T:
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Split every parameter over the ranks of ``mesh``; a decoder layer is put together only while it runs."""
+    """Split every parameter over the ranks of ``mesh``; a decoder layer is put together only while it runs.
+
+    On a single rank too, where FSDP2 copies what it puts together: by the root alone all weights would be held twice in a pass.
+    """
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or []):
             fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -5,7 +5,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from toy import DEFENSES, ROOT, save_toy_checkpoint, toy_data, toy_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from toy import DEFENSES, ROOT, bits, same_bits, save_toy_checkpoint, toy_data, toy_trainer
 
 from callbacks.attacks import HarmfulFineTuning
 from callbacks.results import Results
@@ -183,6 +184,25 @@ def test_service_job_starts_from_the_aligned_model_and_not_from_what_fit_made(tm
     with torch.no_grad():
         assert not torch.allclose(module.model.eval()(prompt).logits, aligned)  # fit moved it
     assert torch.equal(logits[0], aligned)
+
+
+def test_the_aligned_model_of_random_weights_is_the_one_that_fit_began_with(tmp_path, checkpoint):
+    class Look(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.began = bits(pl_module.model)
+
+        def on_fit_end(self, trainer, pl_module):
+            with pl_module.as_aligned():
+                self.aligned = bits(pl_module.model)
+
+    kind, settings = DEFENSES["sbr"]
+    whole, resumed, saver = Look(), Look(), ModelCheckpoint(tmp_path, save_last=True)
+    for seed, callbacks, max_steps, last in ((1, [whole, saver], 2, None), (2, [resumed], 3, tmp_path / "last.ckpt")):
+        L.seed_everything(seed)  # the resumed run may not lean on the seed
+        trainer = toy_trainer(tmp_path, callbacks=callbacks, max_steps=max_steps, enable_checkpointing=True)
+        trainer.fit(kind(checkpoint, random_weights=True, **settings), datamodule=toy_data(), ckpt_path=last)
+    assert same_bits(whole.aligned, whole.began)
+    assert same_bits(resumed.aligned, whole.began)
 
 
 def test_diverging_attack_says_which_and_what_to_do(tmp_path, checkpoint):

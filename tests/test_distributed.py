@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from toy import DEFENSES, ROOT, on_ranks, same_bits, save_toy_checkpoint, toy_tr
 
 from callbacks.results import Results
 from casehard import Defense, FullParameterAttack, InnerAttacker, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
+from lightning_modules.patcher import DEFENDERS
 from lightning_modules.sharding import from_first
 from lightning_modules.weights import reshard, shifted, snapshot, vector_norm
 
@@ -274,6 +276,29 @@ def test_a_defender_beside_an_attacker_is_the_sequential_form_with_vectors_of_th
     on_ranks(hardened, tmp_path / "roles", "roles", checkpoint, tmp_path)
     assert all(same_outcome(tmp_path / "one" / form, tmp_path / "roles" / form) for form in FORMS)
     assert not same_outcome(tmp_path / "roles/full", tmp_path / "roles/fresh")  # the optimizer's moments were dropped
+
+
+def overlapped(rank: int, checkpoint: str, folder: Path) -> None:
+    """Every attack waits for the last defender step of its own interval: it would wait for ever, did that step wait for it."""
+    events = dist.FileStore(str(folder / "events"), 2)
+
+    class Waiting(PatcherModule):
+        def attack(self, number):
+            last = self.num_sft_steps + (number + 1) * self.attack_every
+            events.wait([f"step {last}"], timedelta(seconds=60))
+            return super().attack(number)
+
+        def on_train_batch_end(self, *_):
+            if self.plays(DEFENDERS):
+                events.set(f"step {self.trainer.global_step}", "taken")
+
+    module = Waiting(checkpoint, ATTACKER, num_outer_steps=3, num_sft_steps=1, vector_age=1, parallel=True)
+    trainer(folder, "roles", rank, max_steps=7).fit(module, datamodule=data())
+    assert module.num_attacks == 2
+
+
+def test_the_halves_work_at_the_same_time(checkpoint, tmp_path):
+    on_ranks(overlapped, tmp_path, checkpoint, tmp_path)
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
-from toy import bits, on_ranks, same_bits
+from toy import bits, on_ranks, same_bits, toy_trainer
 
 from casehard import Defense, Optimizer
 from datamodules.batches import Batches
-from lightning_modules.engine import DivergedError, average_gradients, train_steps
+from lightning_modules.engine import DivergedError, average_gradients, train_steps, watched
 from lightning_modules.optimizer import parked
 
 NUM_STEPS = 6
@@ -248,3 +248,11 @@ def test_a_parked_optimizer_goes_on_as_if_it_had_not_been(net, name, device):
             optimizer.step()
         ends.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_a_bar_is_seen_where_the_trainer_shows_one(tmp_path, capsys, shows):
+    trainer = toy_trainer(tmp_path, enable_progress_bar=shows)
+    losses = [loss for _, loss, _ in watched(iter([(1, 0.5), (2, 0.25)]), 2, "Attack", trainer)]
+    assert losses == [0.5, 0.25]
+    assert ("Attack: 100%" in capsys.readouterr().err) == shows

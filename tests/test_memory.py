@@ -126,10 +126,10 @@ def test_a_round_of_patcher_holds_what_the_table_says(checkpoint, tmp_path, fres
 
 
 ATTACKED = {
-    "after fit": ("fit", Defense, {}, "open_weight", 8),
-    "after fit, beside an undefended model": ("fit", Defense, {}, "open_weight", 9),
-    "after Patcher": ("fit", PatcherModule, {"attacker": ATTACKER, "num_outer_steps": 2, "num_sft_steps": 0}, "open_weight", 8),
-    "after SBR, from the aligned model": ("fit", SBRModule, {"freeze_unembedding": False}, "finetuning_service", 9),
+    "after fit": ("fit", Defense, {}, "open_weight", 5),
+    "after fit, beside an undefended model": ("fit", Defense, {}, "open_weight", 6),
+    "after Patcher": ("fit", PatcherModule, {"attacker": ATTACKER, "num_outer_steps": 2, "num_sft_steps": 0}, "open_weight", 5),
+    "after SBR, from the aligned model": ("fit", SBRModule, {"freeze_unembedding": False}, "finetuning_service", 6),
     "in test": ("test", Defense, {}, "open_weight", 5),
 }
 

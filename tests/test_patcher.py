@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from test_sbr import reference_sft, rows_of
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -264,7 +265,7 @@ def test_a_lora_attackers_vector_is_what_its_adapter_adds(checkpoint, tmp_path, 
         for name, p in module.named_parameters():  # the attack began here: after the first step
             p.copy_(watch.weights[0][name.removeprefix("model.")].view(p.dtype).view_as(p))
         clean = module.sft_loss(batch).item()
-        with shifted(module, module.vector):
+        with shifted(module, watch.vectors[-1]):
             assert module.sft_loss(batch).item() == pytest.approx(seen["attacked"], rel=1e-5)
     assert abs(clean - seen["attacked"]) > 1e-3
 
@@ -373,6 +374,29 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, setti
     assert resumed.num_passes == whole.num_passes > 0
 
 
+def test_a_run_goes_on_from_its_last_checkpoint_as_if_it_had_not_ended(checkpoint, tmp_path):
+    def run(max_steps: int, folder: str, **more):
+        saver = ModelCheckpoint(tmp_path / folder, save_last=True)
+        module = patcher(checkpoint)
+        L.seed_everything(0)
+        toy_trainer(tmp_path, callbacks=[saver], max_steps=max_steps, enable_checkpointing=True).fit(
+            module, datamodule=data(), **more
+        )
+        return module
+
+    whole, ended = run(6, "whole"), run(4, "ended")
+    assert not any([ended.vector, ended.pending, ended.trainer.optimizers[0].state])
+    resumed = run(6, "resumed", ckpt_path=tmp_path / "ended/last.ckpt")
+    assert same_bits(bits(resumed), bits(whole))
+
+
+def test_a_checkpoint_after_training_is_an_error_that_names_the_way_out(checkpoint, tmp_path):
+    trainer = fitted(Defense(checkpoint), tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"save_checkpoint must be called before training ends, .* Add a ModelCheckpoint"):
+        trainer.save_checkpoint(tmp_path / "late.ckpt")
+    trainer.save_checkpoint(tmp_path / "late.ckpt", weights_only=True)
+
+
 def test_a_run_that_was_killed_in_an_inner_attack_ends_as_the_uninterrupted_one(checkpoint, tmp_path):
     program = textwrap.dedent(
         f"""
@@ -457,6 +481,14 @@ def test_the_parallel_form_in_one_process_is_an_error_that_names_the_way_out(che
     with pytest.raises(
         ValueError, match=r"parallel must run under ModelParallelStrategy .* is SingleDeviceStrategy\. Add --config"
     ):
+        fitted(module, tmp_path)
+
+
+def test_a_lightning_that_asks_for_sigterm_in_another_way_is_an_error(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.delattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
+    monkeypatch.setattr(PatcherModule, "configure_model", Defense.configure_model)  # its strategy is not what this is about
+    module = patcher(checkpoint, parallel=True, vector_age=1)
+    with pytest.raises(ValueError, match=r"parallel must be false under lightning 2\..* has no _broadcast_sigterm_tensor"):
         fitted(module, tmp_path)
 
 
