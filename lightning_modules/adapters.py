@@ -110,14 +110,15 @@ def trainable(module: nn.Module, model: PreTrainedModel, lora: LoRA | None) -> I
     Args:
         module: all of what could train.
         model: the language model in it.
-        lora: shape of a new adapter, on top of whatever adapters the model has; None for every parameter.
+        lora: shape of a new adapter, on top of whatever adapters the model has; None for every parameter of the model itself. Its
+            adapters stand still then, so that the weights move as the exported model's do, into which they are merged.
     """
     if lora is not None:
         with temporary_adapter(model, lora):
             yield
         return
-    for parameter in module.parameters():
-        parameter.requires_grad_(True)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("lora_" not in name)
     yield
 
 

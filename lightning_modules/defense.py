@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from datamodules.batches import share_of
 from datamodules.mixing import counter_seed
 from datamodules.rows import Row
-from lightning_modules.adapters import LoRA, add_adapter, merged, trainable
+from lightning_modules.adapters import LoRA, add_adapter, merged
 from lightning_modules.checkpoint import load_model, load_tokenizer
 from lightning_modules.forward import Batch, label_positions, states_and_logits
 from lightning_modules.generation import generate
@@ -163,7 +163,7 @@ class Defense(L.LightningModule):
         Raises:
             ValueError: ``checkpoint`` is of another architecture.
         """
-        with borrowed(self, trainable(self, self.model, None)):
+        with borrowed(self, self._thawed()):
             theirs = self._read(checkpoint)
             own = dict(self.model.named_parameters())
             plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
@@ -175,8 +175,12 @@ class Defense(L.LightningModule):
             distribute(self.model, {name: theirs[key] for name, key in plain.items()})
             del theirs  # not held for the block
             restore(self.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if name not in plain})
-            # an adapter whose factors are both zero adds nothing, and no training moves it
             yield
+
+    @contextmanager
+    def _thawed(self) -> Iterator[None]:
+        self.requires_grad_(True)
+        yield
 
     def _read(self, checkpoint: str, *random: Any) -> dict[str, Tensor]:
         """Weights of a checkpoint; where the model is sharded, on the first rank alone, and on meta elsewhere."""

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from casehard import LoRA
-from lightning_modules.adapters import add_adapter, linear_layers, merged, temporary_adapter
+from lightning_modules.adapters import add_adapter, linear_layers, merged, temporary_adapter, trainable
 from lightning_modules.checkpoint import load_model
 
 IDS = torch.arange(5, 37).view(2, 16)
@@ -219,6 +219,20 @@ def test_a_merged_model_is_plain_and_speaks_as_the_adapted_one(model, kind, rslo
     assert built(model) == structure
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not {id(p) for p in export.parameters()} & {id(p) for p in model.parameters()}
+
+
+def test_full_parameter_training_moves_an_adapted_model_as_it_moves_the_merged_one(model):
+    add_adapter(model, LoRA(rank=2), "defense")
+    train(model, "defense")
+    shipped = merged(model)
+    for trained in (model, shipped):
+        with trainable(trained, trained, None):
+            optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+            for _ in range(3):
+                trained(IDS, labels=IDS).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_close(merged(model).state_dict(), shipped.state_dict())
 
 
 def test_merging_keeps_a_tied_unembedding_tied(checkpoint):
