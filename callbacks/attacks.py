@@ -91,7 +91,13 @@ class HarmfulFineTuning(L.Callback):
         return self._generate_state_key(name=self.name, threat_model=self.threat_model, seed=self.seed, poison=self.poison_ratio)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Raise a ValueError, before any weights load, where the rows of two attacks could not be told apart."""
+        """Check the run before any weights load.
+
+        Raises:
+            ValueError: two attacks whose rows could not be told apart; a ``test`` of no batches, which ends before it begins.
+        """
+        if stage == "test" and not trainer.limit_test_batches:
+            raise ValueError("trainer.limit_test_batches must be left out or > 0, got 0: attacks run when testing ends.")
         _, data = defense_and_data(trainer, pl_module)
         own = self._known_by(data.seed)
         attacks = [c for c in trainer.callbacks if isinstance(c, HarmfulFineTuning)]  # type: ignore[attr-defined]

@@ -208,8 +208,8 @@ class SFTDataModule(L.LightningDataModule):
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """As for validation."""
-        return self.val_dataloader()
+        """As for validation; an empty batch where there is no task, for attacks run when Lightning's loop over batches ends."""
+        return self.val_dataloader() if self.rows["task"] else DataLoader([{}], batch_size=None)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int) -> dict[str, Tensor]:
         """All tensors of the batch."""

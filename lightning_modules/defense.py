@@ -304,8 +304,9 @@ class Defense(L.LightningModule):
         self.log("val/sft_loss", self.sft_loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Plain loss on held-out rows."""
-        self.log("test/sft_loss", self.sft_loss(batch), sync_dist=True, batch_size=len(batch["input_ids"]))
+        """Plain loss on held-out rows, where there are some."""
+        if batch:
+            self.log("test/sft_loss", self.sft_loss(batch), sync_dist=True, batch_size=len(batch["input_ids"]))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over what trains; the schedule advances by step."""

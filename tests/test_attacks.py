@@ -1,4 +1,5 @@
 import csv
+import math
 import signal
 from pathlib import Path
 
@@ -244,6 +245,20 @@ def test_attacks_run_in_test_on_a_checkpoint(tmp_path, checkpoint):
     assert [(r.attack, r.num_attack_steps) for r in results.rows] == [
         (name, step) for name in ("LoRAAttack", "FullParameterAttack") for step in (0, 3)
     ]
+
+
+def test_a_model_without_a_task_is_attacked_too(tmp_path, checkpoint):
+    results = Results(str(tmp_path), export=False)
+    trainer = toy_trainer(tmp_path, callbacks=[results, ATTACKS["full"](threat_model="open_weight")])
+    trainer.test(Defense(checkpoint), datamodule=toy_data(task=[]), verbose=False)
+    assert [row.num_attack_steps for row in results.rows] == [0, 3]
+    assert all(math.isnan(row.finetune_accuracy) for row in results.rows)
+
+
+def test_a_test_that_would_attack_nothing_is_an_error(tmp_path, checkpoint):
+    trainer = toy_trainer(tmp_path, callbacks=[ATTACKS["full"](threat_model="open_weight")], limit_test_batches=0)
+    with pytest.raises(ValueError, match="limit_test_batches must be left out or > 0, got 0"):
+        trainer.test(Defense(checkpoint), datamodule=toy_data(), verbose=False)
 
 
 @pytest.mark.parametrize("other", [{"lora": LoRA(rank=4)}, {"seed": 7}, {"optimizer": Optimizer(1e-2, schedule="linear")}])
