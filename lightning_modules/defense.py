@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
@@ -167,10 +167,13 @@ class Defense(L.LightningModule):
             theirs = self._read(checkpoint)
             own = dict(self.model.named_parameters())
             plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
-            if unlike := [name for name, key in plain.items() if key not in theirs or theirs[key].shape != own[name].shape]:
+            ours = {key: own[name].shape for name, key in plain.items()}
+            if unlike := sorted(ours.items() ^ {key: w.shape for key, w in theirs.items()}.items()):
+                key, shape = unlike[0]
+                which = "the defended model" if (key, shape) in ours.items() else repr(checkpoint)
                 raise ValueError(
-                    f"undefended_checkpoint must be of the defended model's architecture, and {checkpoint!r} has no {unlike[0]} "
-                    f"of shape {list(own[unlike[0]].shape)}. Name the model that the defense started from, or leave it out."
+                    f"undefended_checkpoint must be of the defended model's architecture, and {which} alone has {key} of "
+                    f"shape {list(shape)}. Name the model that the defense started from, or leave it out."
                 )
             distribute(self.model, {name: theirs[key] for name, key in plain.items()})
             del theirs  # not held for the block
@@ -182,14 +185,14 @@ class Defense(L.LightningModule):
         self.requires_grad_(True)
         yield
 
-    def _read(self, checkpoint: str, *random: Any) -> dict[str, Tensor]:
+    def _read(self, checkpoint: str, *random: Any) -> dict[str, nn.Parameter]:
         """Weights of a checkpoint; where the model is sharded, on the first rank alone, and on meta elsewhere."""
         if self.device_mesh is None:
-            return load_model(checkpoint, self.weights_dtype, *random).state_dict()
+            return dict(load_model(checkpoint, self.weights_dtype, *random).named_parameters())
         mesh = self._mesh()
         whole = load_model(checkpoint, self.weights_dtype, *random) if mesh.get_local_rank() == 0 else None
         plain = from_first(None if whole is None else on_meta(whole), mesh)
-        return (plain if whole is None else whole).state_dict()
+        return dict((plain if whole is None else whole).named_parameters())
 
     # ---- what a defense overrides
 

@@ -146,10 +146,13 @@ def test_undefended_checkpoint_runs_the_same_job_on_another_model(tmp_path, chec
     assert not beside.rows[0].note
 
 
-def test_an_undefended_checkpoint_of_another_architecture_is_an_error(tmp_path, checkpoint):
-    attack = ATTACKS["full"](threat_model="open_weight", undefended_checkpoint=str(ROOT / "models/sandbox/aligned"))
+@pytest.mark.parametrize(("other", "alone"), [("wider", r"model\.\S+ of shape"), ("untied", r"lm_head\.weight of shape")])
+def test_an_undefended_checkpoint_of_another_architecture_is_an_error(tmp_path, checkpoint, other, alone):
+    untied = save_toy_checkpoint(tmp_path / "untied", tied=False)
+    theirs = {"wider": str(ROOT / "models/sandbox/aligned"), "untied": untied}[other]
+    attack = ATTACKS["full"](threat_model="open_weight", undefended_checkpoint=theirs)
     with pytest.raises(
-        ValueError, match=r"undefended_checkpoint must be of the defended model's architecture, and '.*aligned' has"
+        ValueError, match=rf"undefended_checkpoint must be of the defended model's architecture, and .* alone has {alone}"
     ):
         fitted(tmp_path, checkpoint, [attack], "none")
 
