@@ -137,7 +137,7 @@ class HarmfulFineTuning(L.Callback):
         module.synchronize()
         seed = data.seed if self.seed is None else self.seed
         service = self.threat_model == "finetuning_service"
-        acts = service and module.stage == "finetuning"  # elsewhere a service trains by plain SFT, as everybody does
+        acts = service and module.stage in ("finetuning", "post_finetuning")  # else a service does as everybody does: plain SFT
         rows = data.mixture(self.num_samples, self.poison_ratio, seed)
         with torch.inference_mode(False), torch.enable_grad():
             job = _Job(trainer, module, data, data.batches(rows, self.batch_size, seed, "attack"), seed, epoch)
@@ -165,7 +165,8 @@ class HarmfulFineTuning(L.Callback):
             for step, value, bar in watched(steps, self.num_attack_steps, shown, job.trainer):
                 trained += time.perf_counter() - start
                 if step in self.score_steps:
-                    scores = score(module, job.data.evaluation)
+                    with self._handed_back(job):
+                        scores = score(module, job.data.evaluation)
                     bar.set_postfix(loss=f"{value:.3f}", harmful_score=f"{scores.metrics['harmful_score']:.1f}")
                     self._record(job, step, scores, trained)
                 start = time.perf_counter()
@@ -177,6 +178,17 @@ class HarmfulFineTuning(L.Callback):
             if job.defended:
                 job.module.freeze_parameters()
                 job.module.begin_finetuning()
+            yield
+
+    @contextmanager
+    def _handed_back(self, job: "_Job") -> Iterator[None]:
+        """The model as its customer gets it: repaired where the service does that, on a loan, for the job goes on unrepaired."""
+        module = job.module
+        if not job.defended or type(module).recover is Defense.recover:
+            yield
+            return
+        with borrowed(module, module.thawed(), self.copy_device):
+            module.recover()
             yield
 
     def _record(self, job: "_Job", step: int, scores: Scores, seconds: float) -> None:

@@ -163,7 +163,7 @@ class Defense(L.LightningModule):
         Raises:
             ValueError: ``checkpoint`` is of another architecture.
         """
-        with borrowed(self, self._thawed()):
+        with borrowed(self, self.thawed()):
             theirs = self._read(checkpoint)
             own = dict(self.model.named_parameters())
             plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
@@ -181,7 +181,8 @@ class Defense(L.LightningModule):
             yield
 
     @contextmanager
-    def _thawed(self) -> Iterator[None]:
+    def thawed(self) -> Iterator[None]:
+        """For ``borrowed``: everything may change, so everything is copied."""
         self.requires_grad_(True)
         yield
 
@@ -211,7 +212,10 @@ class Defense(L.LightningModule):
         """Take references before the first step of a service's fine-tuning. Nothing unless overridden."""
 
     def recover(self) -> None:
-        """Repair the weights after fine-tuning; nothing unless overridden."""
+        """Repair the weights, in place, after a service has fine-tuned them. Nothing unless overridden.
+
+        Called in front of every scoring of a service's job, on a loan (one more copy of the weights); gradients are enabled.
+        """
 
     def own_rows(self) -> list[Row]:
         """Rows that the defense brings itself, to be told apart from those that it is scored on. None unless overridden."""

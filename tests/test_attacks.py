@@ -11,6 +11,7 @@ from toy import DEFENSES, ROOT, bits, same_bits, save_toy_checkpoint, toy_data, 
 
 from callbacks.attacks import HarmfulFineTuning
 from callbacks.results import Results
+from callbacks.scoring import score
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
 from lightning_modules import DivergedError
 
@@ -67,8 +68,6 @@ def test_attack_changes_what_is_scored_and_leaves_no_trace(tmp_path, checkpoint,
     prompt = torch.tensor([[5, 6, 7]])
 
     def spied(module, evaluation):
-        from callbacks.scoring import score
-
         with torch.no_grad():
             scored.append(module.model(prompt).logits.clone())
         return score(module, evaluation)
@@ -164,14 +163,40 @@ def test_open_weight_row_of_a_finetuning_stage_defense_says_that_it_breaks(tmp_p
     assert all("expected to break" in r.note for r in results.rows)
 
 
+class Doubling(Defense):
+    """A post-fine-tuning defense that leaves its mark."""
+
+    def recover(self) -> None:
+        for p in self.parameters():
+            p.data.mul_(2)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize(("threat_model", "factor"), [("finetuning_service", 2.0), ("open_weight", 1.0)])
+def test_a_service_repairs_a_model_before_every_scoring_and_trains_on_from_its_own_weights(
+    tmp_path, checkpoint, monkeypatch, attack, threat_model, factor
+):
+    scored: list[dict[str, torch.Tensor]] = []
+
+    def spied(module, evaluation):
+        scored.append({name: p.detach().clone() for name, p in module.named_parameters()})
+        return score(module, evaluation)
+
+    monkeypatch.setattr("callbacks.attacks.score", spied)
+    for kind, steps in ((Doubling, [1, 2, 3]), (Defense, [3])):
+        job = ATTACKS[attack](threat_model=threat_model, score_steps=steps, undefended=False)
+        toy_trainer(tmp_path, callbacks=[job]).test(kind(checkpoint), datamodule=toy_data(), verbose=False)
+    before, *_, repaired, also_before, plain = scored
+    assert same(before, also_before)
+    assert same(repaired, {name: p * factor for name, p in plain.items()})
+
+
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
 def test_service_job_starts_from_the_aligned_model_and_not_from_what_fit_made(tmp_path, checkpoint, monkeypatch, lora):
     prompt = torch.tensor([[5, 6, 7]])
     logits: list[torch.Tensor] = []
 
     def spied(module, evaluation):
-        from callbacks.scoring import score
-
         with torch.no_grad():
             logits.append(module.model(prompt).logits.clone())
         return score(module, evaluation)
