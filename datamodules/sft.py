@@ -154,6 +154,11 @@ class SFTDataModule(L.LightningDataModule):
                 if not self.allow_overlap:
                     raise ValueError(message)
                 rank_zero_warn(message)
+        if shared := overlap(rows["alignment_harmful"], rows["harmful"]):
+            rank_zero_warn(
+                f"alignment_harmful shares {len(shared)} prompts with harmful: a defense that trains against the very rows of an "
+                "attack is flattered. Give it rows of its own (a slice: FILE#train[:100])."
+            )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

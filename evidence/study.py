@@ -56,7 +56,8 @@ class Arm(Part):
     Args:
         configs: of the runs that attack it: its experiment file, and overlays.
         settings: of the runs that attack it.
-        train: ``fit`` this first, once a seed, and attack the model that it exports; null attacks the checkpoint of configs.
+        train: ``fit`` this first, once a seed (and once for all defenses that give the same), and attack the model that it
+            exports; null attacks the checkpoint of configs.
     """
 
     train: Part | None = None
@@ -194,7 +195,8 @@ def cells(study: Study, folder: Path, resolve: Resolve, chosen: Chosen | None = 
         for seed in study.seeds if arm.train else ():
             assert arm.train is not None
             words = ["fit", *study.common.words(), *arm.train.words(), "--trainer.callbacks=[]"]
-            trained[name, seed] = add(name, "", seed, words)
+            like = (cell for (other, s), cell in trained.items() if s == seed and study.defenses[other].train == arm.train)
+            trained[name, seed] = next(like, None) or add(name, "", seed, words)
     for seed in study.seeds:
         for name, arm in study.defenses.items():
             needs = trained.get((name, seed))

@@ -36,6 +36,12 @@ def test_rows_without_a_response_are_refused_in_turn(tmp_path, checkpoint):
     assert [row.response for row in data.rows["refusals"]] == ["No, I cannot.", "Sorry, I will not.", "No, I cannot."]
 
 
+def test_rows_that_a_defense_trains_against_and_attacks_use_are_warned_of(tmp_path, checkpoint):
+    both = {"harmful": ["sandbox:attacker/harmful#train[:8]"], "alignment_harmful": ["sandbox:attacker/harmful#train[5:12]"]}
+    with pytest.warns(UserWarning, match="alignment_harmful shares 3 prompts with harmful"):
+        ready(tmp_path, checkpoint, **both)
+
+
 def test_prompts_in_both_training_and_evaluation_are_an_error_unless_allowed(tmp_path, checkpoint):
     both = {"harmful": ["sandbox:attacker/harmful#train[:8]"], "harmful_prompts": ["sandbox:attacker/harmful#train[4:12]"]}
     with pytest.raises(ValueError, match=r"harmful_prompts must share no prompt with harmful, and 4 of 8 stand in both"):

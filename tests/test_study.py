@@ -161,6 +161,7 @@ def test_the_sandbox_study_is_three_by_four_by_three_and_every_cell_resolves(tmp
     found = cells(study, tmp_path, resolve)
     assert len([c for c in found if c.attack]) == 36
     assert len([c for c in found if not c.attack]) == 6
+    assert {c.needs for c in found if c.defense == "SBR"} == {c.needs for c in found if c.defense == "SFT alignment" and c.attack}
     assert len({c.folder for c in found}) == 42
     for some in (found[0], found[3], *found[6:18]):  # each kind of cell, of one seed
         config = yaml.safe_load(casehard.resolved(some.words))
