@@ -139,7 +139,8 @@ class Defense(L.LightningModule):
 
         The identity for other stages, and where nothing was fitted. Memory: one copy of what trains.
         """
-        if self.stage != "finetuning" or self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+        fitted = self._trainer is not None and (self.trainer.state.fn == TrainerFn.FITTING or self.trainer.ckpt_path is not None)
+        if self.stage != "finetuning" or not fitted:
             yield
             return
         with borrowed(self):

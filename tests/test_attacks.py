@@ -209,10 +209,17 @@ def test_service_job_starts_from_the_aligned_model_and_not_from_what_fit_made(tm
         aligned = fresh.model.eval()(prompt).logits
     module = kind(checkpoint, lora=lora, optimizer=Optimizer(learning_rate=1e-2), **arguments)
     attack = ATTACKS["full"](threat_model="finetuning_service")
-    toy_trainer(tmp_path, callbacks=[attack]).fit(module, datamodule=toy_data())
+    saves = {
+        "enable_checkpointing": True,
+        "callbacks": [attack, ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)],
+    }
+    toy_trainer(tmp_path, **saves).fit(module, datamodule=toy_data())
     with torch.no_grad():
         assert not torch.allclose(module.model.eval()(prompt).logits, aligned)  # fit moved it
+    last = {"ckpt_path": str(tmp_path / "last.ckpt"), "verbose": False}
+    toy_trainer(tmp_path, callbacks=[attack]).test(kind(checkpoint, lora=lora, **arguments), datamodule=toy_data(), **last)
     assert torch.equal(logits[0], aligned)
+    assert torch.equal(logits[len(logits) // 2], aligned)  # in a test of what fit made
 
 
 def test_the_aligned_model_of_random_weights_is_the_one_that_fit_began_with(tmp_path, checkpoint):
