@@ -1,4 +1,10 @@
-"""`benchmarks/scale.py` runs on any sizes, here and on a GPU, and counts what is to be computed as torch does."""
+"""`benchmarks/scale.py` runs on any sizes, here and on a GPU, and counts what is to be computed as torch does.
+
+`benchmarks/patcher_parallel.py` says what this machine allows.
+"""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,3 +96,31 @@ def test_what_is_to_be_computed_is_what_torch_counts(scale, checkpoint, tied):
     assert scale.model_flops(module.model, tokens, 3 * rows, length) + skipped == pytest.approx(
         counter.get_total_flops(), rel=0.01
     )
+
+
+def test_the_parallel_form_is_compared_with_what_the_threads_allow(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import patcher_parallel
+
+    took = {("parallel", "1"): 50.0, ("sequential", "2"): 45.0, ("one_thread", "1"): 72.0}
+
+    def fit(*words: str, threads: str) -> None:
+        said = dict(word.split("=", 1) for word in words if "=" in word)
+        assert said["--data.batch_size"] == said["--model.init_args.attacker.batch_size"] == "4"
+        assert said["--trainer.max_steps"] == "9"
+        form = said["--run.experiment"]
+        run = Path(said["--run.root"], form, said["--run.version"])
+        run.mkdir(parents=True)
+        (run / "done.json").write_text(json.dumps({"seconds": took[form, threads]}))
+        attackers = {"attacker": {"num_inner_steps": 40}, "more_attackers": [{"num_inner_steps": 10}]}
+        settings = attackers | {"attack_every": None, "num_outer_steps": 24, "one_pass_per_row": False}
+        (run / "config.yaml").write_text(json.dumps({"model": {"init_args": settings}}))
+
+    monkeypatch.setattr(patcher_parallel, "fit", fit)
+    patcher_parallel.main(seeds=[0, 1], settings=["--trainer.max_steps=9"], batch_size=4)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith("25 inner steps beside 24 passes of the defender")
+    assert printed[-2:] == [
+        "sequential over parallel       0.90 (0.90 to 0.90)",
+        "two threads over one           1.60 (1.60 to 1.60), so at most 1.25",
+    ]
