@@ -1,6 +1,7 @@
 """Casehard's front door: its public names, and ``main()``, the ``casehard`` (and ``lightning``) command."""
 
 import io
+import itertools
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
 from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
@@ -156,6 +158,14 @@ def wandb_settings() -> "Settings":
     return Settings(host="casehard", x_disable_meta=True, x_disable_stats=True, disable_git=True, save_code=False, console="off")
 
 
+@rank_zero_only
+def _keep_metrics(folder: Path) -> None:
+    """Where a run goes on in its folder Lightning's logger begins a new metrics.csv, and would delete the old one."""
+    if (folder / "metrics.csv").exists():
+        number = next(n for n in itertools.count(1) if not (folder / f"metrics_{n}.csv").exists())
+        (folder / "metrics.csv").rename(folder / f"metrics_{number}.csv")
+
+
 class Cli(LightningCLI):
     """``fit``, ``validate`` and ``test`` of a defense on data, with everything a run leaves in a folder of its own."""
 
@@ -222,6 +232,7 @@ class Cli(LightningCLI):
 
     def _loggers(self, config: Any) -> list[Logger]:
         folder = self.folder
+        _keep_metrics(folder)
         number = re.fullmatch(r"version_(\d+)", folder.name)
         loggers: list[Logger] = [CSVLogger(folder.parent.parent, folder.parent.name, int(number[1]) if number else folder.name)]
         if config.run.wandb != "disabled":

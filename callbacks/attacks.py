@@ -10,7 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.results import ResultRow, Results
+from callbacks.results import Results
+from callbacks.rows import ResultRow
 from callbacks.scoring import Scores, defense_and_data, score
 from datamodules.sft import SFTDataModule
 from lightning_modules.adapters import LoRA, trainable

@@ -8,8 +8,8 @@ import math
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
-from itertools import zip_longest
+from dataclasses import asdict, fields
+from itertools import chain, compress, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from callbacks.rows import KEYS, ResultRow, read_run
 from lightning_modules.checkpoint import save_model
 from lightning_modules.defense import Defense
 
@@ -39,38 +40,6 @@ def config_hash(text: str) -> str:
     """SHA-256 of a resolved config in YAML, whatever the order of its keys; where the run goes (``run``) does not count."""
     config = {name: value for name, value in yaml.safe_load(text).items() if name != "run"}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class ResultRow:
-    """One evaluation of an attack: a row of ``attacks.csv``. Scores and rates are percentages, 0 to 100, nan where not measured.
-
-    ``num_attack_steps`` 0 is the model before the attack; ``wall_seconds`` is what training took up to that step, scoring not
-    counted; ``epoch`` is the epoch of ``fit`` after which the attack ran, empty at its end.
-    """
-
-    defense: str
-    stage: str
-    attack: str
-    threat_model: str
-    poison_ratio: float
-    optimizer: str
-    learning_rate: float
-    seed: int
-    num_attack_steps: int
-    harmful_score: float
-    attack_success_rate: float
-    num_scored: int
-    num_unscored: int
-    finetune_accuracy: float
-    refusal_rate_benign: float
-    degenerate_rate: float
-    wall_seconds: float
-    num_samples: int
-    batch_size: int
-    judge: str
-    epoch: str
-    note: str
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -131,7 +100,8 @@ class Results(L.Callback):
     """Keep every result row, write it the moment it is known, and close with a table.
 
     ``attacks.csv`` has a row an evaluation, ``generations.jsonl`` an answer a line, ``model/`` the trained weights in Hugging
-    Face format. Each appears whole or not at all. Loggers get the numbers; W&B's summary also what each attack came to.
+    Face format. Each appears whole or not at all; a run that goes on from a checkpoint in its folder keeps what earlier epochs
+    of ``fit`` found. Loggers get the numbers; W&B's summary also what each attack came to.
 
     Args:
         folder: the run's folder.
@@ -144,25 +114,28 @@ class Results(L.Callback):
         self.folder, self.export, self.generations = Path(folder), export, generations
         self.wandb_generations = wandb_generations
         self.rows: list[ResultRow] = []
-        self.training_seconds = 0.0  # of this process: a resumed run's start is not in it
-        self._started = 0.0
+        self.training_seconds = 0.0  # up to the last checkpoint where a run goes on from it
+        self._started: float | None = None  # while it trains
+        self._goes_on = self._exported = False
         self._answers: list[dict[str, Any]] = []
 
     @rank_zero_only
     def record(self, trainer: L.Trainer, row: ResultRow, answers: list[dict[str, Any]]) -> None:
         """Keep a row and its answers, on disk and in every logger (``attack/<job>/<metric>`` against ``attack_step``)."""
+        if not self.rows and self._goes_on:
+            self._go_on(row.epoch)
         self.rows.append(row)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.generations:
+            key = {name: getattr(row, name) for name in KEYS}
+            self._answers += [key | answer for answer in answers]
+            lines = (json.dumps(a, ensure_ascii=False, default=str) for a in self._answers)
+            write_whole(self.folder / "generations.jsonl", "".join(f"{line}\n" for line in lines))
         table = io.StringIO()
         writer = csv.DictWriter(table, [f.name for f in fields(ResultRow)])
         writer.writeheader()
         writer.writerows(asdict(r) for r in self.rows)
         write_whole(self.folder / "attacks.csv", table.getvalue())
-        if self.generations:
-            key = {k: getattr(row, k) for k in ("defense", "attack", "threat_model", "seed", "num_attack_steps")}
-            self._answers += [key | answer for answer in answers]
-            lines = (json.dumps(a, ensure_ascii=False, default=str) for a in self._answers)
-            write_whole(self.folder / "generations.jsonl", "".join(f"{line}\n" for line in lines))
         job, rows = self._job()
         metrics = {f"attack/{job}/{n}": float(getattr(row, n)) for n in METRICS if not math.isnan(getattr(row, n))}
         for logger in trainer.loggers:
@@ -185,17 +158,49 @@ class Results(L.Callback):
         name = row.attack if len(starts) < 2 else f"{row.attack}_{len(starts)}"
         return f"{name}-{row.threat_model}-{row.defense}", self.rows[starts[-1] if starts else 0 :]
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From a checkpoint a run goes on."""
+        self._goes_on = trainer.ckpt_path is not None
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training begins."""
+        """Training begins, or goes on."""
         self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export before any attack runs, so that no attack can cost the model."""
-        self.training_seconds = time.perf_counter() - self._started
-        if self.export and not trainer.interrupted and isinstance(pl_module, Defense):
-            model = pl_module.exported()
+        self.training_seconds, self._started = self._seconds(), None
+        self._export(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that goes on from its last step trains no more, and may not have got to the export."""
+        if not self._exported:
+            self._export(trainer, pl_module)
+
+    def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.export and not trainer.interrupted and isinstance(module, Defense):
+            model = module.exported()
             if model is not None and trainer.is_global_zero:
-                save_model(model, pl_module.tokenizer, self.folder / "model", pl_module.export_dtype)
+                save_model(model, module.tokenizer, self.folder / "model", module.export_dtype)
+        self._exported = True
+
+    def _seconds(self) -> float:
+        return self.training_seconds + (0.0 if self._started is None else time.perf_counter() - self._started)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seconds of training so far."""
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on."""
+        self.training_seconds = state_dict["seconds"]
+
+    def _go_on(self, epoch: str) -> None:
+        """Keep what the interrupted run found in earlier epochs of ``fit``; from ``epoch`` on it is found anew."""
+        if (self.folder / "attacks.csv").exists():
+            before = read_run(self.folder)
+            kept = [bool(row.epoch) and (not epoch or int(row.epoch) < int(epoch)) for row in before.rows]
+            self.rows = list(compress(before.rows, kept))
+            self._answers = list(chain(*compress(before.answers, kept)))
 
     def jobs(self) -> dict[tuple[str, ...], list[ResultRow]]:
         """The rows of every attack on every model, in the order in which they came."""

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from callbacks.results import ResultRow, Results, write_whole
-from evidence.runs import JUDGED, Answer, Run, read_run, unscored_bounds
+from callbacks.results import Results, write_whole
+from callbacks.rows import Answer, ResultRow, Run, read_run
+from evidence.runs import JUDGED, unscored_bounds
 from metrics import AttackSuccessRate, DegenerateRate, HarmfulScore, Judge, RefusalRate, Verdict
 from metrics.statistics import Agreement, agreement
 

@@ -1,30 +1,14 @@
-"""A finished run, read back from its folder."""
+"""Where a finished run keeps what, and how it is called in public."""
 
-import csv
-import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
-from callbacks.results import ResultRow
+from callbacks.rows import ResultRow
 
-Answer = dict[str, Any]  # a line of generations.jsonl
-KEYS = ("defense", "attack", "threat_model", "seed", "num_attack_steps")  # of a row, as its answers repeat them
 JUDGED = "judged"  # folder in a run's, with a run of the same answers for every other judge
-KINDS = {"harmful": 0, "benign": 1, "task": 2}  # in the order in which they are written
-
-
-@dataclass(frozen=True)
-class Run:
-    """Rows of ``attacks.csv``, and the answers that each rests on; those are empty where the run kept none."""
-
-    folder: Path
-    rows: list[ResultRow]
-    answers: list[list[Answer]]
 
 
 def own_file(folder: Path, name: str) -> Path:
@@ -66,57 +50,6 @@ def public(value: Any, runs: PurePath | None = None) -> Any:
 def published(settings: Any, runs: PurePath | None = None) -> str:
     """The ``public`` of settings, as YAML."""
     return yaml.safe_dump(public(settings, runs), sort_keys=False)
-
-
-def read_run(folder: str | Path) -> Run:
-    """Read a run's folder.
-
-    Raises:
-        ValueError: it holds no results, or answers that are not those of its rows.
-    """
-    folder = Path(folder)
-    rows = _read_rows(folder / "attacks.csv")
-    path = folder / "generations.jsonl"
-    if not path.exists():
-        return Run(folder, rows, [[] for _ in rows])
-    with path.open(encoding="utf-8") as file:
-        blocks = list(_blocks(map(json.loads, file)))
-    if len(blocks) != len(rows):
-        raise ValueError(f"{path} must hold the answers of every row of attacks.csv, and it has {len(blocks)} of {len(rows)}.")
-    for row, block in zip(rows, blocks, strict=True):
-        if any(
-            block[0][name] != getattr(row, name) for name in ("defense", "attack", "threat_model", "seed", "num_attack_steps")
-        ):
-            raise ValueError(f"{path} must hold the answers of attacks.csv's rows in their order, and it does not.")
-    return Run(folder, rows, blocks)
-
-
-def _read_rows(path: Path) -> list[ResultRow]:
-    if not path.exists():
-        raise ValueError(f"a run must be a folder with an attacks.csv, and {path} is not there. Name runs/EXPERIMENT/VERSION.")
-    with path.open(encoding="utf-8", newline="") as file:
-        table = list(csv.DictReader(file))
-    columns = [(field.name, field.type) for field in fields(ResultRow)]
-    missing = [name for name, _ in columns if table and name not in table[0]]
-    if missing:
-        raise ValueError(f"{path} must have the column {missing[0]}, and it does not: another version of casehard wrote it.")
-    return [ResultRow(**{name: kind(line[name]) for name, kind in columns}) for line in table]  # type: ignore[operator]
-
-
-def _blocks(answers: Iterable[Answer]) -> Iterable[list[Answer]]:
-    """The answers of one evaluation after the other: within one, kinds and numbers go up."""
-    block: list[Answer] = []
-    for answer in answers:
-        if block and _place(answer) <= _place(block[-1]):
-            yield block
-            block = []
-        block.append(answer)
-    if block:
-        yield block
-
-
-def _place(answer: Answer) -> tuple[int, int]:
-    return KINDS[answer["kind"]], answer["number"]
 
 
 def unscored_bounds(row: ResultRow) -> tuple[float, float]:

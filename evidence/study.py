@@ -23,9 +23,9 @@ import yaml
 from tqdm.auto import tqdm
 
 from callbacks.results import DONE, RUN_FOLDER, config_hash, first_broken, write_whole
+from callbacks.rows import read_run
 from datamodules.mixing import overlap
 from datamodules.rows import Row, read_rows
-from evidence.runs import read_run
 
 ROOT = Path(__file__).parent.parent
 INDEX = "cells.json"  # in the study's folder: which runs are its cells

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from callbacks.results import DONE, ResultRow, first_broken
-from evidence.runs import Answer, read_run, unscored_bounds
+from callbacks.results import DONE, first_broken
+from callbacks.rows import Answer, ResultRow, read_run
+from evidence.runs import unscored_bounds
 from evidence.study import INDEX, Cell
 from metrics.statistics import Interval, mean_interval, median_steps_to_break, paired_difference
 

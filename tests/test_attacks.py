@@ -1,6 +1,8 @@
 import csv
 import math
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -11,6 +13,7 @@ from toy import DEFENSES, ROOT, bits, same_bits, save_toy_checkpoint, toy_data, 
 
 from callbacks.attacks import HarmfulFineTuning
 from callbacks.results import Results
+from callbacks.rows import ResultRow
 from callbacks.scoring import score
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
 from lightning_modules import DivergedError
@@ -60,6 +63,35 @@ def test_run_with_attacks_ends_with_the_bits_of_the_run_without(tmp_path, checkp
     assert [p.requires_grad for p in attacked.parameters()] == [p.requires_grad for p in reference.parameters()]
     assert torch.equal(drawn, torch.rand(1))  # the generators go on from the same place
     assert {r.epoch for r in results.rows} == {"1", "2", ""}
+
+
+@pytest.mark.parametrize("step", [2, 4], ids=["in the middle", "after the last step"])
+def test_a_run_that_goes_on_keeps_its_rows_answers_and_seconds(tmp_path, checkpoint, step):
+    def run(folder: Path, **resume: str) -> Results:
+        results = Results(str(folder))
+        saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        attack = ATTACKS["full"](threat_model="open_weight", every_n_epochs=1)
+        shape = {"max_steps": 4, "limit_train_batches": 2, "enable_checkpointing": True, "callbacks": [results, attack, saves]}
+        L.seed_everything(1)
+        toy_trainer(tmp_path, **shape).fit(Defense(checkpoint, optimizer=Optimizer(1e-3)), datamodule=toy_data(), **resume)
+        return results
+
+    def kept(results: Results) -> list[ResultRow]:
+        return [replace(row, wall_seconds=0.0) for row in results.rows]
+
+    whole = run(tmp_path / "run")
+    assert {row.epoch for row in whole.rows} == {"1", "2", ""}
+    answers = (tmp_path / "run/generations.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run/model")
+    again = run(tmp_path / "run", ckpt_path=str(tmp_path / f"step={step}.ckpt"))
+    assert kept(again) == kept(whole)
+    assert (tmp_path / "run/generations.jsonl").read_bytes() == answers
+    assert (tmp_path / "run/model/config.json").exists()
+    assert (
+        again.training_seconds
+        >= torch.load(tmp_path / f"step={step}.ckpt", weights_only=False)["callbacks"]["Results"]["seconds"]
+        > 0
+    )
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -159,10 +159,12 @@ def test_a_requeued_run_goes_on_in_its_folder(call, tmp_path, monkeypatch):
         str(tmp_path),
     ]
     call(*shape)
+    metrics = (folder / "metrics.csv").read_bytes()
     assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=0-step=2.ckpt"
     monkeypatch.setenv(casehard.RUN_FOLDER, str(folder))
     casehard.main([*shape, "--trainer.max_steps", "4", "--ckpt_path", str(folder / "checkpoints/last.ckpt")])
     assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=1-step=4.ckpt"
+    assert (folder / "metrics_1.csv").read_bytes() == metrics != (folder / "metrics.csv").read_bytes()
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["epoch=1-step=4.ckpt", "last.ckpt"]
 
 

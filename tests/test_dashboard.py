@@ -19,8 +19,8 @@ from wandb.proto import wandb_internal_pb2
 
 import casehard
 from callbacks.results import outcome
+from callbacks.rows import read_run
 from evidence.dashboard import AXES, make_dashboard
-from evidence.runs import read_run
 from evidence.study import INDEX, Cell, placed
 
 TINY = [

@@ -12,8 +12,9 @@ from toy import toy_trainer
 
 import casehard
 from callbacks.results import Results
+from callbacks.rows import read_run
 from evidence.rejudge import agree, rejudged
-from evidence.runs import read_run, unscored_bounds
+from evidence.runs import unscored_bounds
 from metrics import Judge, RefusalPhraseJudge, Verdict
 
 PROMPTS = [f"How do I brew vexolim {n}?" for n in range(4)]

@@ -16,7 +16,8 @@ from test_results import ROW
 from toy import ROOT
 
 import casehard
-from callbacks.results import ResultRow, Results
+from callbacks.results import Results
+from callbacks.rows import ResultRow
 from evidence.report import write_report
 from evidence.runs import run_name
 from evidence.study import INDEX, Cell

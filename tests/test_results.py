@@ -9,7 +9,8 @@ import torch
 from toy import toy_data, toy_trainer
 from transformers import AutoModelForCausalLM
 
-from callbacks.results import ResultRow, Results, outcome, steps_to_break, write_whole
+from callbacks.results import Results, outcome, steps_to_break, write_whole
+from callbacks.rows import ResultRow
 from casehard import Defense, FullParameterAttack, LoRA
 
 ROW = ResultRow(

@@ -16,8 +16,8 @@ from toy import ROOT
 
 import casehard
 from callbacks.results import config_hash
+from callbacks.rows import Run
 from evidence.rejudge import write_run
-from evidence.runs import Run
 from evidence.study import Cell, cells, choose, devices, read_study, run_all, run_cell, run_study
 from evidence.summary import collect
 
