@@ -123,7 +123,7 @@ def verdict(found: Interval | None) -> str:
 
 
 def collect(folders: Iterable[str | Path]) -> list[Series]:
-    """The series of all runs: of run folders, and of the finished cells of study folders.
+    """The series of all runs: of run folders, and of the finished cells of study folders; by threat model, attack and defense.
 
     Raises:
         ValueError: nothing to report, or two runs hold the same evaluation with different results.
@@ -153,7 +153,8 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
         raise ValueError(
             "runs must hold results, and there are none. Name folders such as runs/EXPERIMENT/VERSION, or a study's."
         )
-    return list(series.values())
+    by_threat = grouped(list(series.values()), lambda s: s.threat_model).values()
+    return [one for members in by_threat for attack in grouped(members, lambda s: s.attack).values() for one in attack]
 
 
 def _runs(folder: Path) -> list[tuple[Path, str, str]]:
