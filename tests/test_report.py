@@ -17,7 +17,7 @@ from toy import ROOT
 
 import casehard
 from callbacks.results import ResultRow, Results
-from evidence.report import write_report
+from evidence.report import COLUMNS, THREATS, write_report
 from evidence.runs import run_name
 from evidence.study import INDEX, Cell
 from evidence.summary import collect, difference, verdict
@@ -137,7 +137,27 @@ def test_table_says_what_was_measured(study, tmp_path):
     assert "baseline" in plain
     assert "10 (10 to 50, 50%) seeds: 50, 10" in plain
     assert any("Plain SFT 0 680 1320 201" in row for row in page.rows)
-    assert any(row.startswith("LoRA, 10% SBR 50 8 1.5") for row in page.rows)
+    assert "LoRA, 10% At a fine-tuning service SBR 50 8 1.5" in page.rows
+
+
+def test_every_column_is_explained_and_same_names_under_two_threat_models_are_told_apart(tmp_path):
+    for threat in THREATS:
+        record(tmp_path / threat, replace(ROW, threat_model=threat), dict.fromkeys(STEPS, 3))
+    path = write_report([str(tmp_path / threat) for threat in THREATS], str(tmp_path / "report"), "Two threats")
+    text, page = path.read_text(), Page(path)
+    assert re.findall("<dt>(.*?)</dt>", text) == [*re.findall('<th scope="col">(.*?)</th>', text)[: len(COLUMNS)], "\u2013"]
+    titles = [title for title, _ in THREATS.values()]
+    assert [row for row in page.rows if "SBR 50 8 1.5" in row] == [
+        f"LoRAAttack, adamw 0.001, poison 0.1 {title} SBR 50 8 1.5" for title in titles
+    ]
+    assert re.findall("<h3 .*?<small>(.*?)</small></h3>", text) == titles
+
+
+def test_series_stand_by_threat_model_and_attack_whatever_the_order_of_the_runs(study):
+    cells = json.loads((study / INDEX).read_text())
+    (study / INDEX).write_text(json.dumps(cells[::-1]))
+    found = [(s.threat_model, s.defense) for s in collect([study])]
+    assert found == [(threat, name) for threat in ("open_weight", "finetuning_service") for name in ("SBR", "Plain SFT")]
 
 
 def test_difference_is_paired_and_its_verdict_is_in_words(study):
