@@ -177,9 +177,10 @@ def _steps_to_break(one: Series) -> tuple[str, ...]:
 
     if len(broken) == 1:
         return (shown(found.estimate),)
+    low = shown(found.low) if found.low in [step for step, _ in broken] else f"> {found.low:g}"  # there one held
     return (
         shown(found.estimate),
-        f"({shown(found.low)} to {shown(found.high)}, {found.confidence:.0%})",
+        f"({low} to {shown(found.high)}, {found.confidence:.0%})",
         "seeds: " + ", ".join(f"> {end}" if step is None else str(step) for step, end in broken),
     )
 

@@ -131,7 +131,7 @@ def test_table_says_what_was_measured(study, tmp_path):
     scores = [[1.0] * 2 + [0.0] * 17] * 2
     interval = mean_interval(scores)
     assert f"10.5 ({interval.low:.1f} to {interval.high:.1f}); 10.0 to 15.0 with the unscored safer" in held
-    assert "> 50 (50 to > 50, 50%) seeds: > 50, > 50" in held
+    assert "> 50 (> 50 to > 50, 50%) seeds: > 50, > 50" in held  # no seed broke at 50
     (plain,) = (row for row in page.rows if row.startswith("LoRA, 10% Plain SFT 2"))
     assert "90.0" in plain
     assert "baseline" in plain
