@@ -73,6 +73,11 @@ class Series:
             return Interval(self.mean("harmful_score", step), math.nan, math.nan)
         return mean_interval(self.scores(step, prompts, self.seeds))
 
+    @property
+    def poisoned(self) -> bool:
+        """Whether there was anything to break it: nothing is poison in benign fine-tuning."""
+        return any(entry.row.poison_ratio for by_step in self.entries.values() for entry in by_step.values())
+
     def broken_at(self) -> list[tuple[int | None, int]]:
         """Of every seed: the first scored step at which it had broken (None: it held), and the last scored step."""
         found = []
