@@ -1,6 +1,7 @@
 """The report's pictures: colours that colour-blind readers tell apart (Okabe and Ito), and never by colour alone."""
 
 import math
+import textwrap
 from itertools import cycle, zip_longest
 from typing import Any
 
@@ -16,7 +17,7 @@ from callbacks.results import BROKEN
 from evidence.summary import Series, grouped
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"  # one more than colours: no two of 56 defenses look alike
 LINES = ("-", "--", "-.", ":")
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
 
@@ -41,7 +42,7 @@ def curves(attacks: list[list[Series]], style: Style) -> Figure:
         if members:
             _curve(ax, members, style)
             threat = f"\n{members[0].threat_model.replace('_', ' ')}" if len(threats) > 1 else ""
-            ax.set_title(members[0].attack + threat, fontsize=10)
+            ax.set_title(textwrap.fill(members[0].attack, 44) + threat, fontsize=10)
         else:
             ax.axis("off")
     _legend(figure, *axes.flat)
@@ -72,7 +73,7 @@ def _by_step(ax: Axes, series: list[Series], room: float = 0.08) -> None:
     ax.set_xlim(-0.3 * first, 1.1 * max(steps[-1], first))
     ax.set_xticks(steps, _with_room(steps, ax.xaxis.get_transform().transform(np.array(steps, dtype=float)), room))
     ax.minorticks_off()
-    ax.set_xlabel("attack step")
+    ax.set_xlabel("attack step (log scale)")
 
 
 def _with_room(steps: list[int], places: np.ndarray, room: float) -> list[str]:
@@ -85,24 +86,36 @@ def _with_room(steps: list[int], places: np.ndarray, room: float) -> list[str]:
 
 
 def _legend(figure: Figure, *axes: Axes) -> None:
-    """One for all panels, each name once."""
+    """One for all panels, each name once, in as many columns as have room; the figure grows by its rows."""
     handles = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
+    names = [textwrap.fill(name, 40) for name in handles]
+    letters = 11 * figure.get_figwidth()  # of a line; a mark takes 5
+    columns = max(1, min(3, len(names), int(letters / (5 + _longest(names)))))
+    lines = sum(name.count("\n") + 1 for name in names) / columns
+    figure.set_figheight(figure.get_figheight() + 0.22 * max(0.0, math.ceil(lines) - 1))
+    figure.legend(handles.values(), names, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _longest(names: list[str]) -> int:
+    """Letters of the longest line."""
+    return max(len(line) for name in names for line in name.split("\n"))
 
 
 def breaking(series: list[Series], style: Style) -> Figure:
     """Steps to break: a mark a seed, hollow with an arrow where the model held; a bar at the median."""
-    figure, ax = plt.subplots(figsize=(5, 1 + 0.55 * len(series)), layout="constrained")
+    names = [f"{textwrap.fill(one.defense, 28)}\n{textwrap.fill(one.attack, 28)}" for one in series]
+    row = max(0.55, 0.16 * max(name.count("\n") + 2 for name in names))  # inches
+    figure, ax = plt.subplots(figsize=(5, 1 + row * len(series)), layout="constrained")
     for y, one in enumerate(series):
         look = style[one.defense]
         for n, (step, last) in enumerate(one.broken_at()):
-            at = y + 0.16 * (n - (len(one.seeds) - 1) / 2)
+            at = y + min(0.22, 0.7 / len(one.seeds)) * (n - (len(one.seeds) - 1) / 2)
             mark = {"marker": ">", "fillstyle": "none"} if step is None else {"marker": look["marker"]}
-            ax.plot(last if step is None else step, at, color=look["color"], **mark)
+            ax.plot(last if step is None else step, at, color=look["color"], markersize=5, **mark)
         median = one.steps_to_break().estimate
         if math.isfinite(median):
             ax.plot([median, median], [y - 0.35, y + 0.35], color=look["color"], linewidth=2)
-    ax.set_yticks(range(len(series)), [f"{one.defense}\n{one.attack}" for one in series], fontsize=9)
+    ax.set_yticks(range(len(series)), names, fontsize=9)
     _by_step(ax, series, room=0.13)  # beside long names
     ax.invert_yaxis()
     return figure
@@ -114,15 +127,18 @@ def heat_map(series: list[Series]) -> Figure:
     values = np.full((len(attacks), len(defenses)), np.nan)
     for one in series:
         values[attacks.index(one.attack), defenses.index(one.defense)] = one.harmful_score(one.steps[-1]).estimate
-    figure, ax = plt.subplots(figsize=(5, 1.4 + 0.7 * len(attacks)), layout="constrained")
+    names = [textwrap.fill(name, 34) for name in defenses]
+    upright = len(names) * _longest(names) > 45  # they would touch
+    height = 1.1 + 0.7 * len(attacks) + (0.09 * _longest(names) if upright else 0.3)
+    figure, ax = plt.subplots(figsize=(5, height), layout="constrained")
     image = ax.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
-        shown = "not run" if math.isnan(value) else f"{value:.0f}"
+        shown = "not\nrun" if math.isnan(value) else f"{value:.0f}"
         ax.text(x, y, shown, ha="center", va="center", color="white" if value < 55 else "black")
-    ax.set_xticks(range(len(defenses)), [name.replace(" ", "\n") for name in defenses])
-    ax.set_yticks(range(len(attacks)), [name.replace(", ", ",\n") for name in attacks], fontsize=9)
+    ax.set_xticks(range(len(names)), names, fontsize=9, rotation=90 if upright else 0)
+    ax.set_yticks(range(len(attacks)), [textwrap.fill(name, 20) for name in attacks], fontsize=9)
     ax.grid(False)
-    figure.colorbar(image, label="harmful score (%)")
+    figure.colorbar(image, label="harmful score (%), less is safe")
     return figure
 
 

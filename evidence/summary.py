@@ -74,6 +74,11 @@ class Series:
             return Interval(self.mean("harmful_score", step), math.nan, math.nan)
         return mean_interval(self.scores(step, prompts, self.seeds))
 
+    @property
+    def poisoned(self) -> bool:
+        """Whether there was anything to break it: nothing is poison in benign fine-tuning."""
+        return any(entry.row.poison_ratio for by_step in self.entries.values() for entry in by_step.values())
+
     def broken_at(self) -> list[tuple[int | None, int]]:
         """Of every seed: the first scored step at which it had broken (None: it held), and the last scored step."""
         found = []
@@ -124,7 +129,7 @@ def verdict(found: Interval | None) -> str:
 
 
 def collect(folders: Iterable[str | Path]) -> list[Series]:
-    """The series of all runs: of run folders, and of the finished cells of study folders.
+    """The series of all runs: of run folders, and of the finished cells of study folders; by threat model, attack and defense.
 
     Raises:
         ValueError: nothing to report, or two runs hold the same evaluation with different results.
@@ -154,7 +159,8 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
         raise ValueError(
             "runs must hold results, and there are none. Name folders such as runs/EXPERIMENT/VERSION, or a study's."
         )
-    return list(series.values())
+    by_threat = grouped(list(series.values()), lambda s: s.threat_model).values()
+    return [one for members in by_threat for attack in grouped(members, lambda s: s.attack).values() for one in attack]
 
 
 def _runs(folder: Path) -> list[tuple[Path, str, str]]:

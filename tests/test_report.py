@@ -2,15 +2,19 @@ import csv
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, ClassVar
 
+import matplotlib.pyplot as plt
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from playwright.sync_api import Browser, sync_playwright
 from test_results import ROW
 from toy import ROOT
@@ -18,10 +22,11 @@ from toy import ROOT
 import casehard
 from callbacks.results import Results
 from callbacks.rows import ResultRow
-from evidence.report import write_report
+from evidence import plots
+from evidence.report import COLUMNS, THREATS, write_report
 from evidence.runs import run_name
 from evidence.study import INDEX, Cell
-from evidence.summary import collect, difference, verdict
+from evidence.summary import collect, difference, grouped, verdict
 from metrics import Verdict
 from metrics.statistics import Interval, mean_interval, paired_difference
 
@@ -106,7 +111,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._row:
-            self.rows[-1] = f"{self.rows[-1]} {data.strip()}".strip()
+            self.rows[-1] = " ".join(f"{self.rows[-1]} {data}".split())
 
 
 def test_page_is_whole_in_one_file_and_every_number_leads_to_a_config(study, tmp_path):
@@ -131,14 +136,34 @@ def test_table_says_what_was_measured(study, tmp_path):
     (held,) = (row for row in page.rows if row.startswith("LoRA, 10% SBR 2"))
     scores = [[1.0] * 2 + [0.0] * 17] * 2
     interval = mean_interval(scores)
-    assert f"10.5 ({interval.low:.1f} to {interval.high:.1f}); 10.0 to 15.0 with the unscored safer" in held
-    assert "> 50 (50 to > 50, 50%) seeds: > 50, > 50" in held
+    assert f"10.5 ({interval.low:.1f} to {interval.high:.1f}) unscored: 10.0 to 15.0 safer" in held
+    assert "> 50 (> 50 to > 50, 50%) seeds: > 50, > 50" in held  # no seed broke at 50
     (plain,) = (row for row in page.rows if row.startswith("LoRA, 10% Plain SFT 2"))
     assert "90.0" in plain
     assert "baseline" in plain
     assert "10 (10 to 50, 50%) seeds: 50, 10" in plain
     assert any("Plain SFT 0 680 1320 201" in row for row in page.rows)
-    assert any(row.startswith("LoRA, 10% SBR 50 8 1.5") for row in page.rows)
+    assert "LoRA, 10% At a fine-tuning service SBR 50 8 1.5" in page.rows
+
+
+def test_every_column_is_explained_and_same_names_under_two_threat_models_are_told_apart(tmp_path):
+    for threat in THREATS:
+        record(tmp_path / threat, replace(ROW, threat_model=threat), dict.fromkeys(STEPS, 3))
+    path = write_report([str(tmp_path / threat) for threat in THREATS], str(tmp_path / "report"), "Two threats")
+    text, page = path.read_text(), Page(path)
+    assert re.findall("<dt>(.*?)</dt>", text) == [*re.findall('<th scope="col">(.*?)</th>', text)[: len(COLUMNS)], "\u2013"]
+    titles = [title for title, _ in THREATS.values()]
+    assert [row for row in page.rows if "SBR 50 8 1.5" in row] == [
+        f"LoRAAttack, adamw 0.001, poison 0.1 {title} SBR 50 8 1.5" for title in titles
+    ]
+    assert re.findall("<h3 .*?<small>(.*?)</small></h3>", text) == titles
+
+
+def test_series_stand_by_threat_model_and_attack_whatever_the_order_of_the_runs(study):
+    cells = json.loads((study / INDEX).read_text())
+    (study / INDEX).write_text(json.dumps(cells[::-1]))
+    found = [(s.threat_model, s.defense) for s in collect([study])]
+    assert found == [(threat, name) for threat in ("open_weight", "finetuning_service") for name in ("SBR", "Plain SFT")]
 
 
 def test_difference_is_paired_and_its_verdict_is_in_words(study):
@@ -230,6 +255,39 @@ def test_a_run_goes_by_its_experiment_and_version(tmp_path, monkeypatch, folder)
     assert run_name(tmp_path / folder) == run_name(Path()) == folder
 
 
+def sticks_out(box: Bbox, page: Bbox) -> bool:
+    """By more than a pixel."""
+    return min(box.x0 - page.x0, box.y0 - page.y0, page.x1 - box.x1, page.y1 - box.y1) < -1
+
+
+def test_pictures_have_room_for_long_names_and_many_defenses(tmp_path):
+    long = "Safety Bottleneck Regularization with 48 anchors and a weight of 50"
+    pairs = [(defense, "LoRA") for defense in ("Plain SFT", long, *(f"Defense {n}" for n in range(7)))]
+    pairs += [(defense, "AllParametersUnderANameWithoutAnySpaces, adafactor") for defense, _ in pairs[:-1]]  # one was not run
+    for defense, attack in pairs:
+        record(tmp_path / defense / attack, replace(ROW, defense=defense, attack=attack), {0: 0, 10: 3, 500: 20})
+    series = collect(tmp_path / defense / attack for defense, attack in pairs)
+    style = plots.styles(series)
+    assert len({(look["color"], look["marker"]) for look in style.values()}) == 9  # marks alone tell them apart
+    figures = [plots.curves([members], style) for members in grouped(series, lambda s: s.attack).values()]
+    for figure in [*figures, plots.breaking(series, style), plots.heat_map(series), plots.trade_off(series, style)]:
+        with warnings.catch_warnings(action="error"):  # such as axes that collapsed to nothing
+            figure.draw_without_rendering()
+        texts = [text for text in figure.findobj(Text) if re.search("[a-z]", text.get_text())]
+        cut = [t.get_text() for t in texts if sticks_out(t.get_window_extent(), figure.bbox)]
+        assert len(texts) > 9
+        assert not cut
+        assert all(ax.get_window_extent().height > 100 for ax in figure.axes)  # pixels
+        plt.close(figure)
+
+
+def test_what_is_not_poisoned_has_no_picture_of_steps_to_break(tmp_path):
+    record(tmp_path / "run", replace(ROW, poison_ratio=0.0), {0: 0, 50: 20})
+    folder = write_report([str(tmp_path / "run")], str(tmp_path / "report"), "A run").parent
+    assert (folder / "finetuning_service-heat_map.png").exists()
+    assert not (folder / "finetuning_service-steps_to_break.png").exists()
+
+
 def test_runs_without_answers_have_no_intervals(tmp_path):
     record(tmp_path / "run", ROW, dict.fromkeys(STEPS, 3))
     (tmp_path / "run" / "generations.jsonl").unlink()
@@ -276,4 +334,15 @@ def test_the_page_fits_its_window_and_breaks_no_rule_of_accessibility(study, tmp
     found = Axe().run(page, options={"runOnly": RULES})
     assert len(found.response["passes"]) > 20
     assert not found.response["violations"], found.generate_report()
+    page.close()
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+def test_no_number_of_a_table_must_be_scrolled_to(tmp_path, browser, width):
+    row = replace(ROW, attack="AllParametersUnderANameWithoutAnySpaces")
+    for seed in range(8):
+        record(tmp_path / f"{seed}", replace(row, seed=seed), {0: 0, 1000: seed % 2}, unscored=1)
+    page = browser.new_page(viewport={"width": width, "height": 1000})
+    page.goto(write_report([str(tmp_path / f"{seed}") for seed in range(8)], str(tmp_path / "report"), "Seeds").as_uri())
+    assert max(page.evaluate("[...document.querySelectorAll('td *')].map(e => e.getBoundingClientRect().right)")) <= width
     page.close()
