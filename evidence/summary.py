@@ -4,17 +4,21 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
 from callbacks.results import DONE, first_broken
 from callbacks.rows import Answer, ResultRow, read_run
-from evidence.runs import unscored_bounds
+from evidence.runs import own_file, unscored_bounds
 from evidence.study import INDEX, Cell
 from metrics.statistics import Interval, mean_interval, median_steps_to_break, paired_difference
 
 UNDEFENDED = "undefended"
+ROWS = ("benign", "harmful", "harmful_prompts", "benign_prompts", "task", "num_evaluated", "max_new_tokens")  # of an attack
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class Series:
     def stage(self) -> str:
         """The defense's stage: ``none`` for a baseline."""
         return self.at(self.steps[-1])[0].row.stage
+
+    @property
+    def first(self) -> Entry:
+        """Any of its entries."""
+        return next(iter(next(iter(self.entries.values())).values()))
 
     def at(self, step: int) -> list[Entry]:
         """The entries of a step, by seed."""
@@ -132,7 +141,8 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
     """The series of all runs: of run folders, and of the finished cells of study folders; by threat model, attack and defense.
 
     Raises:
-        ValueError: nothing to report, or two runs hold the same evaluation with different results.
+        ValueError: nothing to report; two runs that hold the same evaluation with different results; or runs of one series with
+            different settings.
     """
     named = [found for folder in folders for found in _runs(Path(folder))]
     read = [(read_run(folder), defense, attack) for folder, defense, attack in named]
@@ -148,7 +158,13 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
                 defense or (UNDEFENDED if row.defense == "none" else row.defense),
             )
             one = series.setdefault((row.threat_model, *labels), Series(row.threat_model, *labels))
-            kept = one.entries.setdefault(row.seed, {}).setdefault(row.num_attack_steps, Entry(row, answers, run.folder))
+            entry = Entry(row, answers, run.folder)
+            if one.entries and (setting := _unlike(one.first, entry)):
+                raise ValueError(
+                    f"runs must have the same settings to be seeds of one series, and {one.first.folder} and {run.folder} differ "
+                    f"in {setting} ({labels[0]}, {labels[1]}). Leave one out, or give both names of their own in a study."
+                )
+            kept = one.entries.setdefault(row.seed, {}).setdefault(row.num_attack_steps, entry)
             if kept.row.harmful_score != row.harmful_score and not math.isnan(row.harmful_score):
                 raise ValueError(
                     f"runs must hold every evaluation once, and {kept.folder} and {run.folder} differ in {labels[0]}, "
@@ -161,6 +177,37 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
         )
     by_threat = grouped(list(series.values()), lambda s: s.threat_model).values()
     return [one for members in by_threat for attack in grouped(members, lambda s: s.attack).values() for one in attack]
+
+
+def _unlike(ours: Entry, theirs: Entry) -> str:
+    """A setting that the rows rest on and in which their runs differ, "" where none is known."""
+    if ours.folder == theirs.folder:
+        return ""
+    mine, others = _settings(ours), _settings(theirs)
+    return next((name for name in mine if name in others and mine[name] != others[name]), "")
+
+
+def _settings(entry: Entry) -> dict[str, Any]:
+    config, row = _config(own_file(entry.folder, "config.yaml")), entry.row
+    found = {f"data.{name}": config["data"][name] for name in ROWS if name in config.get("data", {})}
+    for callback in config.get("trainer", {}).get("callbacks") or []:
+        own = callback.get("init_args", {})
+        name, rate = own.get("name") or callback["class_path"].rpartition(".")[2], own.get("optimizer", {}).get("learning_rate")
+        known_by = (name, own.get("threat_model"), rate, own.get("poison_ratio"))
+        if known_by == (row.attack, row.threat_model, row.learning_rate, row.poison_ratio):
+            found |= {f"{row.attack}.{name}": value for name, value in own.items() if name not in ("name", "seed", "score_steps")}
+    tested = "verbose" in config  # what `lightning test` has and `lightning fit` has not: alignment is over there
+    if row.defense != "none" and not (tested and row.stage == "alignment"):
+        of_model = config.get("model", {}).get("init_args", {})
+        found |= {
+            f"model.{name}": value for name, value in of_model.items() if name != "checkpoint"
+        }  # each seed may have its own
+    return found
+
+
+@cache
+def _config(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}  # type: ignore[no-any-return]
 
 
 def _runs(folder: Path) -> list[tuple[Path, str, str]]:

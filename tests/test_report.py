@@ -296,6 +296,34 @@ def test_runs_without_answers_have_no_intervals(tmp_path):
     assert "(nan" not in write_report([str(tmp_path / "run")], str(tmp_path / "report"), "A run").read_text()
 
 
+@pytest.mark.parametrize(
+    ("setting", "ours", "theirs"),
+    [
+        ("LoRAAttack.batch_size", {"attack": {"batch_size": 8}}, {"attack": {"batch_size": 64}}),
+        ("model.anchor_weight", {"model": {"anchor_weight": 50.0}}, {"model": {"anchor_weight": 5000.0}}),
+        ("data.harmful", {"data": {"harmful": ["a"]}}, {"data": {"harmful": ["b"]}}),
+    ],
+)
+def test_runs_of_different_settings_are_no_seeds_of_one_series(tmp_path, setting, ours, theirs):
+    known = {
+        "threat_model": ROW.threat_model,
+        "poison_ratio": ROW.poison_ratio,
+        "optimizer": {"learning_rate": ROW.learning_rate},
+    }
+    for seed, own in enumerate((ours, theirs)):
+        folder = tmp_path / str(seed)
+        record(folder, replace(ROW, seed=seed), {0: 1, 5: 3})
+        attack = {"class_path": f"callbacks.{ROW.attack}", "init_args": known | own.get("attack", {}) | {"seed": seed}}
+        model = {"init_args": {"checkpoint": str(seed)} | own.get("model", {})}
+        config = {"trainer": {"callbacks": [attack]}, "model": model, "data": {"seed": seed} | own.get("data", {})}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert len(collect([tmp_path / "0"])) == 1
+    with pytest.raises(
+        ValueError, match=rf"runs must have the same settings .*0 and .*1 differ in {setting} \({ROW.attack}.*, SBR\)"
+    ):
+        collect([tmp_path / "0", tmp_path / "1"])
+
+
 def test_bad_input_is_told_so(tmp_path):
     record(tmp_path / "a", ROW, {0: 1, 5: 3})
     record(tmp_path / "b", ROW, {0: 1, 5: 4})
