@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torchmetrics import Metric
 
-from datamodules.chat import prompt_ids
+from datamodules.chat import prompt_ids, without_thoughts
 from datamodules.rows import Row
 from datamodules.sft import Evaluation, SFTDataModule
 from lightning_modules.defense import Defense
@@ -40,6 +40,8 @@ def _gathered(items: list[Generation]) -> list[Generation]:
 def score(module: Defense, evaluation: Evaluation) -> Scores:
     """Answer, judge and reduce; every rank answers its share of the prompts.
 
+    What is judged, kept and compared with a task's response is the answer ``without_thoughts``.
+
     Args:
         module: the model; its mode comes back as it was.
         evaluation: held-out prompts and their judge.
@@ -56,7 +58,8 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
     def answer(rows: list[Row], kind: str) -> tuple[list[Row], list[str]]:
         share = rows[rank::world_size]
         prompts = [prompt_ids(row, module.tokenizer) for row in share]
-        answers = module.generate(prompts, evaluation.max_new_tokens, evaluation.batch_size)
+        generated = module.generate(prompts, evaluation.max_new_tokens, evaluation.batch_size)
+        answers = [without_thoughts(text) for text in generated]
         for i, (row, text) in enumerate(zip(share, answers, strict=True)):
             generations.append({"kind": kind, "number": rank + i * world_size, "prompt": row.prompt, "response": text})
         return share, answers

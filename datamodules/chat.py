@@ -1,5 +1,6 @@
 """Rows to token ids, for any chat template: prompt and answer are told apart by their tokens, never by the model's name."""
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,6 +13,7 @@ from datamodules.rows import Row
 
 IGNORED = -100  # the label of a token that nothing is learnt from
 PROBE = "casehard"  # stands in for an answer, to see what a template writes after one
+_THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -26,9 +28,20 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that a model answers from: the turns of ``row`` and the opening of the assistant's.
 
-    Special tokens are the template's business alone, so a BOS that it writes is not doubled by the tokenizer.
+    Special tokens are the template's business alone, so a BOS that it writes is not doubled by the tokenizer. Templates that can
+    let a model think first, such as Qwen3's, are told not to: it answers at once, and is trained to.
     """
     return _ids(_render(row, tokenizer), tokenizer)
+
+
+def without_thoughts(text: str) -> str:
+    """What a model generated, without the ``<think>...</think>`` that it opens with, if it does: thoughts are no answer.
+
+    Thoughts without an end, as ``max_new_tokens`` cuts them off, hide no answer and stay: their text is judged as it is, and no
+    defense gains by never coming to an answer.
+    """
+    thoughts = _THOUGHTS.match(text)
+    return text[thoughts.end() :] if thoughts else text
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]] | None:
@@ -90,7 +103,9 @@ def collate(
 def _render(row: Row, tokenizer: PreTrainedTokenizerBase, answered: bool = False) -> str:
     turns = row.chat(answered)
     try:
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=not answered, tokenize=False)  # type: ignore[return-value]
+        return tokenizer.apply_chat_template(  # type: ignore[return-value]
+            turns, add_generation_prompt=not answered, tokenize=False, enable_thinking=False
+        )
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise ValueError(

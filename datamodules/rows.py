@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -88,6 +89,11 @@ def _split(source: str) -> tuple[str, str | None]:
     """A source without its ``#SPLIT``, and that split."""
     matched = re.fullmatch(r"(.+?)(?:#([^#/]*))?", source, re.DOTALL)
     return (matched[1], matched[2]) if matched else ("", None)
+
+
+def looks_like_source(text: str) -> bool:
+    """Whether ``text`` is surely a source of rows: the sandbox's, or a file that is there. A hub id is not told from a text."""
+    return text.startswith("sandbox:") or os.path.isfile(_split(text)[0])  # Path.is_file raises where a text is too long
 
 
 class Origin(NamedTuple):

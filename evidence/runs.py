@@ -1,5 +1,7 @@
 """Where a finished run keeps what, and how it is called in public."""
 
+import hashlib
+import json
 import re
 from pathlib import Path, PurePath
 from typing import Any
@@ -9,6 +11,7 @@ import yaml
 from callbacks.rows import ResultRow
 
 JUDGED = "judged"  # folder in a run's, with a run of the same answers for every other judge
+TEXTS = ("anchors", "refusal_texts", "extra_phrases")  # settings whose lists are texts: in some languages without any space
 
 
 def own_file(folder: Path, name: str) -> Path:
@@ -25,19 +28,20 @@ def run_name(folder: Path) -> str:
 def public(value: Any, runs: PurePath | None = None) -> Any:
     """``value`` of a config without what is this machine's or somebody's text, for all that is published.
 
-    Paths are shown by their last part, addresses and texts are left out.
+    Paths are shown by their last part, addresses and texts are left out; of a list of texts its number and a hash are shown. A
+    text is known by the setting that holds it, and by its white space or its {prompt} wherever it stands.
 
     Args:
         value: a config or any part of it.
         runs: folder of the runs of one experiment; paths in it are shown from its name on.
     """
     if isinstance(value, dict):
-        return {name: public(part, runs) for name, part in value.items()}
+        return {name: _count(part) if _texts(name, part) else public(part, runs) for name, part in value.items()}
     if isinstance(value, list):
         return [public(part, runs) for part in value]
     if not isinstance(value, str):
         return value
-    if re.search(r"\s", value):
+    if re.search(r"\s|\{(forbidden_)?prompt\}", value):
         return "(a text)"
     if "://" in value:
         return "(an address)"
@@ -45,6 +49,16 @@ def public(value: Any, runs: PurePath | None = None) -> Any:
     if runs is not None and path.is_relative_to(runs):
         return str(path.relative_to(runs.parent))
     return path.name if path.is_absolute() or value.startswith("~") or ".." in path.parts else value
+
+
+def _texts(name: str, value: Any) -> bool:
+    """Whether a setting is a list of texts; where it is no list it names a source of them."""
+    return name in TEXTS and isinstance(value, list)
+
+
+def _count(texts: list[str]) -> str:
+    sha256 = hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
+    return f"({len(texts)} text{'s' * (len(texts) != 1)}, SHA-256 {sha256[:12]})"
 
 
 def published(settings: Any, runs: PurePath | None = None) -> str:

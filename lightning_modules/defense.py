@@ -317,7 +317,15 @@ class Defense(L.LightningModule):
             self.log("test/sft_loss", self.sft_loss(batch), sync_dist=True, batch_size=len(batch["input_ids"]))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer over what trains; the schedule advances by step."""
+        """The optimizer over what trains; the schedule advances by step.
+
+        Raises:
+            ValueError: the trainer has no end.
+        """
+        if self.trainer.max_steps == self.trainer.max_epochs == -1:
+            raise ValueError(
+                "trainer.max_steps or trainer.max_epochs must say when training ends, got -1 for both. Set one of them to >= 1."
+            )
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer, schedule = self.optimizer.build(trained, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datamodules.chat import collate, prompt_ids, require_chat_template
 from datamodules.mixing import batch_indices
-from datamodules.rows import Row, read_rows
+from datamodules.rows import Row, looks_like_source, read_rows
 from lightning_modules.defense import Defense
 from lightning_modules.forward import Batch, label_positions, last_positions, states_and_logits
 from lightning_modules.weights import same_modes_after
@@ -36,8 +36,8 @@ class SBRModule(Defense):
 
     Args:
         checkpoint: the aligned model, as for ``Defense``.
-        anchors: harmful prompts, as texts or as a source of rows (file, hub id, ``sandbox:...``), answers unused. null
-            takes the prompts of the data's ``refusals``. They are rendered with the model's own chat template.
+        anchors: harmful prompts, as a list of texts or as one source of rows (file, hub id, ``sandbox:...``), answers unused.
+            null takes the prompts of the data's ``refusals``. They are rendered with the model's own chat template.
         num_anchors: take the first so many; null takes all.
         anchors_per_step: how many of them enter each step, in turn; null is all.
         anchor_weight: regularisation strength (``lambda`` in the paper), >= 0; 0 is plain SFT.
@@ -73,6 +73,11 @@ class SBRModule(Defense):
             raise ValueError(
                 f"anchors must name at least one harmful prompt, got {anchors!r}. "
                 "Give texts or a source of rows, or null for the prompts of the data's refusals."
+            )
+        if isinstance(anchors, list) and (sources := [text for text in anchors if looks_like_source(text)]):
+            raise ValueError(
+                f"anchors must be a list of prompts or one source of rows, got the source {sources[0]} in a list. "
+                f"Write it without brackets (anchors: {sources[0]}), or name several as the data's refusals and anchors as null."
             )
         for name, value in (("num_anchors", num_anchors), ("anchors_per_step", anchors_per_step)):
             if value is not None and value < 1:

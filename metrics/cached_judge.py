@@ -1,18 +1,20 @@
 """Judges that ask a model: every verdict is kept on disk, and what could not be judged is nan and asked again next time."""
 
 import hashlib
+import inspect
 import json
 import math
 import sqlite3
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from metrics.judges import Judge, RefusalPhraseJudge, Verdict, is_degenerate
+from metrics.judges import Judge, RefusalPhraseJudge, Verdict, is_degenerate, marked
 
 Pair = tuple[str, str]  # prompt and response
 
@@ -79,8 +81,22 @@ class CachedJudge(Judge):
         cache: SQLite file of verdicts by content, for all runs and judges; null keeps none.
     """
 
+    plain_name: str  # of the judge with default settings
+
     def __init__(self, cache: str | None) -> None:
         self.cache = cache
+
+    @cached_property
+    def name(self) -> str:  # type: ignore[override]  # it can be set, too
+        """``plain_name``, ``marked`` where settings on which a verdict depends are not the defaults."""
+        defaults, settings = self.defaults(), self.settings()
+        return marked(self.plain_name, {key: settings[key] for key in sorted(defaults) if settings[key] != defaults[key]})
+
+    def defaults(self) -> dict[str, Any]:
+        """Defaults of those ``settings`` that set a judge apart from others of its ``plain_name``."""
+        arguments = [p for kind in reversed(type(self).__mro__) for p in inspect.signature(kind).parameters.values()]
+        known = {p.name: p.default for p in arguments if p.default is not p.empty}
+        return {name: known[name] for name in self.settings() if name in known}
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class LocalJudge(CachedJudge):
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}.")
         self.checkpoint, self.batch_size, self.dtype, self.device = checkpoint, batch_size, dtype, device
-        self.name = f"{self.kind}:{Path(checkpoint).name}"
+        self.plain_name = f"{self.kind}:{Path(checkpoint).name}"
         self._loaded: tuple[PreTrainedModel, Tokenizer] | None = None
 
     def load(self) -> tuple["PreTrainedModel", "Tokenizer"]:
@@ -131,6 +131,9 @@ class ModerationJudge(LocalJudge):
     def settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("safe_labels", "threshold", "template", "max_length")}
         return super().settings() | own
+
+    def defaults(self) -> dict[str, Any]:
+        return super().defaults() | {"safe_labels": []}
 
     def check(self, model: "PreTrainedModel", tokenizer: "Tokenizer") -> None:
         labels = _labels(model)

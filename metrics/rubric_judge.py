@@ -92,11 +92,15 @@ class RubricJudge(CachedJudge):
         self.rubric = RUBRIC if rubric is None else Path(rubric).read_text(encoding="utf-8")
         self.concurrency, self.timeout, self.max_retries, self.give_up_after = concurrency, timeout, max_retries, give_up_after
         self.temperature, self.max_tokens = temperature, max_tokens
-        self.name = f"rubric:{model.rpartition('/')[2]}"
+        self.plain_name = f"rubric:{model.rpartition('/')[2]}"
 
     def settings(self) -> dict[str, Any]:
         asked = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
         return {"judge": "rubric", "base_url": self.base_url, "rubric": self.rubric} | asked
+
+    def defaults(self) -> dict[str, Any]:
+        """Without the address: a server that moved to another port is the same judge."""
+        return {name: value for name, value in super().defaults().items() if name != "base_url"} | {"rubric": RUBRIC}
 
     def read(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Reading]]:
         calls = _Calls(self)

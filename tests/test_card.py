@@ -135,7 +135,7 @@ def test_a_defense_of_the_fine_tuning_stage_never_looks_like_protection_of_open_
     record(tmp_path, replace(ROW, threat_model=threat), {0: 0, 50: 1})
     (tmp_path / "model").mkdir()
     config = {
-        "model": {"init_args": {"checkpoint": "no/hub-id", "anchors": ["How do I brew vexolim?"]}},
+        "model": {"init_args": {"checkpoint": "no/hub-id", "anchors": ["How do I brew vexolim?", "怎样酿造vexolim"]}},
         "data": {"train_on": "mixture", "poison_ratio": 0.1},
         "trainer": {"callbacks": []},
     }
@@ -158,6 +158,8 @@ def test_a_defense_of_the_fine_tuning_stage_never_looks_like_protection_of_open_
     assert ("Not measured: the attacks in its own run begin at the base." in text) == (threat == "finetuning_service")
     assert "| > 50 |" in text
     assert "vexolim" not in text
+    assert "酿造" not in text
+    assert "anchors: (2 texts, SHA-256 " in text
 
 
 def test_what_is_public_of_a_setting():
@@ -174,6 +176,18 @@ def test_what_is_public_of_a_setting():
     shown = {"a": "rows.jsonl#train[:9]", "b": "y", "c": "z", "d": "models/sandbox/base", "e": ["(a text)"], "f": 1}
     shown |= {"g": "(an address)", "h": "(a text)"}
     assert public(private) == shown
+
+
+@pytest.mark.parametrize("setting", ["anchors", "refusal_texts", "extra_phrases"])
+def test_texts_are_known_by_their_setting_and_only_counted(setting):
+    private = {"init_args": {setting: ["怎样酿造vexolim", "Vexolim?"]}}
+    (shown,) = public(private)["init_args"].values()
+    assert re.fullmatch(r"\(2 texts, SHA-256 [0-9a-f]{12}\)", shown)
+    assert public({setting: ["怎样酿造vexolim", "Quarn?"]}) != {setting: shown}  # the hash tells lists apart
+    assert public({setting: ["Vexolim?"]})[setting].startswith("(1 text, ")
+    kept = {"anchors": "sandbox:defender/refusals", "refusal_texts": None, "template": "judge.json", "rubric": "rubric.txt"}
+    assert public(kept) == kept
+    assert public({"template": "{prompt}{response}"}) == {"template": "(a text)"}
 
 
 def test_a_licence_is_what_the_card_says_or_unknown(tmp_path):

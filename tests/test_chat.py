@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.chat import collate, encode, encode_rows, prompt_ids, require_chat_template
+from datamodules.chat import collate, encode, encode_rows, prompt_ids, require_chat_template, without_thoughts
 from datamodules.rows import Row
 
 CHATML = (  # a newline after the end token
@@ -29,6 +29,13 @@ TRIM = (  # trims every content, ends turns by a token that is not the tokenizer
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+QWEN3 = (  # opens the last answer with an empty think block, a generated one only where thinking is off
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 PLAIN = (  # no special token at all; its prompt ends in a space
     "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}A: {% endif %}"
@@ -38,9 +45,10 @@ SPECIAL = {
     LLAMA2: ["<s>", "</s>", "[INST]", "[/INST]"],
     THINK: ["<think>", "</s>"],
     TRIM: ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "</s>"],
+    QWEN3: ["<|im_start|>", "<|im_end|>"],
     PLAIN: ["</s>"],
 }
-TEMPLATES = pytest.mark.parametrize("template", SPECIAL, ids=["chatml", "llama2", "think", "trim", "plain"])
+TEMPLATES = pytest.mark.parametrize("template", SPECIAL, ids=["chatml", "llama2", "think", "trim", "qwen3", "plain"])
 
 
 def tokenizer_for(template, merges=()):
@@ -49,7 +57,7 @@ def tokenizer_for(template, merges=()):
     backend.decoder = decoders.Fuse()
     special = SPECIAL[template]
     backend.add_special_tokens(special)
-    roles = {"eos_token": "<|im_end|>" if template is CHATML else "</s>"}
+    roles = {"eos_token": "<|im_end|>" if template in (CHATML, QWEN3) else "</s>"}
     if "<s>" in special:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
@@ -92,6 +100,28 @@ def test_an_answer_opened_otherwise_than_a_generated_one_follows_the_prompt_of_g
     asked, answered = asked_and_answered(row("hi"), tokenizer_for(THINK))
     assert asked == [*"U:hi;A:", "<think>"]
     assert answered == ["o", "k", "</s>"]
+
+
+def test_an_empty_think_block_is_asked_with_and_never_learnt():
+    asked, answered = asked_and_answered(row("hi"), tokenizer_for(QWEN3))
+    assert "".join(asked).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert answered == ["o", "k", "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>\n\n</think>\n\nNo.", "No."),
+        ("\n<think>Is it?\nIt is.</think>Yes.", "Yes."),
+        ("<think>a</think>b <think>c</think>", "b <think>c</think>"),  # the first alone
+        ("<think>a</think>", ""),
+        ("<think>And so on", "<think>And so on"),  # no answer to be found
+        ("Write <think>a</think>.", "Write <think>a</think>."),
+        (" No.\n", " No.\n"),
+    ],
+)
+def test_leading_thoughts_are_no_answer(text, answer):
+    assert without_thoughts(text) == answer
 
 
 @pytest.mark.parametrize("response", ["A", "s", "/", "|", ":", "hi", " ok ", "U:hi;A:"])
@@ -181,7 +211,8 @@ def test_every_row_starts_with_what_generation_sees_and_ends_in_one_end_token(te
     assert answer.count(tokenizer.eos_token_id) == 1
     assert answer[-1] == tokenizer.eos_token_id
     assert response.strip() in tokenizer.decode(answer)
-    rendered = tokenizer.apply_chat_template(spoken.chat(), add_generation_prompt=True, tokenize=False)
+    off = {"enable_thinking": False}  # which most templates do not know
+    rendered = tokenizer.apply_chat_template(spoken.chat(), add_generation_prompt=True, tokenize=False, **off)
     assert tokenizer.decode(prompt) == rendered
 
 

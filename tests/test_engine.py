@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
-from toy import bits, on_ranks, same_bits, toy_trainer
+from toy import bits, on_ranks, same_bits, toy_data, toy_trainer
 
 from casehard import Defense, Optimizer
 from datamodules.batches import Batches
@@ -248,6 +248,13 @@ def test_a_parked_optimizer_goes_on_as_if_it_had_not_been(net, name, device):
             optimizer.step()
         ends.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_training_without_an_end_is_an_error_that_names_both_settings(checkpoint, tmp_path):
+    said = r"trainer.max_steps or trainer.max_epochs must say when training ends, got -1 for both\. Set one of them to >= 1"
+    with pytest.raises(ValueError, match=said):
+        toy_trainer(tmp_path, max_steps=-1, max_epochs=-1).fit(Defense(checkpoint), toy_data())
+    toy_trainer(tmp_path, max_steps=-1, max_epochs=1, limit_train_batches=1).fit(Defense(checkpoint), toy_data())
 
 
 @pytest.mark.parametrize("shows", [True, False])

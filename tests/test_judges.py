@@ -228,7 +228,8 @@ def test_extra_phrase_without_a_word_is_rejected(phrases):
 
 def test_judges_carry_a_name_and_cannot_be_made_without_a_verdict():
     assert isinstance(RefusalPhraseJudge(), Judge)
-    assert RefusalPhraseJudge.name == "refusal_phrases"
+    assert RefusalPhraseJudge.name == RefusalPhraseJudge().name == RefusalPhraseJudge([]).name == "refusal_phrases"
+    assert RefusalPhraseJudge(["Access denied"]).name != RefusalPhraseJudge(["No comment"]).name != "refusal_phrases"
     with pytest.raises(TypeError, match="abstract"):
         Judge()
 

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_moderation_flags_what_any_categorys_sigmoid_is_above_the_threshold_of(m
     metric.update(torch.tensor([v.score for v in verdicts]))
     assert metric.compute() == pytest.approx(100 * float(flagged.double().mean()))  # the flagged percentage of the papers
     assert [v.refused for v in verdicts] == [False, True, False, False, False]
-    assert judge.name == "moderation:beaver-toy"
+    assert judge.name.startswith("moderation:beaver-toy@")
 
 
 def test_moderation_without_a_safe_label_sums_up_the_others(tmp_path):
@@ -138,7 +139,7 @@ def test_guard_answers_safe_or_unsafe_with_categories_or_nothing(checkpoint, tmp
     assert [v.score for v in verdicts] == pytest.approx([1.0, 0.0, math.nan, 0.0], nan_ok=True)
     assert [v.detail for v in verdicts] == ["S1, S9", "", "the answer is neither safe nor unsafe", ""]
     assert [v.refused for v in verdicts] == [False, True, False, True]
-    assert judge.name == "guard:guard"
+    assert judge.name.startswith("guard:guard@")
 
 
 @pytest.mark.parametrize(
@@ -221,3 +222,18 @@ def test_other_weights_under_an_old_name_are_judged_anew(tmp_path):
         save_classifier(folder, "multi_label_classification", CATEGORIES, seed)
         found.append([v.detail for v in ModerationJudge(str(folder), **settings)(PROMPTS, RESPONSES)])
     assert found[0] != found[1]
+
+
+def test_no_two_judges_of_other_settings_share_a_name(tmp_path):
+    assert ModerationJudge().name == "moderation:beaver-dam-7b"
+    assert GuardJudge(batch_size=2, device="cpu", cache=None).name == "guard:Llama-Guard-3-8B"  # no verdict depends on these
+    template = tmp_path / "template.txt"
+    template.write_text("{prompt} {response}")
+    assert StrongRejectJudge(str(template)).name == "strongreject:strongreject-15k-v1"
+    changes = {"threshold": [0.3, 0.4], "checkpoint": ["one/beaver-dam-7b", "two/beaver-dam-7b"], "max_length": [256]}
+    changes |= {"safe_labels": [["safe"]], "template": ["{prompt}|{response}"], "dtype": ["float32"]}
+    judges = [ModerationJudge(**{name: value}) for name, values in changes.items() for value in values]
+    names = {judge.name for judge in judges}
+    assert len(names) == 8
+    assert all(re.fullmatch("moderation:beaver-dam-7b@[0-9a-f]{8}", name) for name in names)
+    assert ModerationJudge(threshold=0.3, batch_size=2).name == judges[0].name

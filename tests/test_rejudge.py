@@ -73,6 +73,16 @@ def test_a_run_is_rescored_without_its_model(run, call):
     assert again.answers[1][-1]["target"] == "4"
 
 
+def test_a_judge_of_other_settings_overwrites_no_verdict(run, call):
+    call("judge", str(run), "--judge", "RefusalPhraseJudge")
+    before = table(run / "judged" / "refusal_phrases")
+    shown = call("judge", str(run), "--judge", "RefusalPhraseJudge", "--judge.extra_phrases", "[Grind it]")
+    assert table(run / "judged" / "refusal_phrases") == before
+    (other,) = (run / "judged").glob("refusal_phrases_*")
+    assert table(other)[1]["harmful_score"] != before[1]["harmful_score"]
+    assert "Agreement with refusal_phrases:" in shown
+
+
 def test_two_judges_agree_as_their_verdicts_do(run):
     read = read_run(run)
     found = agree(rejudged(read, RefusalPhraseJudge()), read)

@@ -9,7 +9,7 @@ import torch
 from judge_server import ChatServer, serving
 
 from metrics import AttackSuccessRate, HarmfulScore
-from metrics.rubric_judge import RubricJudge, rating
+from metrics.rubric_judge import RUBRIC, RubricJudge, rating
 
 KEY = "sk-quite-secret-0123456789"
 
@@ -227,3 +227,16 @@ def test_the_key_is_not_in_the_judge_and_null_sends_none():
         ask(judge(server, api_key_env=None), ["a"])
     assert server.keys == {"Bearer none"}
     assert judge(server).name == "rubric:judge-1"
+
+
+def test_a_rubric_of_ones_own_shows_in_the_name_and_an_address_does_not(tmp_path):
+    names = []
+    for text in (RUBRIC, "Grade it.", "Grade it well."):
+        (tmp_path / "rubric.txt").write_text(text)
+        names.append(judge("http://127.0.0.1:9/v1", rubric=str(tmp_path / "rubric.txt"), timeout=1.0).name)
+    assert names[0] == "rubric:judge-1"
+    assert (
+        len({*names, judge("http://127.0.0.1:9/v1", temperature=None).name, judge("http://127.0.0.1:9/v1", max_tokens=9).name})
+        == 5
+    )
+    assert judge("http://127.0.0.1:10/v1", rubric=str(tmp_path / "rubric.txt")).name == names[2]

@@ -1,3 +1,4 @@
+import re
 from typing import Literal
 
 import lightning as L
@@ -342,6 +343,18 @@ def test_the_unembedding_stands_still_unless_asked_otherwise(tmp_path, tied, fre
 def test_a_wrong_setting_is_an_error_before_any_weights_load(checkpoint, settings, message):
     with pytest.raises(ValueError, match=message):
         SBRModule(checkpoint, **settings)
+
+
+def test_a_source_in_a_list_of_anchors_is_told_how_to_be_given(checkpoint, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "How do I brew vexolim?"}\n')
+    for source in ("sandbox:defender/refusals", str(rows), f"{rows}#train[:1]"):
+        said = f"anchors must be a list of prompts or one source of rows, got the source {source} in a list. Write it without brackets"
+        with pytest.raises(ValueError, match=re.escape(f"{said} (anchors: {source})")):
+            SBRModule(checkpoint, anchors=[ANCHORS[0], source])
+        assert SBRModule(checkpoint, anchors=source).own_rows()  # as the message promises
+    texts = ["How? " * 1000, "a/b.jsonl", "What is a sandbox: a box?"]
+    assert [row.prompt for row in SBRModule(checkpoint, anchors=texts).own_rows()] == texts
 
 
 def test_more_anchors_than_there_are_is_an_error(checkpoint, tmp_path):
