@@ -339,6 +339,12 @@ def _on_cluster(
     return lambda cell: executor.submit(run_cell, cell).result(), parallel or 256
 
 
+def _why(future: Future[str | None]) -> str | None:
+    """Why a cell failed, also where it raised: a job that ran out of time or was cancelled, or a full disk."""
+    error = future.exception()
+    return future.result() if error is None else f"{type(error).__name__}: {error}"
+
+
 def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
     """Run ``todo``, a cell after the one that it needs; why each failed that did."""
     failed: dict[str, str] = {}
@@ -359,7 +365,7 @@ def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
                 waiting.remove(cell)
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 cell = running.pop(future)
-                if why := future.result():
+                if why := _why(future):
                     failed[cell.name] = why
                     bar.write(f"failed: {cell.name}: {why}", file=sys.stderr)
                 else:

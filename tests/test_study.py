@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from submitit.core.utils import UncompletedJobError
 from test_results import ROW
 from toy import ROOT
 
@@ -103,6 +104,29 @@ def test_a_cell_that_fails_is_named_and_so_is_what_needed_it(tmp_path, capsys):
     assert run_all(todo, run, 2) == {"train": "exit status 1: out of memory", "attack": "train failed"}
     assert sorted(ran) == ["other", "train"]
     assert "failed: train: exit status 1: out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (UncompletedJobError("Job 7 has no output, state TIMEOUT"), "UncompletedJobError: Job 7 has no output, state TIMEOUT"),
+        (OSError(28, "No space left on device", "study/train.lock"), "OSError: .*No space left on device: 'study/train.lock'"),
+    ],
+)
+def test_a_cell_that_raises_is_named_with_its_reason_and_the_others_go_on(tmp_path, monkeypatch, error, why):
+    file, ran = tmp_path / "three.yaml", []
+    file.write_text("defenses: {Trained: {train: {settings: {s: 1}}}, Plain: {}}\nattacks: {a: {}}\nseeds: [0]")
+
+    def run(cell: Cell, _: Any) -> None:
+        ran.append(cell.name)
+        if not cell.attack:
+            raise error
+
+    monkeypatch.setattr("evidence.study.run_cell", run)
+    with pytest.raises(SystemExit, match=f"trained-train-seed0: {why}\n  trained-a-seed0: trained-train-seed0 failed") as stop:
+        run_study(resolve, str(file), str(tmp_path), 1, None, {})
+    assert isinstance(stop.value.code, str)  # printed, with exit status 1
+    assert ran == ["trained-train-seed0", "plain-a-seed0"]
 
 
 def test_done_cells_are_left_alone_and_others_wait_for_what_they_need(tmp_path):
