@@ -320,7 +320,8 @@ def study(
     Args:
         file: YAML with defenses, attacks and seeds, such as experiments/studies/sandbox.yaml.
         root: where run folders are made; the study's own is ROOT/NAME.
-        parallel: cells at a time; by default one a CUDA device, or one a core.
+        parallel: cells at a time; by default one a CUDA device, or one a core. Several that share the cores of a machine without
+            CUDA get a thread each (OMP_NUM_THREADS=1, unless you set it); others as many as torch takes.
         cluster: send the cells out through submitit: slurm, local, or auto for what is there. null runs them here.
         cluster_settings: submitit's, such as {timeout_min: 60, slurm_partition: gpu, gpus_per_node: 1}.
     """

@@ -322,6 +322,37 @@ def test_cells_are_shared_out_over_the_cuda_devices_that_are_visible(monkeypatch
     assert devices() == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
 
 
+@pytest.mark.parametrize(
+    ("parallel", "cluster", "num_devices", "own", "threads"),
+    [
+        (2, None, 0, None, "1"),
+        (2, None, 0, "4", "4"),
+        (1, None, 0, None, None),
+        (2, None, 2, None, None),
+        (None, "debug", 0, None, None),
+    ],
+)
+def test_cells_get_a_thread_each_only_where_they_share_the_cores(
+    tmp_path, monkeypatch, parallel, cluster, num_devices, own, threads
+):
+    file = tmp_path / "one.yaml"
+    file.write_text("defenses: {d: {}}\nattacks: {a: {}}\nseeds: [0, 1]")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    monkeypatch.setattr("evidence.study.torch.cuda.device_count", lambda: num_devices)
+    started: list[dict[str, str]] = []
+
+    def run(*_: Any, env: dict[str, str], **__: Any) -> subprocess.CompletedProcess[str]:
+        started.append(env)
+        return subprocess.CompletedProcess([], 1)
+
+    monkeypatch.setattr("evidence.study.subprocess.run", run)
+    with pytest.raises(SystemExit):
+        run_study(resolve, str(file), str(tmp_path), parallel, cluster, {})
+    assert [env.get("OMP_NUM_THREADS") for env in started] == [threads] * 2
+
+
 def test_submitit_runs_cells_too(tmp_path, monkeypatch):
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY.split("  Aligned:")[0] + TINY[TINY.index("attacks:") :])
