@@ -213,9 +213,15 @@ class Cli(LightningCLI):
         """Add the run folder's writers to what the config asks for."""
         config = self.config[self.subcommand]
         dry = bool(config.trainer.fast_dev_run)
+        root, experiment, version = config.run.root, self._experiment(config), config.run.version
         if RUN_FOLDER not in os.environ and not dry:
-            os.environ[RUN_FOLDER] = str(claim_run_folder(config.run.root, self._experiment(config), config.run.version))
-        self.folder = Path(os.environ.get(RUN_FOLDER, Path(config.run.root, self._experiment(config), "dry")))
+            os.environ[RUN_FOLDER] = str(claim_run_folder(root, experiment, version))
+        self.folder = Path(os.environ.get(RUN_FOLDER, Path(root, experiment, "dry")))
+        if version is not None and not dry and self.folder.absolute() != Path(root, experiment, version).absolute():
+            raise ValueError(
+                f"run.version must be left out where {RUN_FOLDER} names the run's folder, and it is {version} while {RUN_FOLDER} "
+                f"is {self.folder}. Unset one of the two."
+            )
         export = config.run.export and self.subcommand == "fit" and not dry
         extra: list[Any] = [Results(str(self.folder), export, config.run.generations, config.run.wandb_generations)]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
@@ -284,12 +290,16 @@ def main(args: list[str] | None = None) -> None:
     A mistake of the user's ends in its one sentence and exit status 1; ``CASEHARD_TRACEBACK=1`` shows where it was raised.
     """
     args = sys.argv[1:] if args is None else args
+    inherited = RUN_FOLDER in os.environ
     try:
         _run(args)
     except (ValueError, OSError, DivergedError) as error:
         if os.environ.get("CASEHARD_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    finally:
+        if not inherited:  # it was for this run's processes; another run of this process gets a folder of its own
+            os.environ.pop(RUN_FOLDER, None)
 
 
 def resolved(args: list[str]) -> str:

@@ -44,7 +44,6 @@ common:
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.delenv(casehard.RUN_FOLDER, raising=False)
 
 
 def start(file: Path, root: Path) -> subprocess.Popen[str]:
