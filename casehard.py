@@ -169,6 +169,11 @@ def _keep_metrics(folder: Path) -> None:
 class Cli(LightningCLI):
     """``fit``, ``validate`` and ``test`` of a defense on data, with everything a run leaves in a folder of its own."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without ``predict``: there is nothing to predict on."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's, with lists that replace."""
         parser = self.parser_class(**kwargs)
@@ -201,6 +206,15 @@ class Cli(LightningCLI):
             default=False,
             help="also send generated answers to W&B, a table an evaluation; with real data they are harmful texts",
         )
+
+    def before_instantiate_classes(self) -> None:
+        """Raise a ValueError where ``validate`` would end before it begins, as by the default config, which spares ``fit`` it."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "validate" and config.trainer.limit_val_batches == 0 and not config.trainer.fast_dev_run:
+            raise ValueError(
+                "trainer.limit_val_batches must be > 0 for validate, got 0: nothing would be validated. Set it to 1.0, and add "
+                "callbacks.Evaluate to trainer.callbacks for scores; `test` runs the attacks."
+            )
 
     def _experiment(self, config: Any) -> str:
         if config.run.experiment:

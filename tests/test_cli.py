@@ -125,6 +125,13 @@ def test_exported_model_can_be_tested_and_validated(finished, call, tmp_path):
     assert "SBR" in shown
 
 
+def test_a_command_that_would_do_nothing_is_refused(call, tmp_path):
+    error = call("validate", "--config", "experiments/sbr.yaml", "--run.root", str(tmp_path), *TINY, fails=True)
+    assert "trainer.limit_val_batches must be > 0 for validate, got 0" in error
+    assert not list(tmp_path.iterdir())
+    assert "invalid choice: 'predict'" in call("predict", "--config", "experiments/sbr.yaml", fails=True)
+
+
 def test_printed_config_resolves_to_itself(call, tmp_path):
     first = call("fit", "--config", "experiments/sbr.yaml", "--print_config")
     again = tmp_path / "again.yaml"
