@@ -169,6 +169,11 @@ def _keep_metrics(folder: Path) -> None:
 class Cli(LightningCLI):
     """``fit``, ``validate`` and ``test`` of a defense on data, with everything a run leaves in a folder of its own."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without ``predict``: there is nothing to predict on."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's, with lists that replace."""
         parser = self.parser_class(**kwargs)
@@ -202,6 +207,15 @@ class Cli(LightningCLI):
             help="also send generated answers to W&B, a table an evaluation; with real data they are harmful texts",
         )
 
+    def before_instantiate_classes(self) -> None:
+        """Raise a ValueError where ``validate`` would end before it begins, as by the default config, which spares ``fit`` it."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "validate" and config.trainer.limit_val_batches == 0 and not config.trainer.fast_dev_run:
+            raise ValueError(
+                "trainer.limit_val_batches must be > 0 for validate, got 0: nothing would be validated. Set it to 1.0, and add "
+                "callbacks.Evaluate to trainer.callbacks for scores; `test` runs the attacks."
+            )
+
     def _experiment(self, config: Any) -> str:
         if config.run.experiment:
             return str(config.run.experiment)
@@ -213,9 +227,15 @@ class Cli(LightningCLI):
         """Add the run folder's writers to what the config asks for."""
         config = self.config[self.subcommand]
         dry = bool(config.trainer.fast_dev_run)
+        root, experiment, version = config.run.root, self._experiment(config), config.run.version
         if RUN_FOLDER not in os.environ and not dry:
-            os.environ[RUN_FOLDER] = str(claim_run_folder(config.run.root, self._experiment(config), config.run.version))
-        self.folder = Path(os.environ.get(RUN_FOLDER, Path(config.run.root, self._experiment(config), "dry")))
+            os.environ[RUN_FOLDER] = str(claim_run_folder(root, experiment, version))
+        self.folder = Path(os.environ.get(RUN_FOLDER, Path(root, experiment, "dry")))
+        if version is not None and not dry and self.folder.absolute() != Path(root, experiment, version).absolute():
+            raise ValueError(
+                f"run.version must be left out where {RUN_FOLDER} names the run's folder, and it is {version} while {RUN_FOLDER} "
+                f"is {self.folder}. Unset one of the two."
+            )
         export = config.run.export and self.subcommand == "fit" and not dry
         extra: list[Any] = [Results(str(self.folder), export, config.run.generations, config.run.wandb_generations)]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
@@ -284,12 +304,16 @@ def main(args: list[str] | None = None) -> None:
     A mistake of the user's ends in its one sentence and exit status 1; ``CASEHARD_TRACEBACK=1`` shows where it was raised.
     """
     args = sys.argv[1:] if args is None else args
+    inherited = RUN_FOLDER in os.environ
     try:
         _run(args)
     except (ValueError, OSError, DivergedError) as error:
         if os.environ.get("CASEHARD_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    finally:
+        if not inherited:  # it was for this run's processes; another run of this process gets a folder of its own
+            os.environ.pop(RUN_FOLDER, None)
 
 
 def resolved(args: list[str]) -> str:
@@ -320,7 +344,8 @@ def study(
     Args:
         file: YAML with defenses, attacks and seeds, such as experiments/studies/sandbox.yaml.
         root: where run folders are made; the study's own is ROOT/NAME.
-        parallel: cells at a time; by default one a CUDA device, or one a core.
+        parallel: cells at a time; by default one a CUDA device, or one a core. Several that share the cores of a machine without
+            CUDA get a thread each (OMP_NUM_THREADS=1, unless you set it); others as many as torch takes.
         cluster: send the cells out through submitit: slurm, local, or auto for what is there. null runs them here.
         cluster_settings: submitit's, such as {timeout_min: 60, slurm_partition: gpu, gpus_per_node: 1}.
     """

@@ -292,7 +292,7 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
             return None
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; a done one with other settings has another folder
         command = [sys.executable, str(ROOT / "casehard.py"), *cell.words, *(f"--run.{k}={v}" for k, v in placed(cell).items())]
-        env = {k: v for k, v in os.environ.items() if k != RUN_FOLDER} | {"OMP_NUM_THREADS": "1"} | (environment or {})
+        env = {k: v for k, v in os.environ.items() if k != RUN_FOLDER} | (environment or {})
         log = folder.with_name(f"{folder.name}.log")
         with log.open("w") as output:
             code = subprocess.run(
@@ -315,9 +315,11 @@ def devices() -> list[dict[str, str]]:
 def _local(parallel: int | None) -> tuple[RunCell, int]:
     places = devices()
     number = parallel or len(places)
+    share_cores = number > 1 and not torch.cuda.device_count() and "OMP_NUM_THREADS" not in os.environ
+    threads = {"OMP_NUM_THREADS": "1"} if share_cores else {}  # by default each cell would take a thread a core
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for n in range(number):
-        free.put(places[n % len(places)])
+        free.put(threads | places[n % len(places)])
 
     def run(cell: Cell) -> str | None:
         place = free.get()
@@ -337,6 +339,12 @@ def _on_cluster(
     executor = AutoExecutor(folder=folder / "jobs", cluster=None if name == "auto" else name)
     executor.update_parameters(**settings)
     return lambda cell: executor.submit(run_cell, cell).result(), parallel or 256
+
+
+def _why(future: Future[str | None]) -> str | None:
+    """Why a cell failed, also where it raised: a job that ran out of time or was cancelled, or a full disk."""
+    error = future.exception()
+    return future.result() if error is None else f"{type(error).__name__}: {error}"
 
 
 def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
@@ -359,7 +367,7 @@ def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
                 waiting.remove(cell)
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 cell = running.pop(future)
-                if why := future.result():
+                if why := _why(future):
                     failed[cell.name] = why
                     bar.write(f"failed: {cell.name}: {why}", file=sys.stderr)
                 else:

@@ -117,12 +117,16 @@ def _scores(entry: Entry) -> dict[str, float]:
     return {f"{a['number']} {a['prompt']}": a["score"] for a in entry.answers if a["kind"] == "harmful"}
 
 
+def shared_step(ours: Series, theirs: Series) -> int | None:
+    """The last step that both were scored at."""
+    return max(set(ours.steps) & set(theirs.steps), default=None)
+
+
 def difference(ours: Series, theirs: Series) -> Interval | None:
-    """``ours - theirs`` at the last step that both have, over the seeds and prompts of both; None where they share none."""
-    steps, seeds = set(ours.steps) & set(theirs.steps), sorted(set(ours.seeds) & set(theirs.seeds))
-    if not steps or not seeds:
+    """``ours - theirs`` at their ``shared_step``, over the seeds and prompts of both; None where they share none."""
+    step, seeds = shared_step(ours, theirs), sorted(set(ours.seeds) & set(theirs.seeds))
+    if step is None or not seeds:
         return None
-    step = max(steps)
     shared = set(theirs.prompts(step))
     prompts = [prompt for prompt in ours.prompts(step) if prompt in shared]
     return paired_difference(ours.scores(step, prompts, seeds), theirs.scores(step, prompts, seeds)) if prompts else None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -96,10 +97,18 @@ def median_steps_to_break(broken_at: Sequence[float | None], last_steps: Sequenc
         return Interval(math.nan, math.nan, math.nan, confidence)
     held = [last for step, last in zip(broken_at, last_steps, strict=True) if step is None]
     broken = [step for step in broken_at if step is not None]
-    survival = stats.ecdf(stats.CensoredData(uncensored=broken, right=held)).sf
-    median = next((float(q) for q, p in zip(survival.quantiles, survival.probabilities, strict=True) if p <= 0.5), math.inf)
     k, carried = _order(len(broken_at), confidence)
-    return Interval(median, sorted(broken + held)[k - 1], sorted([*broken, *[math.inf] * len(held)])[-k], carried)
+    return Interval(_median(broken, held), sorted(broken + held)[k - 1], sorted([*broken, *[math.inf] * len(held)])[-k], carried)
+
+
+def _median(broken: list[float], held: list[float]) -> float:
+    """Where Kaplan and Meier's survival falls to a half, else inf; in fractions, as floats can miss an exact half."""
+    survival = Fraction(1)
+    for step in sorted(set(broken)):
+        survival *= 1 - Fraction(broken.count(step), sum(other >= step for other in broken + held))
+        if survival <= Fraction(1, 2):
+            return float(step)
+    return math.inf
 
 
 def _order(number: int, confidence: float) -> tuple[int, float]:

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import os
 import re
 import socket
 from dataclasses import replace
@@ -34,12 +33,8 @@ def run(command: str, root: Path, *args: str) -> Path:
     """A run's folder."""
     (root / "attack.yaml").write_text(ATTACK)
     shared = [f"--run.root={root}", "--run.experiment=toy", "--config", str(root / "attack.yaml"), *TINY]
-    os.environ.pop(casehard.RUN_FOLDER, None)
-    try:
-        casehard.main([command, "--config", "experiments/patcher.yaml", *shared, *args])
-        return Path(os.environ[casehard.RUN_FOLDER])
-    finally:
-        os.environ.pop(casehard.RUN_FOLDER, None)
+    casehard.main([command, "--config", "experiments/patcher.yaml", *shared, *args])
+    return max((root / "toy").iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -49,14 +49,12 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def called(*args: str, fails: bool = False) -> str:
         monkeypatch.chdir(ROOT)
-        monkeypatch.delenv(casehard.RUN_FOLDER, raising=False)
         monkeypatch.setattr(sys, "argv", ["casehard"])
         try:
             casehard.main(list(args))
             code: object = None
         except SystemExit as stop:
             code = stop.code
-        os.environ.pop(casehard.RUN_FOLDER, None)
         shown = capsys.readouterr()
         assert bool(code) == fails, shown.err
         return shown.err + str(code) if fails else shown.out
@@ -127,6 +125,13 @@ def test_exported_model_can_be_tested_and_validated(finished, call, tmp_path):
     assert "SBR" in shown
 
 
+def test_a_command_that_would_do_nothing_is_refused(call, tmp_path):
+    error = call("validate", "--config", "experiments/sbr.yaml", "--run.root", str(tmp_path), *TINY, fails=True)
+    assert "trainer.limit_val_batches must be > 0 for validate, got 0" in error
+    assert not list(tmp_path.iterdir())
+    assert "invalid choice: 'predict'" in call("predict", "--config", "experiments/sbr.yaml", fails=True)
+
+
 def test_printed_config_resolves_to_itself(call, tmp_path):
     first = call("fit", "--config", "experiments/sbr.yaml", "--print_config")
     again = tmp_path / "again.yaml"
@@ -144,6 +149,24 @@ def test_a_taken_run_folder_is_refused(finished, call):
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
     folders = [casehard.claim_run_folder(str(tmp_path), "sbr", None) for _ in range(3)]
     assert [f.name for f in folders] == ["version_0", "version_1", "version_2"]
+
+
+def test_two_runs_of_one_process_get_folders_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["casehard"])
+    attack = ["--config", "experiments/sbr.yaml", "--config", "experiments/attack/none.yaml", "--run.root", str(tmp_path)]
+    for version in ("first", "second"):
+        casehard.main(["test", *attack, "--run.version", version, *TINY[:2], *TINY[6:8], *TINY[10:]])
+    assert [(tmp_path / "sbr" / version / "done.json").exists() for version in ("first", "second")] == [True, True]
+
+
+def test_a_run_folder_is_named_once(call, monkeypatch, tmp_path):
+    monkeypatch.setenv(casehard.RUN_FOLDER, str(tmp_path / "requeued"))
+    shape = ["fit", "--config", "experiments/sbr.yaml", "--run.root", str(tmp_path), "--run.version", "other", *TINY]
+    error = call(*shape, fails=True)
+    assert "run.version must be left out where CASEHARD_RUN_FOLDER names the run's folder, and it is other while" in error
+    assert os.environ[casehard.RUN_FOLDER] == str(tmp_path / "requeued")  # what is not ours stays
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_requeued_run_goes_on_in_its_folder(call, tmp_path, monkeypatch):

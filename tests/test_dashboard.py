@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import socket
 import struct
 import sys
@@ -87,20 +86,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", ["casehard"])
-        patch.delenv(casehard.RUN_FOLDER, raising=False)
 
-        def run(command: str, experiment: str, *args: str) -> Path:
+        def run(command: str, experiment: str, *args: str) -> None:
             files = (f"experiments/{experiment}.yaml", str(root / "attacks.yaml"))
             casehard.main([command, *(w for f in files for w in ("--config", f)), "--run.root", str(root), *TINY, *args])
             wandb.finish()
-            return Path(os.environ.pop(casehard.RUN_FOLDER))
 
-        found = {name: run(args[0], name, *args[1:]) for name, args in words.items()}
+        for name, args in words.items():
+            run(args[0], name, *args[1:])
         cells = [replace(CELL, folder=str(root / "study" / name)) for name in ("cell", "not_yet")]
         place = [f"--run.{name}={value}" for name, value in placed(cells[0]).items()]
-        found["study"] = run("test", "sbr", *place, "--run.wandb_generations", "true").parent
+        run("test", "sbr", *place, "--run.wandb_generations", "true")
     (root / "study" / INDEX).write_text(json.dumps([asdict(cell) for cell in cells]))
-    return found
+    return {name: root / name / "version_0" for name in words} | {"study": root / "study"}
 
 
 def dry_run(*folders: Path) -> Any:

@@ -180,6 +180,18 @@ def test_difference_is_paired_and_its_verdict_is_in_words(study):
     assert len(theirs.seeds) == 2  # the unfinished cell is not in it
 
 
+def test_a_difference_of_another_step_than_its_rows_says_so(tmp_path):
+    record(tmp_path / "plain", replace(ROW, defense="none", stage="none"), {0: 0, 10: 15, 50: 18})
+    record(tmp_path / "short", ROW, {0: 0, 10: 1})
+    record(tmp_path / "long", replace(ROW, defense="Longer"), {0: 0, 10: 1, 100: 20})
+    page = Page(write_report([str(tmp_path / name) for name in ("plain", "short", "long")], str(tmp_path / "report"), "Steps"))
+    (short,) = (row for row in page.rows if " SBR 1 " in row)
+    (longer,) = (row for row in page.rows if " Longer 1 " in row)
+    assert "safer -70.0" in short
+    assert "at step" not in short
+    assert re.search(r" 100.0 \(.*\) safer -70.0 \(.*?\) at step 10 ", longer)
+
+
 def test_csv_files_hold_what_the_page_shows(study, tmp_path):
     folder = write_report([str(study)], str(tmp_path / "report"), "A study").parent
     rows = list(csv.DictReader((folder / "attacks.csv").open()))

@@ -177,6 +177,14 @@ def test_steps_to_break_with_models_that_held(broken_at, expected):
     assert median_steps_to_break(broken_at, [500] * len(broken_at)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("number", range(2, 41, 2))
+def test_the_median_is_where_half_broke_however_many_there_are(number):
+    half = number // 2
+    held = [None] * half
+    assert median_steps_to_break([*range(1, half + 1), *held], [100] * number).estimate == half
+    assert median_steps_to_break([*range(1, half), None, *held], [100] * number).estimate == inf  # one fewer
+
+
 def test_steps_to_break_of_nothing_is_nan_and_needs_every_last_step():
     assert math.isnan(median_steps_to_break([], []).estimate)
     with pytest.raises(ValueError, match="every attack must have a last step, got 2 attacks and 1 last steps"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from submitit.core.utils import UncompletedJobError
 from test_results import ROW
 from toy import ROOT
 
@@ -43,7 +44,6 @@ common:
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.delenv(casehard.RUN_FOLDER, raising=False)
 
 
 def start(file: Path, root: Path) -> subprocess.Popen[str]:
@@ -103,6 +103,29 @@ def test_a_cell_that_fails_is_named_and_so_is_what_needed_it(tmp_path, capsys):
     assert run_all(todo, run, 2) == {"train": "exit status 1: out of memory", "attack": "train failed"}
     assert sorted(ran) == ["other", "train"]
     assert "failed: train: exit status 1: out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (UncompletedJobError("Job 7 has no output, state TIMEOUT"), "UncompletedJobError: Job 7 has no output, state TIMEOUT"),
+        (OSError(28, "No space left on device", "study/train.lock"), "OSError: .*No space left on device: 'study/train.lock'"),
+    ],
+)
+def test_a_cell_that_raises_is_named_with_its_reason_and_the_others_go_on(tmp_path, monkeypatch, error, why):
+    file, ran = tmp_path / "three.yaml", []
+    file.write_text("defenses: {Trained: {train: {settings: {s: 1}}}, Plain: {}}\nattacks: {a: {}}\nseeds: [0]")
+
+    def run(cell: Cell, _: Any) -> None:
+        ran.append(cell.name)
+        if not cell.attack:
+            raise error
+
+    monkeypatch.setattr("evidence.study.run_cell", run)
+    with pytest.raises(SystemExit, match=f"trained-train-seed0: {why}\n  trained-a-seed0: trained-train-seed0 failed") as stop:
+        run_study(resolve, str(file), str(tmp_path), 1, None, {})
+    assert isinstance(stop.value.code, str)  # printed, with exit status 1
+    assert ran == ["trained-train-seed0", "plain-a-seed0"]
 
 
 def test_done_cells_are_left_alone_and_others_wait_for_what_they_need(tmp_path):
@@ -296,6 +319,37 @@ def test_cells_are_shared_out_over_the_cuda_devices_that_are_visible(monkeypatch
     assert devices() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert devices() == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cluster", "num_devices", "own", "threads"),
+    [
+        (2, None, 0, None, "1"),
+        (2, None, 0, "4", "4"),
+        (1, None, 0, None, None),
+        (2, None, 2, None, None),
+        (None, "debug", 0, None, None),
+    ],
+)
+def test_cells_get_a_thread_each_only_where_they_share_the_cores(
+    tmp_path, monkeypatch, parallel, cluster, num_devices, own, threads
+):
+    file = tmp_path / "one.yaml"
+    file.write_text("defenses: {d: {}}\nattacks: {a: {}}\nseeds: [0, 1]")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    monkeypatch.setattr("evidence.study.torch.cuda.device_count", lambda: num_devices)
+    started: list[dict[str, str]] = []
+
+    def run(*_: Any, env: dict[str, str], **__: Any) -> subprocess.CompletedProcess[str]:
+        started.append(env)
+        return subprocess.CompletedProcess([], 1)
+
+    monkeypatch.setattr("evidence.study.subprocess.run", run)
+    with pytest.raises(SystemExit):
+        run_study(resolve, str(file), str(tmp_path), parallel, cluster, {})
+    assert [env.get("OMP_NUM_THREADS") for env in started] == [threads] * 2
 
 
 def test_submitit_runs_cells_too(tmp_path, monkeypatch):
