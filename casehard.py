@@ -28,6 +28,7 @@ from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
 from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
 from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
+from lightning_modules.checkpoint import checkpoint_files
 from metrics import (
     AttackSuccessRate,
     FinetuneAccuracy,
@@ -284,6 +285,8 @@ class Cli(LightningCLI):
         """Leave the marker; ``seconds`` are those of training, attacks not counted."""
         if self.trainer.is_global_zero and self.trainer.state.finished and self.folder.is_dir():
             config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            models = [self.model.checkpoint, *(getattr(callback, "undefended_checkpoint", None) for callback in callbacks)]
             marker = {
                 "config": config_hash(config),
                 "steps": self.trainer.global_step,
@@ -293,6 +296,7 @@ class Cli(LightningCLI):
                 "stage": self.model.stage,
                 "seed": self.datamodule.seed,
                 "data": [origin._asdict() for origin in self.datamodule.origins],
+                "checkpoints": {model: checkpoint_files(model) for model in models if model},
                 "versions": {"python": platform.python_version()} | {name: version(name) for name in NAMED},
             }
             write_whole(self.folder / DONE, json.dumps(marker))
@@ -338,8 +342,9 @@ def study(
 ) -> None:
     """Run every attack on every defense with every seed, as a study file says, and go on where a study was cut off.
 
-    A cell is done when its run's marker carries the hash of its resolved config: that one is not run again, and one with other
-    settings gets a folder of its own. Ends with exit status 1 if a cell failed; start again to repeat the failed ones only.
+    A cell is done when its run's marker carries the hash of its resolved config, and the rows, checkpoints and casehard that the
+    marker names are the same still: that one is not run again, and one with other settings gets a folder of its own. Ends with
+    exit status 1 if a cell failed; start again to repeat the failed ones only.
 
     Args:
         file: YAML with defenses, attacks and seeds, such as experiments/studies/sandbox.yaml.

@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,10 +116,31 @@ class Origin(NamedTuple):
 def origin(role: str, source: str, rows: Sequence[Row]) -> Origin:
     """Of the ``rows`` that were read from ``source``."""
     path = Path(_split(source)[0])
-    if not path.is_file():
-        return Origin(role, source, len(rows), digest(rows))
+    return Origin(role, source, len(rows), file_sha256(path) if path.is_file() else digest(rows))
+
+
+def present_sha256(source: str) -> str | None:
+    """What ``origin`` would say of ``source`` now; None where that cannot be seen here: a hub id, or nothing of this name."""
+    name = _split(source)[0]
+    if name and Path(name).is_file():
+        return file_sha256(Path(name))
+    return _present_digest(source) if name.startswith("sandbox:") or (name and Path(name).is_dir()) else None
+
+
+@cache
+def _present_digest(source: str) -> str:
+    return digest(read_rows(source, needs_response=False))
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, which are read once for as long as its size and time of change stay."""
+    return _file_sha256(path.absolute(), path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@cache
+def _file_sha256(path: Path, _size: int, _changed: int) -> str:
     with path.open("rb") as file:
-        return Origin(role, source, len(rows), hashlib.file_digest(file, "sha256").hexdigest())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(rows: Sequence[Row]) -> str:

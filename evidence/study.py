@@ -14,6 +14,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -25,7 +27,8 @@ from tqdm.auto import tqdm
 from callbacks.results import DONE, RUN_FOLDER, config_hash, first_broken, write_whole
 from callbacks.rows import read_run
 from datamodules.mixing import overlap
-from datamodules.rows import Row, read_rows
+from datamodules.rows import Row, present_sha256, read_rows
+from lightning_modules.checkpoint import checkpoint_files
 
 ROOT = Path(__file__).parent.parent
 INDEX = "cells.json"  # in the study's folder: which runs are its cells
@@ -110,11 +113,29 @@ class Cell:
     needs: str | None = None
     tries: str | None = None  # the choice that it tries on validation prompts, not to be reported
 
+    def _marker(self) -> dict[str, Any] | None:
+        """What its run left when it came to its end, if it had this very config."""
+        path = Path(self.folder, DONE)
+        marker: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        return marker if marker and marker["config"] == self.config else None
+
     @property
     def done(self) -> bool:
-        """Whether it ran to its end with this very config: only then a run leaves the marker."""
-        marker = Path(self.folder, DONE)
-        return marker.exists() and json.loads(marker.read_text())["config"] == self.config
+        """Whether it ran to its end with this very config, and on what is still there."""
+        return self._marker() is not None and not self.changed()
+
+    def changed(self) -> str:
+        """What its run rested on and is not the same any more, "" where nothing is: casehard, rows, a checkpoint.
+
+        What the marker does not name, as one of an earlier version, or what is only on a hub or is gone, says nothing.
+        """
+        marker = self._marker() or {}
+        before, now = marker.get("versions", {}).get("casehard"), version("casehard")
+        if before not in (None, now):
+            return f"casehard {before} is {now} now"
+        rows = (o["source"] for o in marker.get("data", []) if present_sha256(o["source"]) not in (None, o["sha256"]))
+        models = (name for name, files in marker.get("checkpoints", {}).items() if checkpoint_files(name) not in ({}, files))
+        return next((f"{name} changed" for name in chain(rows, models)), "")
 
 
 Resolve = Callable[[list[str]], str]  # a command line's config, resolved, as YAML
@@ -350,7 +371,8 @@ def _why(future: Future[str | None]) -> str | None:
 def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
     """Run ``todo``, a cell after the one that it needs; why each failed that did."""
     failed: dict[str, str] = {}
-    finished = {cell.name for cell in todo if cell.done}
+    done = {cell.name for cell in todo if cell.done}
+    finished = {cell.name for cell in todo if {cell.name, cell.needs or cell.name} <= done}  # not before what it needs
     waiting = [cell for cell in todo if cell.name not in finished]
     running: dict[Future[str | None], Cell] = {}
     with (
@@ -363,6 +385,8 @@ def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
                 waiting.remove(cell)
                 bar.update()
             for cell in [cell for cell in waiting if cell.needs is None or cell.needs in finished]:
+                if what := cell.changed():
+                    bar.write(f"{cell.name}: {what}")
                 running[pool.submit(run, cell)] = cell
                 waiting.remove(cell)
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():

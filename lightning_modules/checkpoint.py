@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from datamodules.rows import file_sha256
+
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
 
 
@@ -36,6 +38,13 @@ def _source(checkpoint: str) -> tuple[str, dict[str, Any]]:
             "Relative folders are looked up from where the command runs: start it at the root of the repository."
         )
     return checkpoint, {}
+
+
+def checkpoint_files(checkpoint: str) -> dict[str, str]:
+    """SHA-256 of what a local checkpoint is read from (weights, config and tokenizer), by file name; empty for a hub id."""
+    path = Path(checkpoint)
+    parts = {part for pattern in (*WEIGHT_FILES, "*.json", "*.jinja") for part in path.glob(pattern)}
+    return {part.name: file_sha256(part) for part in ([path] if path.is_file() else sorted(parts))}
 
 
 def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:

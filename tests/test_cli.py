@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import json
 import os
 import re
@@ -83,6 +84,10 @@ def test_run_leaves_its_folder_whole(finished):
     assert [(r["defense"], r["num_attack_steps"]) for r in rows] == [("none", "0"), ("none", "2"), ("SBR", "0"), ("SBR", "2")]
     assert "train/anchor_drift" in (finished / "metrics.csv").read_text().splitlines()[0]
     assert not list(finished.rglob("*.partial"))
+    ((name, files),) = json.loads((finished / "done.json").read_text())["checkpoints"].items()
+    assert name == "models/sandbox/aligned"
+    assert files["model.safetensors"] == hashlib.sha256((ROOT / name / "model.safetensors").read_bytes()).hexdigest()
+    assert {"config.json", "tokenizer.json"} < set(files)
 
 
 def test_what_wandb_would_upload_holds_no_machine_no_key_and_no_generation(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from toy import ROOT
 import casehard
 from callbacks.results import config_hash
 from callbacks.rows import Run
+from datamodules.rows import origin, read_rows
 from evidence.rejudge import write_run
 from evidence.study import Cell, cells, choose, devices, read_study, run_all, run_cell, run_study
 from evidence.summary import collect
+from lightning_modules.checkpoint import checkpoint_files
 
 TINY = """
 defenses:
@@ -161,6 +165,71 @@ def test_a_marker_of_another_config_does_not_count(tmp_path):
     assert other.done
     Path(other.folder, "done.json").write_text('{"config": "of other settings"}')
     assert not other.done
+
+
+@pytest.fixture
+def rested(tmp_path) -> Cell:
+    """A finished cell, whose marker says what it was made from."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text(name)
+    some = cell("a", tmp_path)
+    finish(some)
+    sources = [f"{tmp_path}/rows.jsonl#train[:1]", "sandbox:test/harmful", "some_hub/id", f"{tmp_path}/gone.jsonl"]
+    rows = {source: read_rows(source) for source in sources[:2]}
+    made = {
+        "data": [origin("harmful", source, rows.get(source, []))._asdict() for source in sources],
+        "checkpoints": {name: checkpoint_files(name) for name in (f"{tmp_path}/model", "some_hub/model")},
+        "versions": {"casehard": version("casehard")},
+    }
+    Path(some.folder, "done.json").write_text(json.dumps({"config": some.config} | made))
+    return some
+
+
+def ran_again(cell: Cell) -> list[str]:
+    ran: list[str] = []
+    assert run_all([cell], lambda cell: ran.append(cell.name), 1) == {}  # type: ignore[func-returns-value]
+    return ran
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "model/config.json", "model/model.safetensors"])
+def test_a_cell_whose_files_changed_runs_again_and_says_which(rested, tmp_path, capsys, name):
+    assert ran_again(rested) == []
+    (tmp_path / name).write_text((tmp_path / name).read_text()[::-1])  # as long as before
+    assert ran_again(rested) == ["a"]
+    assert re.search(rf"a: {tmp_path}/{name.split('/')[0]}(#train\[:1\])? changed", capsys.readouterr().out)
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "rows.jsonl").unlink()
+    assert ran_again(rested) == []  # nothing shows that it was another
+
+
+def test_a_cell_of_another_casehard_runs_again(rested, monkeypatch, capsys):
+    monkeypatch.setattr("evidence.study.version", lambda _: "99.0")
+    assert ran_again(rested) == ["a"]
+    assert f"a: casehard {version('casehard')} is 99.0 now" in capsys.readouterr().out
+
+
+def test_other_rows_of_the_sandbox_are_noticed(rested, monkeypatch, capsys):
+    monkeypatch.setattr("datamodules.rows._present_digest", lambda _: "another")
+    assert ran_again(rested) == ["a"]
+    assert "a: sandbox:test/harmful changed" in capsys.readouterr().out
+
+
+def test_what_attacks_a_model_that_comes_out_different_runs_again(rested, tmp_path, capsys):
+    train, attack = cell("train", tmp_path), replace(rested, needs="train")
+    assert attack.done
+
+    def run(cell: Cell) -> None:
+        ran.append(cell.name)
+        if cell.name == "train":
+            finish(cell)
+            (tmp_path / "model" / "model.safetensors").write_text("other weights")
+
+    ran: list[str] = []
+    run_all([train, attack], run, 2)
+    assert ran == ["train", "a"]
+    assert f"a: {tmp_path}/model changed" in capsys.readouterr().out
 
 
 def test_other_settings_get_another_folder_down_to_what_depends_on_them(tmp_path):
