@@ -374,13 +374,14 @@ def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
     done = {cell.name for cell in todo if cell.done}
     finished = {cell.name for cell in todo if {cell.name, cell.needs or cell.name} <= done}  # not before what it needs
     waiting = [cell for cell in todo if cell.name not in finished]
+    known = {None, *(cell.name for cell in todo)}  # without those that failed in an earlier call
     running: dict[Future[str | None], Cell] = {}
     with (
         ThreadPoolExecutor(parallel) as pool,
         tqdm(total=len(todo), initial=len(finished), desc="cells") as bar,
     ):
         while waiting or running:
-            for cell in [cell for cell in waiting if cell.needs in failed]:
+            for cell in [cell for cell in waiting if cell.needs in failed or cell.needs not in known]:
                 failed[cell.name] = f"{cell.needs} failed"
                 waiting.remove(cell)
                 bar.update()

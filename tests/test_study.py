@@ -146,6 +146,10 @@ def test_done_cells_are_left_alone_and_others_wait_for_what_they_need(tmp_path):
     assert ran.index("train") < ran.index("attack")
 
 
+def test_a_cell_that_needs_one_that_failed_before_is_not_waited_for(tmp_path):
+    assert run_all([cell("attack", tmp_path, "train")], lambda _: None, 1) == {"attack": "train failed"}
+
+
 def test_a_cell_that_died_half_way_is_begun_anew_and_a_failing_one_says_why(tmp_path):
     broken = cell("broken", tmp_path, words=("test", "--no_such_setting=1"))
     Path(broken.folder).mkdir(parents=True)
