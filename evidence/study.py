@@ -321,6 +321,8 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
             ).returncode
         if code == 0 and cell.done:
             return None
+        if code == 0 and (what := cell.changed()):
+            return f"{what} while it ran"
     lines = log.read_text(errors="replace").splitlines()
     return f"exit status {code}: {next((line for line in reversed(lines) if line.strip()), 'no output')} ({log})"
 

@@ -208,6 +208,20 @@ def test_a_cell_whose_files_changed_runs_again_and_says_which(rested, tmp_path, 
     assert ran_again(rested) == []  # nothing shows that it was another
 
 
+def test_a_cell_whose_files_change_while_it_runs_says_so(rested, tmp_path, monkeypatch):
+    marker = Path(rested.folder, "done.json").read_text()
+
+    def run(*_: Any, **__: Any) -> subprocess.CompletedProcess[str]:
+        finish(rested)
+        Path(rested.folder, "done.json").write_text(marker)
+        (tmp_path / "rows.jsonl").write_text("changed again")
+        return subprocess.CompletedProcess([], 0)
+
+    (tmp_path / "rows.jsonl").write_text("changed")
+    monkeypatch.setattr("evidence.study.subprocess.run", run)
+    assert run_cell(rested) == f"{tmp_path}/rows.jsonl#train[:1] changed while it ran"
+
+
 def test_a_cell_of_another_casehard_runs_again(rested, monkeypatch, capsys):
     monkeypatch.setattr("evidence.study.version", lambda _: "99.0")
     assert ran_again(rested) == ["a"]
