@@ -125,7 +125,7 @@ class Cell:
         return self._marker() is not None and not self.changed()
 
     def changed(self) -> str:
-        """What its run rested on and is not the same any more, "" where nothing is: casehard, rows, a checkpoint.
+        """What its run rested on and is not the same any more, "" where nothing is: casehard, rows, another file.
 
         What the marker does not name, as one of an earlier version, or what is only on a hub or is gone, says nothing.
         """
@@ -134,8 +134,8 @@ class Cell:
         if before not in (None, now):
             return f"casehard {before} is {now} now"
         rows = (o["source"] for o in marker.get("data", []) if present_sha256(o["source"]) not in (None, o["sha256"]))
-        models = (name for name, files in marker.get("checkpoints", {}).items() if checkpoint_files(name) not in ({}, files))
-        return next((f"{name} changed" for name in chain(rows, models)), "")
+        others = (name for name, files in marker.get("files", {}).items() if checkpoint_files(name) not in ({}, files))
+        return next((f"{name} changed" for name in chain(rows, others)), "")
 
 
 Resolve = Callable[[list[str]], str]  # a command line's config, resolved, as YAML
