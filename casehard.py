@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
-from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
+from callbacks.results import DONE, RUN_FOLDER, config_hash, named_files, write_whole
 from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
 from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
@@ -285,8 +285,6 @@ class Cli(LightningCLI):
         """Leave the marker; ``seconds`` are those of training, attacks not counted."""
         if self.trainer.is_global_zero and self.trainer.state.finished and self.folder.is_dir():
             config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
-            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-            models = [self.model.checkpoint, *(getattr(callback, "undefended_checkpoint", None) for callback in callbacks)]
             marker = {
                 "config": config_hash(config),
                 "steps": self.trainer.global_step,
@@ -296,7 +294,7 @@ class Cli(LightningCLI):
                 "stage": self.model.stage,
                 "seed": self.datamodule.seed,
                 "data": [origin._asdict() for origin in self.datamodule.origins],
-                "checkpoints": {model: checkpoint_files(model) for model in models if model},
+                "files": {name: checkpoint_files(name) for name in named_files(yaml.safe_load(config))},
                 "versions": {"python": platform.python_version()} | {name: version(name) for name in NAMED},
             }
             write_whole(self.folder / DONE, json.dumps(marker))

@@ -34,6 +34,20 @@ METRICS = (  # of a row, as loggers get them
     "degenerate_rate",
 )
 DONE = "done.json"  # left by a run that came to its end: its config's hash, what its training took, and what it was made from
+FILES = ("checkpoint", "undefended_checkpoint", "tokenizer", "anchors", "rubric", "template")  # settings that may name one
+
+
+def named_files(config: Any) -> list[str]:
+    """Files and folders of this machine that a config names for models, judges and defenses (``FILES``), wherever that stands.
+
+    The data's sources of rows are not among them: a run notes those as its origins.
+    """
+    if isinstance(config, list):
+        return [name for part in config for name in named_files(part)]
+    found = [name for part in config.values() for name in named_files(part)] if isinstance(config, dict) else []
+    values = [config.get(key) for key in FILES] if isinstance(config, dict) else []
+    names = [value.partition("#")[0] for value in values if isinstance(value, str)]
+    return list(dict.fromkeys([*(name for name in names if os.path.exists(name)), *found]))  # a text may be too long for a Path
 
 
 def config_hash(text: str) -> str:

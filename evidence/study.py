@@ -125,7 +125,7 @@ class Cell:
         return self._marker() is not None and not self.changed()
 
     def changed(self) -> str:
-        """What its run rested on and is not the same any more, "" where nothing is: casehard, rows, a checkpoint.
+        """What its run rested on and is not the same any more, "" where nothing is: casehard, rows, another file.
 
         What the marker does not name, as one of an earlier version, or what is only on a hub or is gone, says nothing.
         """
@@ -134,8 +134,8 @@ class Cell:
         if before not in (None, now):
             return f"casehard {before} is {now} now"
         rows = (o["source"] for o in marker.get("data", []) if present_sha256(o["source"]) not in (None, o["sha256"]))
-        models = (name for name, files in marker.get("checkpoints", {}).items() if checkpoint_files(name) not in ({}, files))
-        return next((f"{name} changed" for name in chain(rows, models)), "")
+        others = (name for name, files in marker.get("files", {}).items() if checkpoint_files(name) not in ({}, files))
+        return next((f"{name} changed" for name in chain(rows, others)), "")
 
 
 Resolve = Callable[[list[str]], str]  # a command line's config, resolved, as YAML
@@ -321,6 +321,8 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
             ).returncode
         if code == 0 and cell.done:
             return None
+        if code == 0 and (what := cell.changed()):
+            return f"{what} while it ran"
     lines = log.read_text(errors="replace").splitlines()
     return f"exit status {code}: {next((line for line in reversed(lines) if line.strip()), 'no output')} ({log})"
 
@@ -374,13 +376,14 @@ def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
     done = {cell.name for cell in todo if cell.done}
     finished = {cell.name for cell in todo if {cell.name, cell.needs or cell.name} <= done}  # not before what it needs
     waiting = [cell for cell in todo if cell.name not in finished]
+    known = {None, *(cell.name for cell in todo)}  # without those that failed in an earlier call
     running: dict[Future[str | None], Cell] = {}
     with (
         ThreadPoolExecutor(parallel) as pool,
         tqdm(total=len(todo), initial=len(finished), desc="cells") as bar,
     ):
         while waiting or running:
-            for cell in [cell for cell in waiting if cell.needs in failed]:
+            for cell in [cell for cell in waiting if cell.needs in failed or cell.needs not in known]:
                 failed[cell.name] = f"{cell.needs} failed"
                 waiting.remove(cell)
                 bar.update()

@@ -41,7 +41,9 @@ def _source(checkpoint: str) -> tuple[str, dict[str, Any]]:
 
 
 def checkpoint_files(checkpoint: str) -> dict[str, str]:
-    """SHA-256 of what a local checkpoint is read from (weights, config and tokenizer), by file name; empty for a hub id."""
+    """SHA-256 of what a local checkpoint is read from (weights, config and tokenizer), by file name; of a file that one alone;
+    empty for a hub id.
+    """
     path = Path(checkpoint)
     parts = {part for pattern in (*WEIGHT_FILES, "*.json", "*.jinja") for part in path.glob(pattern)}
     return {part.name: file_sha256(part) for part in ([path] if path.is_file() else sorted(parts))}

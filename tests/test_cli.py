@@ -84,7 +84,7 @@ def test_run_leaves_its_folder_whole(finished):
     assert [(r["defense"], r["num_attack_steps"]) for r in rows] == [("none", "0"), ("none", "2"), ("SBR", "0"), ("SBR", "2")]
     assert "train/anchor_drift" in (finished / "metrics.csv").read_text().splitlines()[0]
     assert not list(finished.rglob("*.partial"))
-    ((name, files),) = json.loads((finished / "done.json").read_text())["checkpoints"].items()
+    ((name, files),) = json.loads((finished / "done.json").read_text())["files"].items()
     assert name == "models/sandbox/aligned"
     assert files["model.safetensors"] == hashlib.sha256((ROOT / name / "model.safetensors").read_bytes()).hexdigest()
     assert {"config.json", "tokenizer.json"} < set(files)

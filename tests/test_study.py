@@ -18,7 +18,7 @@ from test_results import ROW
 from toy import ROOT
 
 import casehard
-from callbacks.results import config_hash
+from callbacks.results import config_hash, named_files
 from callbacks.rows import Run
 from datamodules.rows import origin, read_rows
 from evidence.rejudge import write_run
@@ -146,6 +146,10 @@ def test_done_cells_are_left_alone_and_others_wait_for_what_they_need(tmp_path):
     assert ran.index("train") < ran.index("attack")
 
 
+def test_a_cell_that_needs_one_that_failed_before_is_not_waited_for(tmp_path):
+    assert run_all([cell("attack", tmp_path, "train")], lambda _: None, 1) == {"attack": "train failed"}
+
+
 def test_a_cell_that_died_half_way_is_begun_anew_and_a_failing_one_says_why(tmp_path):
     broken = cell("broken", tmp_path, words=("test", "--no_such_setting=1"))
     Path(broken.folder).mkdir(parents=True)
@@ -171,6 +175,7 @@ def test_a_marker_of_another_config_does_not_count(tmp_path):
 def rested(tmp_path) -> Cell:
     """A finished cell, whose marker says what it was made from."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (tmp_path / "rubric.txt").write_text("Grade it.")
     (tmp_path / "model").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "model" / name).write_text(name)
@@ -180,7 +185,7 @@ def rested(tmp_path) -> Cell:
     rows = {source: read_rows(source) for source in sources[:2]}
     made = {
         "data": [origin("harmful", source, rows.get(source, []))._asdict() for source in sources],
-        "checkpoints": {name: checkpoint_files(name) for name in (f"{tmp_path}/model", "some_hub/model")},
+        "files": {name: checkpoint_files(name) for name in (f"{tmp_path}/model", f"{tmp_path}/rubric.txt", "some_hub/model")},
         "versions": {"casehard": version("casehard")},
     }
     Path(some.folder, "done.json").write_text(json.dumps({"config": some.config} | made))
@@ -193,15 +198,30 @@ def ran_again(cell: Cell) -> list[str]:
     return ran
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "model/config.json", "model/model.safetensors"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rubric.txt", "model/config.json", "model/model.safetensors"])
 def test_a_cell_whose_files_changed_runs_again_and_says_which(rested, tmp_path, capsys, name):
     assert ran_again(rested) == []
     (tmp_path / name).write_text((tmp_path / name).read_text()[::-1])  # as long as before
     assert ran_again(rested) == ["a"]
     assert re.search(rf"a: {tmp_path}/{name.split('/')[0]}(#train\[:1\])? changed", capsys.readouterr().out)
     shutil.rmtree(tmp_path / "model")
-    (tmp_path / "rows.jsonl").unlink()
+    for gone in ("rows.jsonl", "rubric.txt"):
+        (tmp_path / gone).unlink()
     assert ran_again(rested) == []  # nothing shows that it was another
+
+
+def test_a_cell_whose_files_change_while_it_runs_says_so(rested, tmp_path, monkeypatch):
+    marker = Path(rested.folder, "done.json").read_text()
+
+    def run(*_: Any, **__: Any) -> subprocess.CompletedProcess[str]:
+        finish(rested)
+        Path(rested.folder, "done.json").write_text(marker)
+        (tmp_path / "rows.jsonl").write_text("changed again")
+        return subprocess.CompletedProcess([], 0)
+
+    (tmp_path / "rows.jsonl").write_text("changed")
+    monkeypatch.setattr("evidence.study.subprocess.run", run)
+    assert run_cell(rested) == f"{tmp_path}/rows.jsonl#train[:1] changed while it ran"
 
 
 def test_a_cell_of_another_casehard_runs_again(rested, monkeypatch, capsys):
@@ -246,6 +266,26 @@ def test_other_settings_get_another_folder_down_to_what_depends_on_them(tmp_path
 def test_a_config_counts_by_its_values_and_not_by_where_the_run_goes():
     assert config_hash("a: 1\nb: [x]\nrun: {root: here}") == config_hash("run: {root: there}\nb: [x]\na: 1")
     assert config_hash("a: 1") != config_hash("a: 2")
+
+
+def test_the_files_that_a_config_names_are_found_wherever_they_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "theirs"):
+        Path(name).mkdir()
+    for name in ("anchors.json", "rubric.txt", "rows.jsonl", "cache", "cpu"):
+        Path(name).touch()
+    config = {
+        "model": {"init_args": {"checkpoint": "model", "tokenizer": "some_hub/id", "anchors": "anchors.json#train[:3]"}},
+        "data": {
+            "benign": ["rows.jsonl"],
+            "judge": {"init_args": {"rubric": "rubric.txt", "cache": "cache", "checkpoint": None}},
+        },
+        "trainer": {
+            "callbacks": [{"init_args": {"undefended_checkpoint": "theirs", "copy_device": "cpu"}}, {"checkpoint": "model"}]
+        },
+    }
+    assert named_files(config) == ["model", "anchors.json", "rubric.txt", "theirs"]
+    assert named_files({"anchors": ["model"], "template": "{prompt} {response}" * 500, "checkpoint": "\0"}) == []
 
 
 def test_the_sandbox_study_is_three_by_four_by_three_and_every_cell_resolves(tmp_path):
