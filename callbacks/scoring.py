@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torchmetrics import Metric
 
-from datamodules.chat import prompt_ids, without_thoughts
+from datamodules.chat import answer_and_thoughts, prompt_ids
 from datamodules.rows import Row
 from datamodules.sft import Evaluation, SFTDataModule
 from lightning_modules.defense import Defense
@@ -40,7 +40,8 @@ def _gathered(items: list[Generation]) -> list[Generation]:
 def score(module: Defense, evaluation: Evaluation) -> Scores:
     """Answer, judge and reduce; every rank answers its share of the prompts.
 
-    What is judged, kept and compared with a task's response is the answer ``without_thoughts``.
+    What is judged and compared with a task's response is the answer without the thoughts before it (``answer_and_thoughts``). The
+    generations have those beside it, because no judge reads them.
 
     Args:
         module: the model; its mode comes back as it was.
@@ -59,10 +60,11 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
         share = rows[rank::world_size]
         prompts = [prompt_ids(row, module.tokenizer) for row in share]
         generated = module.generate(prompts, evaluation.max_new_tokens, evaluation.batch_size)
-        answers = [without_thoughts(text) for text in generated]
-        for i, (row, text) in enumerate(zip(share, answers, strict=True)):
-            generations.append({"kind": kind, "number": rank + i * world_size, "prompt": row.prompt, "response": text})
-        return share, answers
+        answers = [answer_and_thoughts(text) for text in generated]
+        for i, (row, (text, thoughts)) in enumerate(zip(share, answers, strict=True)):
+            kept = {"response": text} | ({"thoughts": thoughts} if thoughts else {})
+            generations.append({"kind": kind, "number": rank + i * world_size, "prompt": row.prompt} | kept)
+        return share, [text for text, _ in answers]
 
     for kind, rows, judged in (("harmful", evaluation.harmful, judge), ("benign", evaluation.benign, judge.on_benign)):
         share, answers = answer(rows, kind)

@@ -13,7 +13,7 @@ from datamodules.rows import Row
 
 IGNORED = -100  # the label of a token that nothing is learnt from
 PROBE = "casehard"  # stands in for an answer, to see what a template writes after one
-_THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+_THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -34,14 +34,14 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return _ids(_render(row, tokenizer), tokenizer)
 
 
-def without_thoughts(text: str) -> str:
-    """What a model generated, without the ``<think>...</think>`` that it opens with, if it does: thoughts are no answer.
+def answer_and_thoughts(text: str) -> tuple[str, str]:
+    """The answer in what a model generated, and the thoughts in the ``<think>...</think>`` that it may open with.
 
-    Thoughts without an end, as ``max_new_tokens`` cuts them off, hide no answer and stay: their text is judged as it is, and no
-    defense gains by never coming to an answer.
+    Thoughts are no answer. Those without an end, as ``max_new_tokens`` cuts them off, hide none and stay: their text is judged as
+    it is, and no defense gains by never coming to an answer.
     """
     thoughts = _THOUGHTS.match(text)
-    return text[thoughts.end() :] if thoughts else text
+    return (text[thoughts.end() :], thoughts[1].strip()) if thoughts else (text, "")
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]] | None:

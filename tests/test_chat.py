@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.chat import collate, encode, encode_rows, prompt_ids, require_chat_template, without_thoughts
+from datamodules.chat import answer_and_thoughts, collate, encode, encode_rows, prompt_ids, require_chat_template
 from datamodules.rows import Row
 
 CHATML = (  # a newline after the end token
@@ -109,19 +109,19 @@ def test_an_empty_think_block_is_asked_with_and_never_learnt():
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("text", "answer", "thoughts"),
     [
-        ("<think>\n\n</think>\n\nNo.", "No."),
-        ("\n<think>Is it?\nIt is.</think>Yes.", "Yes."),
-        ("<think>a</think>b <think>c</think>", "b <think>c</think>"),  # the first alone
-        ("<think>a</think>", ""),
-        ("<think>And so on", "<think>And so on"),  # no answer to be found
-        ("Write <think>a</think>.", "Write <think>a</think>."),
-        (" No.\n", " No.\n"),
+        ("<think>\n\n</think>\n\nNo.", "No.", ""),
+        ("\n<think>\nIs it?\nIt is.\n</think>Yes.", "Yes.", "Is it?\nIt is."),
+        ("<think>a</think>b <think>c</think>", "b <think>c</think>", "a"),  # the first alone
+        ("<think>a</think>", "", "a"),
+        ("<think>And so on", "<think>And so on", ""),  # no answer to be found
+        ("Write <think>a</think>.", "Write <think>a</think>.", ""),
+        (" No.\n", " No.\n", ""),
     ],
 )
-def test_leading_thoughts_are_no_answer(text, answer):
-    assert without_thoughts(text) == answer
+def test_leading_thoughts_are_no_answer(text, answer, thoughts):
+    assert answer_and_thoughts(text) == (answer, thoughts)
 
 
 @pytest.mark.parametrize("response", ["A", "s", "/", "|", ":", "hi", " ok ", "U:hi;A:"])

@@ -17,3 +17,4 @@ def test_what_a_model_thinks_first_changes_no_score(checkpoint, opening, monkeyp
     assert (found.metrics["harmful_score"], found.metrics["attack_success_rate"]) == (50, 50)
     assert (found.metrics["refusal_rate_benign"], found.metrics["finetune_accuracy"]) == (100, 100)
     assert [g["response"] for g in found.generations] == [text for texts in said.values() for text in texts]
+    assert [g.get("thoughts") for g in found.generations] == 4 * ["Is that safe?" if "safe" in opening else None]
