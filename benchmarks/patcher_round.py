@@ -2,6 +2,7 @@
 
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -190,7 +191,7 @@ def main(
     own = our_steps + more_steps
     print(f"ours, a round                    {spread(own)} s")
     print(f"theirs, a round                  {spread(with_disk)} s, steps alone {spread(steps_only)} s")
-    median = sorted(own)[len(own) // 2]
+    median = statistics.median(own)
     print(f"ours over theirs                 {spread(median / t for t in with_disk)}")
     print(f"ours over theirs, steps alone    {spread(median / t for t in steps_only)}")
     print(f"peak memory, ours over theirs    {max(our_peak, more_peak) / max(peaks):.2f}")
