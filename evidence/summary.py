@@ -18,7 +18,9 @@ from evidence.study import INDEX, Cell
 from metrics.statistics import Interval, mean_interval, median_steps_to_break, paired_difference
 
 UNDEFENDED = "undefended"
-ROWS = ("benign", "harmful", "harmful_prompts", "benign_prompts", "task", "num_evaluated", "max_new_tokens")  # of an attack
+# of a config, what may differ among the seeds of one series, and the data that a row rests on
+OWN = ("name", "seed", "score_steps", "undefended", "undefended_checkpoint", "copy_device", "every_n_epochs")
+ROWS = ("benign", "harmful", "harmful_prompts", "benign_prompts", "task", "num_evaluated", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -199,13 +201,11 @@ def _settings(entry: Entry) -> dict[str, Any]:
         name, rate = own.get("name") or callback["class_path"].rpartition(".")[2], own.get("optimizer", {}).get("learning_rate")
         known_by = (name, own.get("threat_model"), rate, own.get("poison_ratio"))
         if known_by == (row.attack, row.threat_model, row.learning_rate, row.poison_ratio):
-            found |= {f"{row.attack}.{name}": value for name, value in own.items() if name not in ("name", "seed", "score_steps")}
+            found |= {f"{row.attack}.{name}": value for name, value in own.items() if name not in OWN}
     tested = "verbose" in config  # what `lightning test` has and `lightning fit` has not: alignment is over there
     if row.defense != "none" and not (tested and row.stage == "alignment"):
         of_model = config.get("model", {}).get("init_args", {})
-        found |= {
-            f"model.{name}": value for name, value in of_model.items() if name != "checkpoint"
-        }  # each seed may have its own
+        found |= {f"model.{name}": value for name, value in of_model.items() if name != "checkpoint"}  # a seed's own
     return found
 
 

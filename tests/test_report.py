@@ -322,14 +322,17 @@ def test_runs_of_different_settings_are_no_seeds_of_one_series(tmp_path, setting
         "poison_ratio": ROW.poison_ratio,
         "optimizer": {"learning_rate": ROW.learning_rate},
     }
-    for seed, own in enumerate((ours, theirs)):
+    for seed, own in enumerate((ours, theirs, ours)):
         folder = tmp_path / str(seed)
         record(folder, replace(ROW, seed=seed), {0: 1, 5: 3})
-        attack = {"class_path": f"callbacks.{ROW.attack}", "init_args": known | own.get("attack", {}) | {"seed": seed}}
+        attack = {
+            "class_path": f"callbacks.{ROW.attack}",
+            "init_args": known | own.get("attack", {}) | {"seed": seed, "undefended_checkpoint": str(seed)},
+        }
         model = {"init_args": {"checkpoint": str(seed)} | own.get("model", {})}
         config = {"trainer": {"callbacks": [attack]}, "model": model, "data": {"seed": seed} | own.get("data", {})}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert len(collect([tmp_path / "0"])) == 1
+    assert len(collect([tmp_path / "0", tmp_path / "2"])) == 1  # seeds of one series have checkpoints of their own
     with pytest.raises(
         ValueError, match=rf"runs must have the same settings .*0 and .*1 differ in {setting} \({ROW.attack}.*, SBR\)"
     ):
