@@ -161,7 +161,8 @@ class HarmfulFineTuning(L.Callback):
         shown = f"{self.name} ({self.threat_model}, {'undefended' if job.twin else module.label})"
         with borrowed(module, self._prepared(job), self.copy_device):
             loss = module.finetuning_loss if job.defended else module.sft_loss
-            steps = train_steps(module, loss, batches, self.num_attack_steps, self.optimizer, module.forward_context)
+            how = (self.optimizer, module.forward_context, module.row_group)
+            steps = train_steps(module, loss, batches, self.num_attack_steps, *how)
             trained, start = 0.0, time.perf_counter()
             for step, value, bar in watched(steps, self.num_attack_steps, shown, job.trainer):
                 trained += time.perf_counter() - start

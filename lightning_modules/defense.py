@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -23,6 +24,7 @@ from lightning_modules.checkpoint import load_model, load_tokenizer
 from lightning_modules.forward import Batch, label_positions, states_and_logits
 from lightning_modules.generation import generate
 from lightning_modules.optimizer import Optimizer
+from lightning_modules.roles import RolesStrategy
 from lightning_modules.sharding import distribute, from_first, gathered, on_meta, sharded
 from lightning_modules.weights import borrowed, group_of, local, restore
 
@@ -85,10 +87,9 @@ class Defense(L.LightningModule):
         if hasattr(self, "model"):
             return
         self.drawn_from = torch.get_rng_state()  # to draw random weights once more (``as_aligned``)
-        if self.device_mesh is None:
+        if (mesh := self._mesh()) is None:
             self.register_module("model", self._whole())
         else:
-            mesh = self._mesh()
             whole = self._whole() if mesh.get_local_rank() == 0 else None
             model, plain = sharded(whole, mesh, self.trainer.strategy.root_device, self._policy())
             self.register_module("model", model)
@@ -104,21 +105,30 @@ class Defense(L.LightningModule):
             add_adapter(model, self.lora, "defense")
         return model
 
-    def _mesh(self) -> DeviceMesh:
-        """The ranks over which the weights are sharded, and the rows shared out.
+    @property
+    def row_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share out the rows of a batch; None for all."""
+        return None if self.device_mesh is None else self.device_mesh["data_parallel"].get_group()
+
+    def _mesh(self) -> DeviceMesh | None:
+        """The ranks over which the weights are sharded; None where every rank holds them whole.
 
         Raises:
             ValueError: a mesh of another number of roles, such as for tensor parallelism, which nothing here does.
         """
         mesh = self.device_mesh
-        assert mesh is not None
+        if mesh is None:
+            return None
         if (size := mesh["tensor_parallel"].size()) != self.num_roles:
             raise ValueError(
                 f"tensor_parallel_size must be {self.num_roles}, the number of roles, got {size}: weights are sharded over the "
-                "data-parallel ranks (FSDP2). Set data_parallel_size to the number of processes in each role."
+                "data-parallel ranks (FSDP2). Set data_parallel_size to the number of processes."
             )
-        group, kind = mesh["data_parallel"].get_group(), mesh.device_type
-        return DeviceMesh.from_group(group, kind, mesh_dim_names=("fsdp",))  # by this name peft knows that modules run whole
+        rows = mesh["data_parallel"]
+        if isinstance(self.trainer.strategy, RolesStrategy) and rows.size() == 1:
+            return None
+        names = ("fsdp",)  # by which peft knows that modules run whole
+        return DeviceMesh.from_group(rows.get_group(), mesh.device_type, mesh_dim_names=names)
 
     def _policy(self) -> MixedPrecisionPolicy:
         """Under bf16-mixed, float32 shards that are put together in bfloat16; their gradients are averaged in float32."""
@@ -130,7 +140,7 @@ class Defense(L.LightningModule):
 
         Where it is sharded every rank must call this; it is put together on the CPU of rank 0, and the others get None.
         """
-        model = self.model if self.device_mesh is None else gathered(self.model, *self.plain)
+        model = self.model if group_of(self.model) is None else gathered(self.model, *self.plain)
         return None if model is None else merged(model)
 
     @contextmanager
@@ -189,9 +199,8 @@ class Defense(L.LightningModule):
 
     def _read(self, checkpoint: str, *random: Any) -> dict[str, nn.Parameter]:
         """Weights of a checkpoint; where the model is sharded, on the first rank alone, and on meta elsewhere."""
-        if self.device_mesh is None:
+        if (mesh := self._mesh()) is None:
             return dict(load_model(checkpoint, self.weights_dtype, *random).named_parameters())
-        mesh = self._mesh()
         whole = load_model(checkpoint, self.weights_dtype, *random) if mesh.get_local_rank() == 0 else None
         plain = from_first(None if whole is None else on_meta(whole), mesh)
         return dict((plain if whole is None else whole).named_parameters())
@@ -276,7 +285,7 @@ class Defense(L.LightningModule):
         loss: Tensor = getattr(self, name)(batch)
         self.num_passes += 1
         shown = {f"train/{name}": loss, **{f"train/{k}": v for k, v in self.terms.items()}}
-        self.log_dict(shown, prog_bar=True, sync_dist=True, sync_dist_group=group_of(self), batch_size=len(batch["input_ids"]))
+        self.log_dict(shown, prog_bar=True, sync_dist=True, sync_dist_group=self.row_group, batch_size=len(batch["input_ids"]))
         return loss
 
     def on_train_end(self) -> None:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer
-from lightning_modules.weights import group_of, reshard
+from lightning_modules.weights import reshard
 
 
 class DivergedError(RuntimeError):
@@ -48,6 +48,7 @@ def train_steps(
     num_steps: int,
     optimizer: Optimizer,
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    group: dist.ProcessGroup | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Train what requires a gradient in ``module``, one optimizer step at a time; put it into ``weights.borrowed`` to undo it.
 
@@ -58,6 +59,7 @@ def train_steps(
         num_steps: optimizer steps.
         optimizer: built anew over what trains.
         forward_context: entered around every forward pass, e.g. the trainer's precision.
+        group: the ranks that share out the rows of a batch; None for all.
 
     Yields:
         Steps done so far (1 for the first) and that step's loss, after each step.
@@ -71,7 +73,6 @@ def train_steps(
     if not parameters:
         raise ValueError("nothing to train: no parameter of the model requires a gradient.")
     opt, schedule = optimizer.build(parameters, num_steps)
-    group = group_of(module)
     for step in range(num_steps):
         module.train()
         with forward_context():

@@ -1,5 +1,6 @@
 """Patcher: adversarial training against malicious fine-tuning."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -22,6 +21,7 @@ from lightning_modules.defense import Defense
 from lightning_modules.engine import train_steps, watched
 from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer, parked
+from lightning_modules.roles import ATTACKERS, DEFENDERS, RolesStrategy
 from lightning_modules.sharding import as_saved, saved_in, shard_of
 from lightning_modules.weights import Weights, attack_vector, borrowed, local, reshard, shifted, vector_norm
 
@@ -64,9 +64,6 @@ class InnerAttacker:
         return [row for source in self.harmful or [] for row in read_rows(source)]
 
 
-DEFENDERS, ATTACKERS = 0, 1  # columns of the mesh in the parallel form
-
-
 class PatcherModule(Defense):
     """Patcher (arXiv:2606.07970), an alignment stage defense against full-parameter harmful fine-tuning.
 
@@ -77,7 +74,8 @@ class PatcherModule(Defense):
 
     In the parallel form half of the processes defend while the others attack, each half with the weights sharded over its
     processes (FSDP2). Where the next attack is due, attackers hand over their vector and get the weights of the moment, so that
-    a vector is one interval old when it comes into use. The sequential form with ``vector_age`` 1 is the same algorithm.
+    a vector is one interval old when it comes into use. The sequential form with ``vector_age`` 1 is the same algorithm. The
+    seconds that each half waited for the other are logged: both are small where it pays.
 
     Memory beyond plain SFT: the attack vector (one copy of what the attacker trains), one more copy during a shifted pass, which
     goes as the gradients come, and during an attack the attacker's gradients and moments; ``copy_device: cpu`` keeps what is idle
@@ -147,6 +145,7 @@ class PatcherModule(Defense):
         self.vector: Weights = {}  # in use
         self.pending: list[Weights] = []  # not yet old enough
         self.num_attacks = 0
+        self.waited: dict[str, float] = {}  # seconds before the last exchange of the parallel form
 
     def own_rows(self) -> list[Row]:
         """Harmful rows of the attackers' own."""
@@ -177,7 +176,21 @@ class PatcherModule(Defense):
                 "unless that is replaced, defenders wait for attackers. Leave vector_age at 1 for the same weights, or install "
                 "lightning 2.6."
             )
-        loop._broadcast_sigterm_tensor = lambda: ask() if self._attack_is_due() else None  # type: ignore[method-assign]
+
+        def ask_if_due() -> None:
+            if self._attack_is_due():
+                self._meet()
+                ask()
+
+        loop._broadcast_sigterm_tensor = ask_if_due  # type: ignore[method-assign]
+
+    def _meet(self) -> None:
+        """Wait for the other half; how long each waited shows which of them has too much to do."""
+        start, waited = time.perf_counter(), torch.zeros(2, device=self.device)
+        self.trainer.strategy.barrier()
+        waited[self._roles().get_local_rank()] = time.perf_counter() - start
+        dist.all_reduce(waited, group=self._roles().get_group())
+        self.waited = dict(zip(("train/defenders_waited", "train/attackers_waited"), waited.tolist(), strict=True))
 
     def _draw(self, which: int, attacker: InnerAttacker) -> Callable[[int], Batch]:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -208,6 +221,7 @@ class PatcherModule(Defense):
         if self._attack_is_due():
             self._next_vector()
             self.num_attacks += 1
+            self.log_dict(self.waited, batch_size=len(batch["input_ids"]))
             if self.vector:
                 norm = vector_norm(self, self.vector)
                 self.log("train/attack_vector_norm", norm, batch_size=len(batch["input_ids"]))
@@ -238,7 +252,8 @@ class PatcherModule(Defense):
 
         shown = f"Round {self.progress['round']}, inner attack"
         with borrowed(self, self._prepared(number, attacker), self.copy_device) as start:
-            steps = train_steps(self, self.sft_loss, batches, attacker.num_inner_steps, attacker.optimizer, self.forward_context)
+            how = (attacker.optimizer, self.forward_context, self.row_group)
+            steps = train_steps(self, self.sft_loss, batches, attacker.num_inner_steps, *how)
             for _ in watched(steps, attacker.num_inner_steps, shown, self.trainer, leave=False):
                 pass
             if attacker.lora is None:
@@ -270,25 +285,11 @@ class PatcherModule(Defense):
         assert self.device_mesh is not None
         return self.device_mesh["tensor_parallel"]  # a defender and the attacker that holds the same shard
 
-    def configure_callbacks(self) -> list[Callback]:
-        """None; but of Lightning's hooks this one alone comes before its mesh, which does not know of roles.
-
-        Raises:
-            ValueError: processes that do not make two equal halves.
-        """
-        processes = self.trainer.num_devices * self.trainer.num_nodes
-        if self.parallel and processes % 2 and isinstance(self.trainer.strategy, ModelParallelStrategy):
-            raise ValueError(
-                f"parallel must have as many processes that attack as that defend, and devices * num_nodes is {processes}. "
-                "Take an even number, with data_parallel_size half of it and tensor_parallel_size 2."
-            )
-        return []
-
     def configure_model(self) -> None:
         """As for every defense; the parallel form needs its strategy."""
-        if self.parallel and (self.device_mesh is None or not self.trainer.strategy._save_distributed_checkpoint):  # type: ignore[attr-defined]
+        if self.parallel and not isinstance(self.trainer.strategy, RolesStrategy):
             raise ValueError(
-                "parallel must run under ModelParallelStrategy with sharded checkpoints, and the strategy is "
+                f"parallel must run under RolesStrategy, and the strategy is "
                 f"{type(self.trainer.strategy).__name__}. Add --config experiments/cluster/patcher_parallel.yaml."
             )
         super().configure_model()
@@ -382,9 +383,7 @@ class PatcherModule(Defense):
         kept = {"vector": {} if self._attack_is_due() else self.vector}
         kept |= {f"pending_{i}": vector for i, vector in enumerate(self.pending)}
         saved = {key: as_saved(self, vector) for key, vector in kept.items()}
-        if not self.plays(DEFENDERS):
-            checkpoint |= {"state_dict": {}, "optimizer_states": []}  # the defenders' count
-        elif not any(isinstance(w, DTensor) for w in checkpoint["state_dict"].values()):
+        if not self.parallel and not any(isinstance(w, DTensor) for w in checkpoint["state_dict"].values()):
             whole = {key: {name: _whole(v) for name, v in vector.items()} for key, vector in saved.items()}
             checkpoint["patcher"] = {"num_attacks": self.num_attacks, **whole}
             return

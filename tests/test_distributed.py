@@ -4,6 +4,7 @@ import csv
 import itertools
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ from toy import DEFENSES, ROOT, on_ranks, same_bits, save_toy_checkpoint, toy_tr
 
 from callbacks.results import Results
 from casehard import Defense, FullParameterAttack, InnerAttacker, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
-from lightning_modules.patcher import DEFENDERS
+from lightning_modules.roles import DEFENDERS, RolesStrategy
 from lightning_modules.sharding import from_first
 from lightning_modules.weights import reshard, shifted, snapshot, vector_norm
 
@@ -67,8 +68,8 @@ def trainer(folder: Path, strategy: str, rank: int = 0, **settings: Any) -> L.Tr
         "one": {},
         "ddp": {"devices": 2, "strategy": "ddp"},
         "fsdp2": {"devices": 2, "strategy": ModelParallelStrategy(2, 1)},
-        "roles": {"devices": 2, "strategy": ModelParallelStrategy(1, 2)},
-        "four roles": {"devices": 4, "strategy": ModelParallelStrategy(2, 2)},
+        "roles": {"devices": 2, "strategy": RolesStrategy()},
+        "four roles": {"devices": 4, "strategy": RolesStrategy()},
     }
     return toy_trainer(folder, **(shapes[strategy] | settings))
 
@@ -231,11 +232,15 @@ FORMS = {
 }
 
 
-class AttacksOf(L.Callback):
-    """Which attacks this process has run."""
+class Watch(L.Callback):
+    """Counts the attacks that this process has run, and looks for what belongs to the other role."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.attack = Mock(wraps=pl_module.attack)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert bool(trainer.optimizers[0].state) == pl_module.plays(DEFENDERS)
+        assert any(isinstance(p, DTensor) for p in pl_module.parameters()) == (trainer.world_size // pl_module.num_roles > 1)
 
 
 def hardened(rank: int, strategy: str, checkpoint: str, folder: Path, forms: Iterable[str] = FORMS) -> None:
@@ -250,12 +255,13 @@ def hardened(rank: int, strategy: str, checkpoint: str, folder: Path, forms: Ite
         here, whole, resumed = folder / strategy / form, module(), module()
         attack = FullParameterAttack("open_weight", num_samples=16, num_attack_steps=3, batch_size=4, optimizer=Optimizer(1e-2))
         saver = ModelCheckpoint(here / "saved", "{step}", every_n_train_steps=2, save_top_k=-1)
-        callbacks = [Results(str(here)), Untouched(), attack, Untouched(), AttacksOf(), saver]
+        callbacks = [Results(str(here)), Untouched(), attack, Untouched(), Watch(), saver]
         fit = trainer(folder, strategy, rank, max_steps=7, callbacks=callbacks, enable_checkpointing=True)
         fit.fit(whole, datamodule=data())
         assert same_bits(callbacks[1].seen[0], callbacks[3].seen[0])
         assert whole.attack.call_count == (0 if parallel and rank % 2 == 0 else whole.num_attacks)
-        trainer(folder, strategy, rank, max_steps=7).fit(resumed, datamodule=data(), ckpt_path=here / "saved/step=4.ckpt")
+        again = trainer(folder, strategy, rank, max_steps=7, callbacks=[Watch()])
+        again.fit(resumed, datamodule=data(), ckpt_path=here / "saved/step=4.ckpt")
         assert same_bits(*(bits_of_shards(m) for m in (whole, resumed)))
 
 
@@ -286,15 +292,20 @@ def overlapped(rank: int, checkpoint: str, folder: Path) -> None:
         def attack(self, number):
             last = self.num_sft_steps + (number + 1) * self.attack_every
             events.wait([f"step {last}"], timedelta(seconds=60))
-            return super().attack(number)
+            found = super().attack(number)
+            time.sleep(0.2)
+            return found
 
         def on_train_batch_end(self, *_):
             if self.plays(DEFENDERS):
                 events.set(f"step {self.trainer.global_step}", "taken")
 
     module = Waiting(checkpoint, ATTACKER, num_outer_steps=3, num_sft_steps=1, vector_age=1, parallel=True)
-    trainer(folder, "roles", rank, max_steps=7).fit(module, datamodule=data())
+    fit = trainer(folder, "roles", rank, max_steps=7)
+    fit.fit(module, datamodule=data())
     assert module.num_attacks == 2
+    waited = fit.callback_metrics
+    assert waited["train/defenders_waited"] > 0.2 > waited["train/attackers_waited"] >= 0
 
 
 def test_the_halves_work_at_the_same_time(checkpoint, tmp_path):
@@ -309,16 +320,21 @@ def test_two_defenders_beside_two_attackers_are_two_processes_of_the_sequential_
     assert all(same_outcome(tmp_path / "fsdp2" / form, tmp_path / "four roles" / form) for form in FORMS)
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), (3, 1)])
-def test_halves_of_unequal_size_are_an_error(checkpoint, tmp_path, monkeypatch, sizes):
+def test_halves_of_unequal_size_are_an_error(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")  # as one of three processes, which are not waited for
     module = PatcherModule(checkpoint, vector_age=1, parallel=True)
-    strategy = ModelParallelStrategy(*sizes, timeout=timedelta(seconds=5))
-    fit = toy_trainer(tmp_path, devices=3, strategy=strategy)
-    with pytest.raises(
-        ValueError, match=r"many processes that attack as that defend, and devices \* num_nodes is 3\. Take an even"
-    ):
+    fit = toy_trainer(tmp_path, devices=3, strategy=RolesStrategy(timeout=timedelta(seconds=5)))
+    with pytest.raises(ValueError, match=r"devices \* num_nodes must be even, as many processes attack as defend, and it is 3"):
         fit.fit(module, datamodule=data())
+
+
+def test_the_parallel_form_does_not_go_on_from_a_single_file(tmp_path):
+    strategy = RolesStrategy()
+    strategy.broadcast = lambda path: path
+    file = tmp_path / "last.ckpt"
+    file.touch()
+    with pytest.raises(ValueError, match=r"ckpt_path must be a sharded checkpoint under RolesStrategy, and .*last\.ckpt is no"):
+        strategy.load_checkpoint(file)
 
 
 # ---- at length

@@ -479,7 +479,7 @@ def test_a_wrong_attacker_is_an_error(settings, message):
 def test_the_parallel_form_in_one_process_is_an_error_that_names_the_way_out(checkpoint, tmp_path):
     module = patcher(checkpoint, parallel=True, vector_age=1)
     with pytest.raises(
-        ValueError, match=r"parallel must run under ModelParallelStrategy .* is SingleDeviceStrategy\. Add --config"
+        ValueError, match=r"parallel must run under RolesStrategy, and the strategy is SingleDeviceStrategy\. Add --config"
     ):
         fitted(module, tmp_path)
 

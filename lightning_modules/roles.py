@@ -1,0 +1,86 @@
+"""Processes that play different roles: half of them defend while the others attack."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+DEFENDERS, ATTACKERS = 0, 1  # columns of the mesh
+
+
+class RolesStrategy(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy for two roles; the weights of each are sharded over its processes (FSDP2).
+
+    Its mesh has a row for every pair of a defender and an attacker with the same shard, which are neighbours, and a column for
+    each role (where Lightning has tensor parallelism). A role of one process holds whole weights, which FSDP2 would only copy.
+    Checkpoints are sharded folders of the defenders' weights and optimizer.
+
+    Args:
+        process_group_backend: nccl, gloo; null takes the device's own.
+        timeout: how long one role waits for the other.
+    """
+
+    def __init__(self, process_group_backend: str | None = None, timeout: timedelta = default_pg_timeout) -> None:
+        super().__init__(tensor_parallel_size=2, process_group_backend=process_group_backend, timeout=timeout)
+
+    @property
+    def role(self) -> int:
+        """``DEFENDERS`` or ``ATTACKERS``: this process's."""
+        return self.device_mesh["tensor_parallel"].get_local_rank()
+
+    def setup_environment(self) -> None:
+        """Share the processes out.
+
+        Raises:
+            ValueError: an odd number of them.
+        """
+        processes = self.num_processes * self.num_nodes
+        if processes % 2:
+            raise ValueError(
+                f"devices * num_nodes must be even, as many processes attack as defend, and it is {processes}. "
+                "Take one more or one fewer."
+            )
+        self._data_parallel_size = processes // 2
+        super().setup_environment()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What defenders hold; nothing on the others."""
+        return super().lightning_module_state_dict() if self.role == DEFENDERS else {}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Of the defenders; attackers do not step it, and it is not to be laid out there."""
+        return super().optimizer_state(optimizer) if self.role == DEFENDERS else {}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """As Lightning does, which takes sharded weights only: weights on all processes, and the optimizer on defenders.
+
+        Raises:
+            ValueError: a checkpoint in a single file.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_dir():
+            raise ValueError(
+                f"ckpt_path must be a sharded checkpoint under RolesStrategy, and {path} is no folder. "
+                "Go on without the parallel form, which gives the same weights at the same vector_age."
+            )
+        model, optimizers = self.model, self.optimizers if self.role == DEFENDERS else []
+        assert model is not None
+        state: dict[str, Any] = {"state_dict": get_model_state_dict(model)}
+        state |= {f"optimizer_{i}": get_optimizer_state_dict(model, optimizer) for i, optimizer in enumerate(optimizers)}
+        dcp.load(state, checkpoint_id=path)
+        set_model_state_dict(model, state["state_dict"])
+        for i, optimizer in enumerate(optimizers):
+            set_optimizer_state_dict(model, optimizer, state[f"optimizer_{i}"])
+        rest: dict[str, Any] = torch.load(path / "meta.pt", weights_only=weights_only)
+        return rest
