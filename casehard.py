@@ -241,7 +241,10 @@ class Cli(LightningCLI):
         extra: list[Any] = [Results(str(self.folder), export, config.run.generations, config.run.wandb_generations)]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
             steps = config.run.checkpoint_steps
-            extra.append(ModelCheckpoint(self.folder / "checkpoints", save_last="link", save_top_k=1, every_n_train_steps=steps))
+            when = (
+                {"every_n_train_steps": steps, "save_on_train_epoch_end": False} if steps else {}
+            )  # else epochs link `last` too
+            extra.append(ModelCheckpoint(self.folder / "checkpoints", save_last="link", save_top_k=1, **when))
         if config.trainer.enable_progress_bar is not False:
             extra.append(ProgressBar())
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}

@@ -21,6 +21,12 @@ FORMS = {
     "sequential": ("2", ["--model.init_args.vector_age=1"]),
     "one_thread": ("1", ["--model.init_args.vector_age=1"]),
 }
+EVEN = [  # both halves take about as long, and meet where checkpoints are due
+    "--model.init_args.num_sft_steps=0",
+    "--model.init_args.num_outer_steps=100",
+    "--run.checkpoint_steps=100",
+    "--trainer.max_steps=600",
+]
 
 
 def fit(*words: str, threads: str) -> None:
@@ -43,8 +49,8 @@ def interval(run: Path) -> tuple[float, int]:
 
 def main(
     seeds: list[int] = [0, 1, 2],  # noqa: B006
-    settings: list[str] = [],  # noqa: B006
-    batch_size: int = 16,
+    settings: list[str] = EVEN,
+    batch_size: int = 8,
     out: str | None = None,
 ) -> None:
     """Train `experiments/patcher.yaml` in both forms, seed by seed, and print how many times as fast the parallel one is.
@@ -56,7 +62,7 @@ def main(
 
     Args:
         seeds: one run of each form.
-        settings: further words of all command lines, such as --trainer.max_steps=320.
+        settings: further words of all command lines; by default six intervals in which neither half waits long.
         batch_size: rows of a defender step, and of an inner step.
         out: where the runs go; null throws them away.
     """

@@ -1,6 +1,5 @@
 """Patcher: adversarial training against malicious fine-tuning."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -145,7 +145,6 @@ class PatcherModule(Defense):
         self.vector: Weights = {}  # in use
         self.pending: list[Weights] = []  # not yet old enough
         self.num_attacks = 0
-        self.waited: dict[str, float] = {}  # seconds before the last exchange of the parallel form
 
     def own_rows(self) -> list[Row]:
         """Harmful rows of the attackers' own."""
@@ -158,6 +157,7 @@ class PatcherModule(Defense):
         self.draws = [self._draw(which, attacker) for which, attacker in enumerate(self.attackers)] if self.attack_weight else []
         if self.parallel and self.draws:
             self._ask_for_sigterm_at_exchanges()
+            self._warn_of_checkpoints_between_exchanges()
 
     def _ask_for_sigterm_at_exchanges(self) -> None:
         """Have Lightning ask for SIGTERM where all ranks meet anyway, not before every batch.
@@ -179,18 +179,21 @@ class PatcherModule(Defense):
 
         def ask_if_due() -> None:
             if self._attack_is_due():
-                self._meet()
+                self.trainer.strategy.barrier()
                 ask()
 
         loop._broadcast_sigterm_tensor = ask_if_due  # type: ignore[method-assign]
 
-    def _meet(self) -> None:
-        """Wait for the other half; how long each waited shows which of them has too much to do."""
-        start, waited = time.perf_counter(), torch.zeros(2, device=self.device)
-        self.trainer.strategy.barrier()
-        waited[self._roles().get_local_rank()] = time.perf_counter() - start
-        dist.all_reduce(waited, group=self._roles().get_group())
-        self.waited = dict(zip(("train/defenders_waited", "train/attackers_waited"), waited.tolist(), strict=True))
+    def _warn_of_checkpoints_between_exchanges(self) -> None:
+        """Defenders wait there until the attack is over, and then attackers are idle for the rest of the interval."""
+        for callback in self.trainer.checkpoint_callbacks:
+            steps = getattr(callback, "_every_n_train_steps", None)  # 0 is one an epoch
+            if steps == 0 or (steps and (steps % self.attack_every or self.num_sft_steps % self.attack_every)):
+                rank_zero_warn(
+                    f"run.checkpoint_steps and num_sft_steps should be multiples of attack_every, {self.attack_every}, in the "
+                    f"parallel form, and they are {steps or 'one epoch'} and {self.num_sft_steps}: at a checkpoint between two "
+                    "exchanges the defenders wait until the attack is over."
+                )
 
     def _draw(self, which: int, attacker: InnerAttacker) -> Callable[[int], Batch]:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -219,9 +222,12 @@ class PatcherModule(Defense):
         number = max(0, (step - self.num_sft_steps) // self.num_outer_steps + 1)
         self.progress = {"round": number, "phase": "harden" if number else "SFT"}
         if self._attack_is_due():
+            if self.parallel:
+                names = ("train/defenders_waited", "train/attackers_waited")
+                waited = dict(zip(names, self.trainer.strategy.seconds_waited(), strict=True))  # type: ignore[attr-defined]
+                self.log_dict(waited, batch_size=len(batch["input_ids"]))
             self._next_vector()
             self.num_attacks += 1
-            self.log_dict(self.waited, batch_size=len(batch["input_ids"]))
             if self.vector:
                 norm = vector_norm(self, self.vector)
                 self.log("train/attack_vector_norm", norm, batch_size=len(batch["input_ids"]))

@@ -1,10 +1,14 @@
 """Processes that play different roles: half of them defend while the others attack."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -16,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+T = TypeVar("T")
 DEFENDERS, ATTACKERS = 0, 1  # columns of the mesh
 
 
@@ -33,6 +38,7 @@ class RolesStrategy(ModelParallelStrategy):
 
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta = default_pg_timeout) -> None:
         super().__init__(tensor_parallel_size=2, process_group_backend=process_group_backend, timeout=timeout)
+        self.waited = 0.0  # seconds, for other processes
 
     @property
     def role(self) -> int:
@@ -53,6 +59,41 @@ class RolesStrategy(ModelParallelStrategy):
             )
         self._data_parallel_size = processes // 2
         super().setup_environment()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all processes."""
+        with self._counted():
+            super().barrier(name)
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Lightning's; the sender does not wait for the others."""
+        with self._counted():
+            return super().broadcast(obj, src)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Lightning's, in which all processes take part."""
+        with self._counted():
+            return super().reduce_boolean_decision(decision, all)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, in which all processes take part."""
+        self.barrier()
+        super().save_checkpoint(*args, **kwargs)
+
+    def seconds_waited(self) -> tuple[float, float]:
+        """How long this process and its neighbour in the other role have waited since this was last asked; defenders first."""
+        pair = self.device_mesh["tensor_parallel"]
+        waited = torch.zeros(2, device=self.root_device)
+        waited[self.role], self.waited = self.waited, 0.0
+        dist.all_reduce(waited, group=pair.get_group())
+        defender, attacker = waited.tolist()
+        return defender, attacker
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What defenders hold; nothing on the others."""

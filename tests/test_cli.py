@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from toy import ROOT
 
 import casehard
@@ -194,6 +195,20 @@ def test_a_requeued_run_goes_on_in_its_folder(call, tmp_path, monkeypatch):
     assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=1-step=4.ckpt"
     assert (folder / "metrics_1.csv").read_bytes() == metrics != (folder / "metrics.csv").read_bytes()
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["epoch=1-step=4.ckpt", "last.ckpt"]
+
+
+def test_processes_meet_for_checkpoints_at_their_steps_alone(monkeypatch, tmp_path):
+    steps, link = [], ModelCheckpoint._save_last_checkpoint
+
+    def noted(self, trainer, *args):
+        steps.append(trainer.global_step)
+        link(self, trainer, *args)
+
+    monkeypatch.setattr(ModelCheckpoint, "_save_last_checkpoint", noted)
+    monkeypatch.chdir(ROOT)
+    shape = ["fit", "--config", "experiments/sbr.yaml", "--config", "experiments/attack/none.yaml", *TINY]
+    casehard.main([*shape, "--run.root", str(tmp_path), "--run.checkpoint_steps", "3", "--trainer.max_steps", "6"])
+    assert steps == [3, 6]  # an epoch has two steps
 
 
 def dry_run(tmp_path: Path) -> list[str]:

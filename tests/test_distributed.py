@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -335,6 +336,18 @@ def test_the_parallel_form_does_not_go_on_from_a_single_file(tmp_path):
     file.touch()
     with pytest.raises(ValueError, match=r"ckpt_path must be a sharded checkpoint under RolesStrategy, and .*last\.ckpt is no"):
         strategy.load_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    ("steps", "num_sft_steps", "warned"), [(4, 2, ""), (4, 1, "4 and 1"), (3, 2, "3 and 2"), (None, 2, "one epoch and 2")]
+)
+def test_checkpoints_that_make_the_halves_wait_are_warned_of(checkpoint, tmp_path, steps, num_sft_steps, warned):
+    module = PatcherModule(checkpoint, ATTACKER, num_outer_steps=2, num_sft_steps=num_sft_steps, vector_age=1, parallel=True)
+    module.trainer = L.Trainer(callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=steps)], logger=False)
+    with warnings.catch_warnings(record=True) as found:
+        module._warn_of_checkpoints_between_exchanges()
+    assert bool(found) == bool(warned)
+    assert all(f"multiples of attack_every, 2, in the parallel form, and they are {warned}:" in str(w.message) for w in found)
 
 
 # ---- at length
