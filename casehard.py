@@ -241,9 +241,8 @@ class Cli(LightningCLI):
         extra: list[Any] = [Results(str(self.folder), export, config.run.generations, config.run.wandb_generations)]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
             steps = config.run.checkpoint_steps
-            when = (
-                {"every_n_train_steps": steps, "save_on_train_epoch_end": False} if steps else {}
-            )  # else epochs link `last` too
+            # `last` is not linked once more where an epoch ends: processes would meet there
+            when = {} if steps is None else {"every_n_train_steps": steps, "save_on_train_epoch_end": False}
             extra.append(ModelCheckpoint(self.folder / "checkpoints", save_last="link", save_top_k=1, **when))
         if config.trainer.enable_progress_bar is not False:
             extra.append(ProgressBar())

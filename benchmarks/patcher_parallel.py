@@ -23,7 +23,8 @@ FORMS = {
 }
 EVEN = [  # both halves take about as long, and meet where checkpoints are due
     "--model.init_args.num_sft_steps=0",
-    "--model.init_args.num_outer_steps=100",
+    "--model.init_args.attacker.num_inner_steps=80",
+    "--model.init_args.num_outer_steps=50",
     "--run.checkpoint_steps=100",
     "--trainer.max_steps=600",
 ]
@@ -50,7 +51,7 @@ def interval(run: Path) -> tuple[float, int]:
 def main(
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     settings: list[str] = EVEN,
-    batch_size: int = 8,
+    batch_size: int = 4,
     out: str | None = None,
 ) -> None:
     """Train `experiments/patcher.yaml` in both forms, seed by seed, and print how many times as fast the parallel one is.
@@ -62,7 +63,7 @@ def main(
 
     Args:
         seeds: one run of each form.
-        settings: further words of all command lines; by default six intervals in which neither half waits long.
+        settings: further words of all command lines; by default twelve intervals in which neither half waits long.
         batch_size: rows of a defender step, and of an inner step.
         out: where the runs go; null throws them away.
     """

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from callbacks.results import DONE, write_whole
 from evidence import plots
 from evidence.report import COLUMNS, THREATS, measured, number
-from evidence.runs import own_file, public, published
+from evidence.runs import config_of, own_file, public, published
 from evidence.summary import UNDEFENDED, Series, baseline, collect, grouped
 
 OWN_LICENCE = "apache-2.0"  # casehard's, and so its sandbox's
@@ -61,7 +61,7 @@ def _draw(series: list[Series], path: Path) -> None:
 
 def _made(run: Path, folders: list[Path]) -> dict[str, Any]:
     """What the card says of how the model came about, and of the rows of all runs."""
-    config = _config(run)
+    config = config_of(run)
     base, data = config["model"]["init_args"]["checkpoint"], config["data"]
     licence = licence_of(ModelCard, base)
     origins = {tuple(found.values()): found for folder in [run, *folders] for found in _marker(folder)["data"]}
@@ -80,7 +80,7 @@ def _made(run: Path, folders: list[Path]) -> dict[str, Any]:
         "trained_on": mixture if data["train_on"] == "mixture" else "refusals and alignment_benign",
         "sources": [o | {"source": public(o["source"]), "licence": _data_licence(o["source"])} for o in origins.values()],
         "settings": published(config["model"]["init_args"]),
-        "attack_settings": [published(_config(folder)["trainer"]["callbacks"]) for folder in folders],
+        "attack_settings": [published(config_of(folder)["trainer"]["callbacks"]) for folder in folders],
     }
 
 
@@ -117,13 +117,8 @@ def _marker(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(own_file(folder, "config.yaml").read_text(encoding="utf-8"))
-    return found
-
-
 def _tested(test: Path, model: Path) -> Path:
-    checkpoint = _config(test)["model"]["init_args"]["checkpoint"]
+    checkpoint = config_of(test)["model"]["init_args"]["checkpoint"] if config_of(test) else "nothing"
     if Path(checkpoint).resolve() != model.resolve() and model.parent not in test.parents:
         raise ValueError(f"tests must be runs that attacked {model}, and {test} attacked {checkpoint}. Leave it out.")
     return test

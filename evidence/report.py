@@ -10,13 +10,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import matplotlib.pyplot as plt
-import yaml
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from callbacks.results import DONE, write_whole
 from evidence import plots
-from evidence.runs import own_file, published, run_name
+from evidence.runs import config_of, published, run_name
 from evidence.study import INDEX, Cell, slug
 from evidence.summary import UNDEFENDED, Series, baseline, collect, difference, grouped, shared_step, verdict
 from metrics.statistics import Interval
@@ -91,10 +90,9 @@ def _folders(series: list[Series]) -> list[Path]:
 
 def _config(folder: Path) -> str:
     """A run's config without what nobody else should read; the runs of its experiment are named as they are on the page."""
-    path = own_file(folder, "config.yaml")
-    if not path.exists():
+    config = config_of(folder)
+    if not config:
         return "no config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
     run = config.get("run", {})
     return published(config, PurePath(run["root"], run["experiment"]) if run.get("experiment") else None)
 

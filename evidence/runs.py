@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,6 +18,13 @@ TEXTS = ("anchors", "refusal_texts", "extra_phrases")  # settings whose lists ar
 def own_file(folder: Path, name: str) -> Path:
     """A file that a run left; for ``RUN/judged/JUDGE`` that of RUN, whose answers were judged."""
     return (folder.parent.parent if folder.parent.name == JUDGED else folder) / name
+
+
+@cache
+def config_of(folder: Path) -> dict[str, Any]:
+    """A run's config, empty where it left none."""
+    path = own_file(folder, "config.yaml")
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}  # type: ignore[no-any-return]
 
 
 def run_name(folder: Path) -> str:

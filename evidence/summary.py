@@ -4,16 +4,14 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from callbacks.results import DONE, first_broken
 from callbacks.rows import Answer, ResultRow, read_run
-from evidence.runs import own_file, unscored_bounds
+from evidence.runs import config_of, unscored_bounds
 from evidence.study import INDEX, Cell
 from metrics.statistics import Interval, mean_interval, median_steps_to_break, paired_difference
 
@@ -194,7 +192,7 @@ def _unlike(ours: Entry, theirs: Entry) -> str:
 
 
 def _settings(entry: Entry) -> dict[str, Any]:
-    config, row = _config(own_file(entry.folder, "config.yaml")), entry.row
+    config, row = config_of(entry.folder), entry.row
     found = {f"data.{name}": config["data"][name] for name in ROWS if name in config.get("data", {})}
     for callback in config.get("trainer", {}).get("callbacks") or []:
         own = callback.get("init_args", {})
@@ -207,11 +205,6 @@ def _settings(entry: Entry) -> dict[str, Any]:
         of_model = config.get("model", {}).get("init_args", {})
         found |= {f"model.{name}": value for name, value in of_model.items() if name != "checkpoint"}  # a seed's own
     return found
-
-
-@cache
-def _config(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}  # type: ignore[no-any-return]
 
 
 def _runs(folder: Path) -> list[tuple[Path, str, str]]:

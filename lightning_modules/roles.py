@@ -62,6 +62,8 @@ class RolesStrategy(ModelParallelStrategy):
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
+        if self.root_device.type != "cpu":
+            torch.accelerator.synchronize()  # what this process has queued itself is no waiting
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start

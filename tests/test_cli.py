@@ -211,10 +211,10 @@ def test_processes_meet_for_checkpoints_at_their_steps_alone(monkeypatch, tmp_pa
     assert steps == [3, 6]  # an epoch has two steps
 
 
-def dry_run(tmp_path: Path) -> list[str]:
+def dry_run(tmp_path: Path, *options: str) -> list[str]:
     job = {"CPUS_PER_TASK": "4", "JOB_ID": "7", "JOB_NUM_NODES": "2", "NTASKS_PER_NODE": "8", "NTASKS": "16"}
     env = os.environ | {f"SLURM_{name}": value for name, value in job.items()} | {"CASEHARD_DRY_RUN": "1"}
-    command = [ROOT / "experiments/cluster/slurm.sh", "--config", "experiments/patcher.yaml"]
+    command = [ROOT / "experiments/cluster/slurm.sh", "--config", "experiments/patcher.yaml", *options]
     return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.split()
 
 
@@ -223,6 +223,10 @@ def test_the_slurm_script_starts_a_task_a_gpu_and_goes_on_where_the_job_was_requ
     assert (program, command) == ("srun", "casehard")
     config = yaml.safe_load(call(*arguments, "--trainer.accelerator", "cpu", "--print_config"))["trainer"]
     assert config["num_nodes"] * int(config["devices"]) == config["strategy"]["init_args"]["data_parallel_size"] == 16
+    _, _, *arguments = dry_run(tmp_path, "--config", "experiments/cluster/patcher_parallel.yaml")
+    config = yaml.safe_load(call(*arguments, "--trainer.accelerator", "cpu", "--print_config"))["trainer"]
+    assert (config["num_nodes"], config["devices"]) == (2, "8")
+    assert config["strategy"]["class_path"] == "lightning_modules.RolesStrategy"
     (tmp_path / "runs/slurm/7/checkpoints/last.ckpt").mkdir(parents=True)
     assert dry_run(tmp_path)[-2:] == ["--ckpt_path", "runs/slurm/7/checkpoints/last.ckpt"]
 
@@ -281,11 +285,11 @@ SMALL = {  # besides the layers, what makes seconds of minutes
 
 @pytest.mark.parametrize("scale", SMALL)
 def test_scale_overlays_run_from_their_sizes_with_two_layers(call, tmp_path, scale):
-    defense = "sbr" if "lora" in scale else "patcher"
+    files = ["sbr"] if "lora" in scale else ["patcher", "scale/patcher_paper"]
     sizes = yaml.safe_dump({"num_hidden_layers": 2} | SMALL[scale], default_flow_style=True)
     call(
         "fit",
-        *(a for name in (defense, f"scale/{scale}", "attack/none") for a in ("--config", f"experiments/{name}.yaml")),
+        *(a for name in (*files, f"scale/{scale}", "attack/none") for a in ("--config", f"experiments/{name}.yaml")),
         *("--model.init_args.checkpoint", f"models/sizes/{scale.removesuffix('_lora')}"),
         *("--model.init_args.random_weights", "true", "--model.init_args.tokenizer", "models/sandbox/base"),
         *("--model.init_args.sizes", sizes, "--trainer.fast_dev_run", "2", "--run.root", str(tmp_path), *TINY[:2], *TINY[6:8]),

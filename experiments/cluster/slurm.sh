@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # One run over several nodes, one task a GPU:
-#   sbatch experiments/cluster/slurm.sh --config experiments/patcher.yaml --config experiments/scale/llama3_8b.yaml
+#   sbatch experiments/cluster/slurm.sh --config experiments/patcher.yaml --config experiments/scale/patcher_paper.yaml \
+#       --config experiments/scale/llama3_8b.yaml
+# Weights are sharded over all tasks (fsdp2.yaml), unless the options name another file of experiments/cluster.
 #SBATCH --job-name=casehard
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -17,13 +19,11 @@ export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK}"
 export CASEHARD_RUN_FOLDER="runs/slurm/${SLURM_JOB_ID}" # one for all tasks, and for the job when it is requeued
 export HF_HUB_OFFLINE=1                                 # compute nodes seldom have a network: fetch the checkpoint before
 
-run=(
-    casehard fit "$@"
-    --config experiments/cluster/fsdp2.yaml
-    --trainer.num_nodes "${SLURM_JOB_NUM_NODES}"
-    --trainer.devices "${SLURM_NTASKS_PER_NODE}"
-    --trainer.strategy.init_args.data_parallel_size "${SLURM_NTASKS}"
-)
+run=(casehard fit "$@")
+if [[ "$*" != *experiments/cluster/* ]]; then # such as patcher_parallel.yaml
+    run+=(--config experiments/cluster/fsdp2.yaml --trainer.strategy.init_args.data_parallel_size "${SLURM_NTASKS}")
+fi
+run+=(--trainer.num_nodes "${SLURM_JOB_NUM_NODES}" --trainer.devices "${SLURM_NTASKS_PER_NODE}")
 last="${CASEHARD_RUN_FOLDER}/checkpoints/last.ckpt"
 if [[ -e "${last}" ]]; then # requeued
     run+=(--ckpt_path "${last}")
