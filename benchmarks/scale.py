@@ -152,6 +152,7 @@ def main(
     num_warmup: int = 1,
     activation_checkpointing: bool = False,
     copy_device: str | None = None,
+    compile_backend: str | None = None,
     profile: bool = False,
 ) -> None:
     """Time SFT, SBR and Patcher side by side.
@@ -170,6 +171,7 @@ def main(
         num_warmup: how many of each before those.
         activation_checkpointing: compute activations again in the backward pass.
         copy_device: where Patcher keeps what is idle, such as cpu.
+        compile_backend: of torch.compile for the decoder layers, such as inductor; set num_warmup to 2 or more then.
         profile: then print where the time of one more block of each goes.
     """
     if device == "cuda" and not torch.cuda.is_available():
@@ -184,6 +186,7 @@ def main(
         "optimizer": STILL,
         "weights_dtype": "bfloat16" if precision == "bf16" else "float32",
         "activation_checkpointing": activation_checkpointing,
+        "compile_backend": compile_backend,
     }
     attacker = InnerAttacker(num_inner_steps, STILL, batch_size)
     round_of = {"attacker": attacker, "num_outer_steps": num_steps, "num_sft_steps": 1, "copy_device": copy_device}

@@ -21,7 +21,7 @@ from datamodules.mixing import counter_seed
 from datamodules.rows import Row
 from lightning_modules.adapters import LoRA, add_adapter, merged
 from lightning_modules.checkpoint import load_model, load_tokenizer
-from lightning_modules.forward import Batch, label_positions, states_and_logits
+from lightning_modules.forward import Batch, decoder_layers, label_positions, states_and_logits
 from lightning_modules.generation import generate
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.roles import RolesStrategy
@@ -46,6 +46,8 @@ class Defense(L.LightningModule):
         tokenizer: folder or hub id, where ``checkpoint`` has none; null takes the checkpoint's.
         activation_checkpointing: compute a layer's activations again in the backward pass instead of keeping them: less memory,
             a third more time.
+        compile_backend: of ``torch.compile`` for the decoder layers, such as inductor; null runs them as they are. Answers are
+            generated without it.
         weights_dtype: of the model's weights in memory, float32 or bfloat16.
         export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
     """
@@ -62,6 +64,7 @@ class Defense(L.LightningModule):
         sizes: dict[str, int] | None = None,
         tokenizer: str | None = None,
         activation_checkpointing: bool = False,
+        compile_backend: str | None = None,
         weights_dtype: Literal["float32", "bfloat16"] = "float32",
         export_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ) -> None:
@@ -70,7 +73,7 @@ class Defense(L.LightningModule):
                 f"sizes must be left out unless random_weights is set, got {sizes}: weights that are read have theirs."
             )
         super().__init__()
-        self.sizes, self.activation_checkpointing = sizes, activation_checkpointing
+        self.sizes, self.activation_checkpointing, self.compile_backend = sizes, activation_checkpointing, compile_backend
         self.checkpoint, self.optimizer, self.lora, self.random_weights = checkpoint, optimizer, lora, random_weights
         self.weights_dtype = getattr(torch, weights_dtype)
         self.export_dtype = None if export_dtype is None else getattr(torch, export_dtype)
@@ -94,6 +97,9 @@ class Defense(L.LightningModule):
             model, plain = sharded(whole, mesh, self.trainer.strategy.root_device, self._policy())
             self.register_module("model", model)
             self.plain = [plain]  # in a list, or it would be a part of this module
+        if self.compile_backend is not None:
+            for layer in decoder_layers(self.model):
+                layer.compile(dynamic=True, backend=self.compile_backend)
         if self.stage == "finetuning":
             self.freeze_parameters()
 

@@ -6,7 +6,7 @@ positions and drops the rest, so that it works for every architecture, with what
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,17 @@ Batch = dict[str, Tensor]
 divided by."""
 
 _FOLDABLE: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # what ``foldable`` has found
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's layers, as the architecture names them."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or [])]
+
+
+def uncompiled(model: PreTrainedModel) -> AbstractContextManager[object]:
+    """For a block of passes of ever other kinds, each of which a compiled layer would be compiled for anew."""
+    compiled = any(layer._compiled_call_impl is not None for layer in decoder_layers(model))
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def label_positions(labels: Tensor) -> Tensor:
@@ -145,7 +156,7 @@ def _takes_mask(model: PreTrainedModel) -> bool:
 def _folds(model: PreTrainedModel) -> bool:
     """Try it on two short rows that fork."""
     ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 3, 4]], device=model.device)
-    with same_modes_after(model), torch.autocast(ids.device.type, enabled=False):
+    with uncompiled(model), same_modes_after(model), torch.autocast(ids.device.type, enabled=False):
         model.eval()
         layouts = pack(ids, torch.ones_like(ids), torch.inf), padded(ids, torch.ones_like(ids))
         folded, alone = (_run(model, packed, packed.place.flatten(), packed.place[0, :1])[0] for packed in layouts)

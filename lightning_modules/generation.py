@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lightning_modules.forward import Batch, additive, foldable, prefill
+from lightning_modules.forward import Batch, additive, foldable, prefill, uncompiled
 from lightning_modules.sharding import most
 from lightning_modules.weights import group_of, same_modes_after
 
@@ -64,7 +64,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """No dropout, and nothing of the generation config that the model ships; both come back."""
     shipped, model.generation_config = model.generation_config, GenerationConfig()  # else its penalties and beams act here too
     try:
-        with same_modes_after(model):
+        with uncompiled(model), same_modes_after(model):
             model.eval()
             yield
     finally:

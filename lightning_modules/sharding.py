@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from lightning_modules.forward import decoder_layers
 from lightning_modules.weights import Weights, group_of, local, reshard
 
 T = TypeVar("T")
@@ -47,9 +48,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy
 
     On a single rank too, where FSDP2 copies what it puts together: by the root alone all weights would be held twice in a pass.
     """
-    for module in list(model.modules()):
-        if type(module).__name__ in (model._no_split_modules or []):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 

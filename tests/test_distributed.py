@@ -86,6 +86,7 @@ def run(rank: int, strategy: str, checkpoint: str, other: str, folder: Path, cas
     if strategy == "fsdp2":
         check_refused(checkpoint)
         check_mixed_precision(rank, checkpoint, folder)
+        check_compiled(rank, checkpoint, folder)
     for case in cases:
         module, spies, here = defended(case, checkpoint), [Untouched(), Untouched()], folder / strategy / case
         module._whole = Mock(wraps=module._whole)
@@ -150,6 +151,19 @@ def check_mixed_precision(rank: int, checkpoint: str, folder: Path) -> None:
     alone.model = model
     with torch.autocast("cpu", torch.bfloat16):
         assert alone.generate(prompts, 8, 2) == ours
+
+
+def check_compiled(rank: int, checkpoint: str, folder: Path) -> None:
+    """Compiled layers are put together and split up as others are."""
+    ends = []
+    for backend in (None, "aot_eager"):
+        module = PatcherModule(checkpoint, ATTACKER, **ROUNDS, optimizer=Optimizer(1e-2, "sgd"), compile_backend=backend)
+        trainer(folder, "fsdp2", rank, max_steps=4).fit(module, datamodule=data())
+        module.requires_grad_(True)
+        reshard(module)
+        ends.append(snapshot(module))
+    for name, shard in ends[0].items():
+        assert_close(ends[1][name], shard, rtol=1e-4, atol=1e-5)
 
 
 def check_refused(checkpoint: str) -> None:

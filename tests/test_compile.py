@@ -1,0 +1,63 @@
+"""Compiled decoder layers train the model that others train."""
+
+import pytest
+import torch
+from test_patcher import data
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+from toy import DEFENSES, bits, same_bits, toy_trainer
+
+from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
+from lightning_modules.forward import decoder_layers
+
+COMPILED = {"compile_backend": "aot_eager"}  # needs no C++ compiler
+SHAPE = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def num_compiled() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_a_compiled_model_is_trained_and_attacked_as_it_would_be_otherwise(checkpoint, tmp_path, defense):
+    kind, settings = DEFENSES[defense]
+    settings |= {"optimizer": Optimizer(1e-2, "sgd"), "activation_checkpointing": defense == "none"}
+    found = []
+    for compiled in ({}, COMPILED):
+        module, seen = kind(checkpoint, **compiled, **settings), []
+        attack = (LoRAAttack if defense == "patcher" else FullParameterAttack)("open_weight", **SHAPE)
+        loss = module.sft_loss
+        module.sft_loss = lambda batch, loss=loss, seen=seen: seen.append(loss(batch)) or seen[-1]
+        toy_trainer(tmp_path, max_steps=4, callbacks=[attack]).fit(module, datamodule=data())
+        found.append(torch.stack(seen).detach())
+        assert (num_compiled() > 0) == bool(compiled)
+    assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_answers_are_generated_by_layers_as_they_are(checkpoint):
+    compiled, plain = Defense(checkpoint, **COMPILED), Defense(checkpoint)
+    for module in (compiled, plain):
+        module.configure_model()
+    prompts = [[5, 6, 7], [5, 6, 8, 9]]
+    assert compiled.generate(prompts, 8, 2) == plain.generate(prompts, 8, 2)
+    assert num_compiled() == 0
+    ids = torch.tensor(prompts[1])[None]
+    compiled.sft_loss({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    assert num_compiled() == 1  # for both layers, and not for the trial whether rows fold
+
+
+def test_an_exported_model_is_not_compiled(checkpoint):
+    module = Defense(checkpoint, lora=LoRA(rank=2), **COMPILED)
+    module.configure_model()
+    assert all(layer._compiled_call_impl is not None for layer in decoder_layers(module.model))
+    exported = module.exported()
+    assert all(layer._compiled_call_impl is None for layer in decoder_layers(exported))
+    plain = Defense(checkpoint)
+    plain.configure_model()
+    assert same_bits(bits(exported), bits(plain.model))
