@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WIDEST = 1024  # most tokens of a pack, unless a row alone has more: who sees whom takes the square of it
+WIDEST = 1024  # most tokens of a pack, unless a row alone or with the shortest has more: who sees whom takes the square of it
 
 Tokens = list[int]
 Sizes = list[tuple[int, int]]
@@ -62,15 +62,16 @@ def padded(input_ids: Tensor, attention_mask: Tensor) -> Packed:
 
 
 def fillings(lengths: Sequence[int], common: Sequence[int]) -> Iterator[Sizes]:
-    """The packs that ``fill`` makes at every width where they change, from the longest row to ``WIDEST``."""
+    """The packs that ``fill`` makes at every width where they change, from the longest row to the widest allowed."""
     width = max(lengths)
+    widest = max(WIDEST, width + min(lengths))  # else a short row, such as an anchor, is padded to the longest
     while True:
         sizes = fill(lengths, common, width)
         yield sizes
         starts = accumulate(rows for rows, _ in sizes[:-1])  # of every pack but the first: a row that did not fit before it
         wider = (tokens + lengths[i] - common[i] for i, (_, tokens) in zip(starts, sizes, strict=False))
-        width = min(wider, default=WIDEST + 1)
-        if width > WIDEST:
+        width = min(wider, default=widest + 1)
+        if width > widest:
             return
 
 

@@ -150,9 +150,16 @@ def test_no_other_split_into_neighbours_is_cheaper(seed):
         assert by_themselves > packed.input_ids.numel() * (1 + packed.input_ids.shape[1] / REACH) == pytest.approx(min(every))
 
 
-def test_a_pack_is_no_wider_than_the_limit_or_its_one_row(monkeypatch):
+def test_a_pack_is_no_wider_than_the_limit_or_than_its_longest_row_and_the_shortest(monkeypatch):
     rows = rows_of(0, num_rows=12, longest=30, vocabulary=9)
+    lengths = sorted(map(len, rows))
     monkeypatch.setattr(packing, "WIDEST", 60)
     assert pack(*batch_of(rows), torch.inf).input_ids.shape[1] <= 60
     monkeypatch.setattr(packing, "WIDEST", 5)
-    assert pack(*batch_of(rows), torch.inf).input_ids.shape[1] == max(map(len, rows))
+    assert lengths[-1] <= pack(*batch_of(rows), torch.inf).input_ids.shape[1] <= lengths[-1] + lengths[0]
+
+
+def test_a_short_row_goes_with_one_of_several_long_ones(monkeypatch):
+    monkeypatch.setattr(packing, "WIDEST", 40)
+    rows = [[number, *range(10, 49)] for number in (3, 1, 5, 4)] + [[2, 60, 61]]
+    assert pack(*batch_of(rows), 1e6).input_ids.shape == (4, 43)
