@@ -24,7 +24,6 @@ from lightning_modules.checkpoint import load_model, load_tokenizer
 from lightning_modules.forward import Batch, decoder_layers, label_positions, states_and_logits
 from lightning_modules.generation import generate
 from lightning_modules.optimizer import Optimizer
-from lightning_modules.roles import RolesStrategy
 from lightning_modules.sharding import distribute, from_first, gathered, on_meta, sharded
 from lightning_modules.weights import borrowed, group_of, local, restore
 
@@ -131,7 +130,7 @@ class Defense(L.LightningModule):
                 "data-parallel ranks (FSDP2). Set data_parallel_size to the number of processes."
             )
         rows = mesh["data_parallel"]
-        if isinstance(self.trainer.strategy, RolesStrategy) and rows.size() == 1:
+        if self.num_roles > 1 and rows.size() == 1:  # with one role Lightning's own loader is used, which takes shards alone
             return None
         names = ("fsdp",)  # by which peft knows that modules run whole
         return DeviceMesh.from_group(rows.get_group(), mesh.device_type, mesh_dim_names=names)

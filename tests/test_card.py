@@ -108,6 +108,8 @@ def test_more_runs_of_the_model_are_added_and_those_of_another_refused(hardened,
         ValueError, match=r"tests must be runs that attacked .*model, and .* attacked models/sandbox/base. Leave it"
     ):
         write_card(str(hardened[0]), [str(other)])
+    with pytest.raises(ValueError, match=r"and .*empty attacked nothing\. Leave it out"):
+        write_card(str(hardened[0]), [str(tmp_path / "empty")])
 
 
 def test_a_run_without_model_or_end_gets_no_card(tmp_path):
