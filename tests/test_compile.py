@@ -1,5 +1,7 @@
 """Compiled decoder layers train the model that others train."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from test_patcher import data
@@ -15,9 +17,11 @@ SHAPE = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4}
 
 
 @pytest.fixture(autouse=True)
-def forgotten() -> None:
+def forgotten() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 def num_compiled() -> int:
@@ -27,7 +31,7 @@ def num_compiled() -> int:
 @pytest.mark.parametrize("defense", DEFENSES)
 def test_a_compiled_model_is_trained_and_attacked_as_it_would_be_otherwise(checkpoint, tmp_path, defense):
     kind, settings = DEFENSES[defense]
-    settings |= {"optimizer": Optimizer(1e-2, "sgd"), "activation_checkpointing": defense == "none"}
+    settings = settings | {"optimizer": Optimizer(1e-2, "sgd"), "activation_checkpointing": defense == "none"}
     found = []
     for compiled in ({}, COMPILED):
         module, seen = kind(checkpoint, **compiled, **settings), []

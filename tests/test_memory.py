@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_patcher import ATTACKER, data
 from test_sbr import rows_of
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from toy import DEFENSES, save_toy_checkpoint, toy_data, toy_trainer
 
@@ -66,7 +67,7 @@ def test_attacks_on_a_gpu_leave_every_bit(checkpoint, tmp_path, strategy, defens
 def held() -> int:
     """Bytes of all tensors that Python knows, gradients too; what autograd keeps of a pass is not among them."""
     gc.collect()
-    found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not isinstance(t, FakeTensor)]  # torch.compile's
     found += [t.grad for t in found if t.is_leaf and t.grad is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if t.device.type == "cpu"}.values())
 
