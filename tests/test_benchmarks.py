@@ -55,7 +55,6 @@ def test_without_a_gpu_it_says_so_and_skips(scale, checkpoint, capsys, monkeypat
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16"])
 def test_a_gpu_is_measured(scale, capsys, precision):
     scale.main(str(ROOT / "models/sizes/qwen2_5_1_5b"), 2, "cuda", precision, profile=True, **(SHORT | {"length": 512}))

@@ -34,7 +34,6 @@ def test_activations_computed_again_give_the_same_gradient(checkpoint, lora):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("copy_device", [None, "cpu"])
 @pytest.mark.parametrize("defense", DEFENSES)
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
