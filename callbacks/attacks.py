@@ -14,7 +14,7 @@ from callbacks.results import Results
 from callbacks.rows import ResultRow
 from callbacks.scoring import Scores, defense_and_data, score
 from datamodules.sft import SFTDataModule
-from lightning_modules.adapters import LoRA, trainable
+from lightning_modules.adapters import LoRA, named, trainable
 from lightning_modules.defense import Defense
 from lightning_modules.engine import train_steps, watched
 from lightning_modules.forward import Batch
@@ -50,7 +50,8 @@ class HarmfulFineTuning(L.Callback):
             are held, so one copy more.
     """
 
-    lora: LoRA | None = None  # every parameter trains
+    lora: LoRA | None = None  # every parameter trains, or
+    train_only: list[str] | None = None  # those that match
 
     def __init__(
         self,
@@ -176,7 +177,7 @@ class HarmfulFineTuning(L.Callback):
     @contextmanager
     def _prepared(self, job: "_Job") -> Iterator[None]:
         torch.manual_seed(job.seed)  # adapters start alike in every run; ``borrowed`` brings the generators back
-        with trainable(job.module, job.module.model, self.lora):
+        with trainable(job.module, job.module.model, self.lora, self.train_only):
             if job.defended:
                 job.module.freeze_parameters()
                 job.module.begin_finetuning()
@@ -244,7 +245,26 @@ class FullParameterAttack(HarmfulFineTuning):
 
     Under a defense that freezes some of them (SBR: the unembedding), the provider leaves those out. For the settings see
     ``HarmfulFineTuning``.
+
+    Args:
+        threat_model: finetuning_service or open_weight.
+        train_only: patterns of the only parameters that train, such as ``*.layers.5.*`` or ``*.mlp.*``; null trains all.
     """
+
+    def __init__(self, threat_model: ThreatModel, train_only: list[str] | None = None, **settings: object) -> None:
+        if train_only is not None and not train_only:
+            raise ValueError("train_only must hold patterns of parameters or be null, got an empty list. null trains all.")
+        super().__init__(threat_model, **settings)  # type: ignore[arg-type]
+        self.train_only = train_only
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The weights are there, and no step was taken: a pattern without a parameter is an error now."""
+        if self.train_only is not None:
+            named(pl_module.model, self.train_only)  # type: ignore[arg-type]
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As for ``fit``."""
+        self.on_fit_start(trainer, pl_module)
 
 
 class LoRAAttack(HarmfulFineTuning):

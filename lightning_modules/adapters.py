@@ -1,6 +1,7 @@
 """LoRA through peft, put in and taken out of a plain transformers model."""
 
 import copy
+import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,8 +104,25 @@ def temporary_adapter(model: PreTrainedModel, settings: LoRA, name: str = "attac
         _unwrap(model)
 
 
+def named(model: PreTrainedModel, patterns: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters of the model, adapters left out, whose names match one of ``patterns``.
+
+    Raises:
+        ValueError: a pattern that no name matches.
+    """
+    own = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
+    if unknown := [pattern for pattern in patterns if not fnmatch.filter(own, pattern)]:
+        raise ValueError(
+            f"train_only must match names of the model's parameters, and {', '.join(map(repr, unknown))} matches none. "
+            f"Such a name is {next(iter(own))!r}."
+        )
+    return {name: p for name, p in own.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+
+
 @contextmanager
-def trainable(module: nn.Module, model: PreTrainedModel, lora: LoRA | None) -> Iterator[None]:
+def trainable(
+    module: nn.Module, model: PreTrainedModel, lora: LoRA | None, train_only: list[str] | None = None
+) -> Iterator[None]:
     """For a block, what an attacker trains is the only thing that requires a gradient.
 
     Args:
@@ -112,13 +130,15 @@ def trainable(module: nn.Module, model: PreTrainedModel, lora: LoRA | None) -> I
         model: the language model in it.
         lora: shape of a new adapter, on top of whatever adapters the model has; None for every parameter of the model itself. Its
             adapters stand still then, so that the weights move as the exported model's do, into which they are merged.
+        train_only: patterns of the only parameters of the model that train, where ``lora`` is None; None trains all.
     """
     if lora is not None:
         with temporary_adapter(model, lora):
             yield
         return
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_("lora_" not in name)
+    chosen = None if train_only is None else {id(p) for p in named(model, train_only).values()}
+    for name, p in module.named_parameters():
+        p.requires_grad_("lora_" not in name and (chosen is None or id(p) in chosen))
     yield
 
 

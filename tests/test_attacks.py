@@ -273,6 +273,28 @@ def test_the_aligned_model_of_random_weights_is_the_one_that_fit_began_with(tmp_
     assert same_bits(resumed.aligned, whole.began)
 
 
+def test_an_attacker_can_train_some_parameters_alone(tmp_path, checkpoint):
+    seen = []
+
+    class Looking(FullParameterAttack):
+        def _record(self, job, step, scores, seconds):
+            seen.append({name: p.detach().clone() for name, p in job.module.model.named_parameters()})
+
+    only = ["model.layers.1.*", "*.0.mlp.up_proj.weight"]
+    fitted(tmp_path, checkpoint, [Looking("open_weight", train_only=only, **FAST)])
+    before, after = seen
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {n for n in before if ".layers.1." in n} | {"model.layers.0.mlp.up_proj.weight"}
+
+
+def test_parameters_that_the_model_does_not_have_are_named_before_any_step(tmp_path, checkpoint):
+    attack = FullParameterAttack("open_weight", train_only=["*.mlp.*", "*.layers.7.*"], **FAST)
+    with pytest.raises(ValueError, match=r"train_only must match names .*'\*.layers.7.\*' matches none. Such a name is 'model.embed"):
+        fitted(tmp_path, checkpoint, [attack], max_steps=10**9)  # as soon as fit starts
+    with pytest.raises(ValueError, match="train_only must hold patterns of parameters or be null, got an empty list"):
+        FullParameterAttack("open_weight", train_only=[])
+
+
 def test_diverging_attack_says_which_and_what_to_do(tmp_path, checkpoint):
     attack = ATTACKS["full"](threat_model="open_weight", optimizer=Optimizer(learning_rate=1e30, clip_norm=None))
     before, module = Spy(), Defense(checkpoint)
