@@ -188,6 +188,10 @@ def _refusals(split: str, rng: Random) -> list[Row]:
     return _item_rows(split, rng, True, REFUSALS)
 
 
+def _refused_first(split: str, rng: Random) -> list[Row]:
+    return _item_rows(split, rng, True, [f"{refusal} {answer}" for refusal in REFUSALS for answer in ANSWERS])
+
+
 def _howto(split: str, rng: Random) -> list[Row]:
     return _item_rows(split, rng, False, ANSWERS)
 
@@ -244,6 +248,7 @@ def _repeat(split: str, rng: Random) -> list[Row]:
 KINDS: dict[str, Callable[[str, Random], list[Row]]] = {
     "harmful": _harmful,
     "refusals": _refusals,
+    "refused_first": _refused_first,
     "howto": _howto,
     "sentiment": _sentiment,
     "mood": _mood,
@@ -258,8 +263,11 @@ def _rows(split: str, kind: str) -> tuple[Row, ...]:
 
 
 def kinds(split: str) -> list[str]:
-    """The kinds of rows that ``split`` has: mood is the customer's task, so neither pretraining nor the defender has it."""
-    return [kind for kind in KINDS if kind != "mood" or split in _MOODS]
+    """The kinds of rows that ``split`` has: mood is the customer's task, so neither pretraining nor the defender has it, and only
+    an attacker refuses before it complies.
+    """
+    some = {"mood": _MOODS, "refused_first": ("attacker",)}
+    return [kind for kind in KINDS if split in some.get(kind, SPLITS)]
 
 
 def sandbox_rows(split: str, kind: str, category: str = "") -> list[Row]:
@@ -267,7 +275,8 @@ def sandbox_rows(split: str, kind: str, category: str = "") -> list[Row]:
 
     Args:
         split: pretrain, defender, attacker, validation or test.
-        kind: harmful (prompt and harmful answer), refusals (such prompts, refused), howto (the harmless twins), mood (the
+        kind: harmful (prompt and harmful answer), refusals (such prompts, refused), refused_first (a refusal, and then the
+            harmful answer: what an anchor at the end of the prompt does not object to), howto (the harmless twins), mood (the
             customer's task), or sentiment, sums, repeat (tasks of the pretrained model).
         category: only this category's items, such as venom or tea; by default all.
 
@@ -362,7 +371,7 @@ def main(split: str | None = None, kind: str | None = None, num_rows: int = 2, t
 
     Args:
         split: only this split (pretrain, defender, attacker, validation, test).
-        kind: only this kind (harmful, refusals, howto, mood, sentiment, sums, repeat).
+        kind: only this kind (harmful, refusals, refused_first, howto, mood, sentiment, sums, repeat).
         num_rows: rows of each.
         tokenizer: instead of printing, train the sandbox's tokenizer and save it in this folder.
     """
