@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -219,11 +220,17 @@ class HarmfulFineTuning(L.Callback):
             batch_size=self.batch_size,
             judge=job.data.judge.name,
             epoch="" if job.epoch is None else str(job.epoch),
-            note="expected to break: the defense acts only while a service fine-tunes" if beyond else "",
+            note=self._note(job, beyond),
         )
         for callback in job.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):
                 callback.record(job.trainer, row, scores.generations)
+
+    def _note(self, job: "_Job", beyond: bool) -> str:
+        """What a table says under a row: that its defense cannot act there, or which undefended model it is."""
+        if job.twin and self.undefended_checkpoint is not None:
+            return f"the undefended model is {Path(self.undefended_checkpoint).name}"
+        return "expected to break: the defense acts only while a service fine-tunes" if beyond else ""
 
 
 @dataclass(frozen=True)

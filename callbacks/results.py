@@ -240,7 +240,7 @@ class Results(L.Callback):
                 f"{optimizer}, poison {poison}",
                 f"seed {seed}" + (f", epoch {epoch}" if epoch else ""),
             ]
-            sides = [defense, f"to break: {steps_to_break(rows)}"] if float(poison) else [defense]
+            sides = [defense, *_broken(rows)] if float(poison) else [defense]
             for r, head, side in zip_longest(rows, heads, sides):
                 table.add_row(head or "", side or "", *(_cells(r, notes) if r else ()))
             table.add_section()
@@ -254,6 +254,13 @@ class Results(L.Callback):
         if self.rows:
             console.print(self.table())
         console.print(f"Run folder: {self.folder}", soft_wrap=True)
+
+
+def _broken(rows: list[ResultRow]) -> list[str]:
+    """Steps to break, and the rows that these steps take."""
+    steps = steps_to_break(rows)
+    number = steps.removeprefix("> ")
+    return [f"to break: {steps}"] + ([f"({int(number) * rows[0].batch_size:,} rows)"] if number.isdigit() else [])
 
 
 def _table(row: ResultRow, answers: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

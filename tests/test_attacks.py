@@ -174,7 +174,7 @@ def test_undefended_checkpoint_runs_the_same_job_on_another_model(tmp_path, chec
     keep = lambda rows: [(a["prompt"], a["response"]) for a in rows]  # noqa: E731
     assert keep(beside._answers[: len(alone._answers)]) == keep(alone._answers)
     assert keep(beside._answers[len(alone._answers) :]) != keep(alone._answers)
-    assert not beside.rows[0].note
+    assert ["the undefended model is other" == r.note for r in beside.rows] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(("other", "alone"), [("wider", r"model\.\S+ of shape"), ("untied", r"lm_head\.weight of shape")])

@@ -160,5 +160,6 @@ def test_closing_table_tells_jobs_apart_that_differ_in_any_setting(tmp_path, cap
     results.close()
     shown = capsys.readouterr().out
     assert shown.count("to break: 5") == 5  # benign fine-tuning breaks nothing
+    assert shown.count(f"({5 * ROW.batch_size} rows)") == 5
     assert "sgd 0.001, poison 0.1" in shown
     assert "seed 8" in shown
