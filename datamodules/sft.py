@@ -1,7 +1,7 @@
 """The data of a run: what is trained on, what an attacker may use, and what is scored."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import lightning as L
@@ -33,6 +33,11 @@ class Evaluation:
     batch_size: int
 
 
+def _instructed(row: Row, system_prompt: str) -> Row:
+    """``row`` behind a system turn, its own where it has one."""
+    return row if row.messages[0][0] == "system" else replace(row, messages=(("system", system_prompt), *row.messages))
+
+
 class SFTDataModule(L.LightningDataModule):
     """Rows of chat for supervised fine-tuning, with poison on demand.
 
@@ -47,6 +52,8 @@ class SFTDataModule(L.LightningDataModule):
         refusals: sources of the defender's harmful prompts with their refusals; where a row has none, ``refusal_texts``
             answer in turn. Defenses take anchors from them.
         refusal_texts: refusals for rows that have none.
+        system_prompt: system turn in front of every row that has none, in training, attacks and evaluation alike; null leaves the
+            rows as they are. A defense's own rows, such as a list of anchors, stay as they are, too.
         alignment_benign: sources of the defender's benign rows.
         alignment_harmful: sources of rows with harmful answers that a defense trains against: none that an attack uses.
         train_on: what ``fit`` trains on: ``mixture``, a customer's rows; or ``alignment``, the defender's: all of refusals and
@@ -73,6 +80,7 @@ class SFTDataModule(L.LightningDataModule):
         harmful: list[str] | None = None,
         refusals: list[str] | None = None,
         refusal_texts: list[str] | None = None,
+        system_prompt: str | None = None,
         alignment_benign: list[str] | None = None,
         alignment_harmful: list[str] | None = None,
         train_on: Literal["mixture", "alignment"] = "mixture",
@@ -109,7 +117,10 @@ class SFTDataModule(L.LightningDataModule):
             "benign_prompts": benign_prompts or [],
             "task": task or [],
         }
+        if system_prompt is not None and not system_prompt.strip():
+            raise ValueError("system_prompt must hold text or be null, got an empty text. null adds no system turn.")
         self.judge, self.refusal_texts, self.train_on = judge, refusal_texts or [REFUSAL], train_on
+        self.system_prompt = system_prompt
         self.num_samples, self.poison_ratio, self.num_evaluated = num_samples, poison_ratio, num_evaluated
         self.batch_size, self.max_length, self.padding_side = batch_size, max_length, padding_side
         self.max_new_tokens, self.generation_batch_size = max_new_tokens, generation_batch_size
@@ -137,6 +148,8 @@ class SFTDataModule(L.LightningDataModule):
         ]
         for name in ("harmful_prompts", "benign_prompts", "task"):
             rows[name] = rows[name][: self.num_evaluated]
+        if self.system_prompt is not None:
+            rows = {name: [_instructed(row, self.system_prompt) for row in part] for name, part in rows.items()}
         self._check_overlap(rows, own)
         self.rows = rows
 

@@ -174,7 +174,7 @@ def test_undefended_checkpoint_runs_the_same_job_on_another_model(tmp_path, chec
     keep = lambda rows: [(a["prompt"], a["response"]) for a in rows]  # noqa: E731
     assert keep(beside._answers[: len(alone._answers)]) == keep(alone._answers)
     assert keep(beside._answers[len(alone._answers) :]) != keep(alone._answers)
-    assert ["the undefended model is other" == r.note for r in beside.rows] == [True, True, False, False]
+    assert [r.note == "the undefended model is other" for r in beside.rows] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(("other", "alone"), [("wider", r"model\.\S+ of shape"), ("untied", r"lm_head\.weight of shape")])
@@ -289,7 +289,9 @@ def test_an_attacker_can_train_some_parameters_alone(tmp_path, checkpoint):
 
 def test_parameters_that_the_model_does_not_have_are_named_before_any_step(tmp_path, checkpoint):
     attack = FullParameterAttack("open_weight", train_only=["*.mlp.*", "*.layers.7.*"], **FAST)
-    with pytest.raises(ValueError, match=r"train_only must match names .*'\*.layers.7.\*' matches none. Such a name is 'model.embed"):
+    with pytest.raises(
+        ValueError, match=r"train_only must match names .*'\*.layers.7.\*' matches none. Such a name is 'model.embed"
+    ):
         fitted(tmp_path, checkpoint, [attack], max_steps=10**9)  # as soon as fit starts
     with pytest.raises(ValueError, match="train_only must hold patterns of parameters or be null, got an empty list"):
         FullParameterAttack("open_weight", train_only=[])

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from toy import toy_data, toy_trainer
@@ -113,3 +115,17 @@ def test_loader_goes_on_where_it_was_in_the_middle_of_an_epoch():
     resumed = begun + ids([*second, *second, *second])
     assert len(three_epochs) == len(resumed) == 9
     assert all(torch.equal(a, b) for a, b in zip(three_epochs, resumed, strict=True))
+
+
+def test_a_system_prompt_stands_before_every_row_that_has_none_trained_on_and_scored_alike(tmp_path, checkpoint):
+    own = tmp_path / "own.jsonl"
+    turns = [("system", "Be brief."), ("user", "Is the mill warm?"), ("assistant", "yes")]
+    own.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    data = toy_data(benign=["sandbox:attacker/mood#train[:40]", str(own)], system_prompt="Answer as asked.")
+    toy_trainer(tmp_path).test(Defense(checkpoint), datamodule=data, verbose=False)
+    first = {name: {row.messages[0] for row in rows} for name, rows in data.rows.items() if rows}
+    assert first.pop("benign") == {("system", "Answer as asked."), ("system", "Be brief.")}
+    assert set(first) == {"harmful", "refusals", "alignment_harmful", "harmful_prompts", "benign_prompts", "task"}
+    assert all(turns == {("system", "Answer as asked.")} for turns in first.values())
+    with pytest.raises(ValueError, match="system_prompt must hold text or be null, got an empty text"):
+        toy_data(system_prompt=" ")
