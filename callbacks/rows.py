@@ -64,8 +64,7 @@ def read_run(folder: str | Path) -> Run:
     path = folder / "generations.jsonl"
     if not path.exists():
         return Run(folder, rows, [[] for _ in rows])
-    with path.open(encoding="utf-8") as file:
-        blocks = list(_blocks(map(json.loads, file)))
+    blocks = list(_blocks(_read_answers(path)))
     if len(blocks) < len(rows):  # more where a run was killed before it wrote the row of the last ones
         raise ValueError(f"{path} must hold the answers of every row of attacks.csv, and it has {len(blocks)} of {len(rows)}.")
     for row, block in zip(rows, blocks, strict=False):
@@ -83,7 +82,33 @@ def _read_rows(path: Path) -> list[ResultRow]:
     missing = [name for name, _ in columns if table and name not in table[0]]
     if missing:
         raise ValueError(f"{path} must have the column {missing[0]}, and it does not: another version of casehard wrote it.")
-    return [ResultRow(**{name: kind(line[name]) for name, kind in columns}) for line in table]  # type: ignore[operator]
+    return [_result(line, columns, f"{path}, row {number}") for number, line in enumerate(table, start=1)]
+
+
+def _result(line: dict[str, str | None], columns: list[tuple[str, Any]], place: str) -> ResultRow:
+    values = {}
+    for name, kind in columns:
+        try:
+            if (value := line[name]) is None:  # the line is cut off
+                raise ValueError
+            values[name] = kind(value)
+        except ValueError as error:
+            wanted = "text" if kind is str else "a number"
+            raise ValueError(f"{place} must have {wanted} under {name}, and it does not. Run that attack again.") from error
+    return ResultRow(**values)
+
+
+def _read_answers(path: Path) -> Iterable[Answer]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                answer = json.loads(line.decode("utf-8"))
+                _place(answer)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}, line {number} must be an answer in JSON, and it is not. Run that attack again."
+                ) from error
+            yield answer
 
 
 def _blocks(answers: Iterable[Answer]) -> Iterable[list[Answer]]:

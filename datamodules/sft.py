@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.batches import Batches, Example, StepLoader, share_of
 from datamodules.chat import collate, encode_rows, require_chat_template
+from datamodules.columns import flaw
 from datamodules.mixing import mix, overlap
 from datamodules.rows import Origin, Row, origin, read_rows
 from metrics.judges import Judge
@@ -107,6 +108,9 @@ class SFTDataModule(L.LightningDataModule):
         for name, value in (limits | {"generation_batch_size": generation_batch_size, "num_evaluated": num_evaluated}).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}.")
+        for number, text in enumerate(refusal_texts or [], start=1):
+            if got := flaw(text):
+                raise ValueError(f"refusal_texts must be texts, got {got} as number {number}. Mend it, or take it out.")
         self.sources = {
             "benign": benign,
             "harmful": harmful or [],
@@ -133,9 +137,12 @@ class SFTDataModule(L.LightningDataModule):
         if self.rows:
             return
         require_chat_template(self.tokenizer)
-        prompts_only = ("refusals", "harmful_prompts", "benign_prompts")
+        unanswered = (
+            "harmful_prompts",
+            "benign_prompts",
+        )  # their answers are not used; those of refusals are, where there are any
         read = {
-            name: [(source, read_rows(source, needs_response=name not in prompts_only)) for source in sources]
+            name: [(s, read_rows(s, name not in (*unanswered, "refusals"), name not in unanswered)) for s in sources]
             for name, sources in self.sources.items()
         }
         own: list[Row] = self.trainer.lightning_module.own_rows() if self.trainer else []  # type: ignore[operator]

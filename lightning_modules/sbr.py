@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.chat import collate, prompt_ids, require_chat_template
+from datamodules.columns import flaw
 from datamodules.mixing import batch_indices
 from datamodules.rows import Row, looks_like_source, read_rows
 from lightning_modules.defense import Defense
@@ -74,6 +75,9 @@ class SBRModule(Defense):
                 f"anchors must name at least one harmful prompt, got {anchors!r}. "
                 "Give texts or a source of rows, or null for the prompts of the data's refusals."
             )
+        for number, anchor in enumerate(anchors if isinstance(anchors, list) else [], start=1):
+            if got := flaw(anchor):
+                raise ValueError(f"anchors must be texts, got {got} as number {number}. Mend it, or take it out.")
         if isinstance(anchors, list) and (sources := [text for text in anchors if looks_like_source(text)]):
             raise ValueError(
                 f"anchors must be a list of prompts or one source of rows, got the source {sources[0]} in a list. "

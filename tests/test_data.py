@@ -9,6 +9,8 @@ from datamodules.batches import Batches, StepLoader
 from datamodules.chat import IGNORED
 from datamodules.rows import digest, read_rows
 
+OWN_ANSWER = "No, I would rather talk of gardens."
+
 
 def ready(tmp_path, checkpoint, **settings):
     """Data that were set up under a trainer, without training."""
@@ -36,6 +38,44 @@ def test_rows_without_a_response_are_refused_in_turn(tmp_path, checkpoint):
     prompts.write_text("".join(f'{{"prompt": "How do I brew {w}olim?"}}\n' for w in ("aa", "bb", "cc")))
     data = ready(tmp_path, checkpoint, refusals=[str(prompts)], refusal_texts=["No, I cannot.", "Sorry, I will not."])
     assert [row.response for row in data.rows["refusals"]] == ["No, I cannot.", "Sorry, I will not.", "No, I cannot."]
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [
+        lambda prompt: {"prompt": prompt, "completion": OWN_ANSWER},
+        lambda prompt: {"prompt": prompt, "chosen": OWN_ANSWER, "rejected": "Heat it."},
+        lambda prompt: {"instruction": prompt, "input": "", "output": OWN_ANSWER},
+        lambda prompt: {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": [{"role": "assistant", "content": OWN_ANSWER}],
+        },
+        lambda prompt: {"conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": OWN_ANSWER}]},
+    ],
+)
+def test_refusals_that_bring_their_own_answer_are_trained_on_under_any_name(tmp_path, checkpoint, answered):
+    path = tmp_path / "refusals.jsonl"
+    path.write_text(json.dumps(answered("How do I brew aaolim?")) + '\n{"prompt": "How do I brew bbolim?"}\n')
+    data = ready(tmp_path, checkpoint, refusals=[str(path)], refusal_texts=["No, I cannot."], train_on="alignment")
+    assert [row.response for row in data.rows["refusals"]] == [OWN_ANSWER, "No, I cannot."]
+    learnt = [[i for i in example["labels"] if i != IGNORED] for example in data.train_dataloader().batches.examples]
+    assert OWN_ANSWER in data.tokenizer.decode(learnt[0])
+
+
+def test_refusals_of_which_none_is_told_to_be_the_rows_own_are_refused_and_prompts_are_taken(tmp_path, checkpoint):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "How do I brew aaolim?", "response_0": "No.", "response_1": "Heat it."}\n')
+    assert ready(tmp_path, checkpoint, harmful_prompts=[str(path)]).rows["harmful_prompts"][0].prompt == "How do I brew aaolim?"
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1 must be used whole, but its column response_0 would be left out"):
+        ready(tmp_path, checkpoint, refusals=[str(path)])
+
+
+@pytest.mark.parametrize(("text", "got"), [("", "empty text"), (" \n", "empty text"), ("\ud83d", "half of a surrogate pair")])
+def test_texts_in_the_settings_must_be_whole(checkpoint, text, got):
+    with pytest.raises(ValueError, match=rf"^refusal_texts must be texts, got {got} as number 2\. Mend it, or take it out"):
+        toy_data(refusal_texts=["No.", text])
+    with pytest.raises(ValueError, match=rf"^anchors must be texts, got {got} as number 1\. Mend it, or take it out"):
+        SBRModule(checkpoint, anchors=[text, "How do I brew aaolim?"])
 
 
 def test_rows_that_a_defense_trains_against_and_attacks_use_are_warned_of(tmp_path, checkpoint):

@@ -174,3 +174,23 @@ def test_a_folder_that_is_no_run_is_told_so(run, tmp_path):
     (run / "attacks.csv").write_text(text.replace("degenerate_rate", "degenerated", 1))
     with pytest.raises(ValueError, match=r"must have the column degenerate_rate, and it does not"):
         read_run(run)
+
+
+def test_a_result_that_cannot_be_read_is_told_by_its_file_and_line(run):
+    path = run / "generations.jsonl"
+    lines = path.read_text().splitlines()
+    for damaged in ("{", "7", "{}", '{"kind": "caf\xe9"}', "[" * 100_000):
+        path.write_bytes("\n".join([*lines[:3], damaged, *lines[4:]]).encode("latin-1"))
+        with pytest.raises(
+            ValueError, match=r"generations\.jsonl, line 4 must be an answer in JSON, and it is not\. Run that attack"
+        ):
+            read_run(run)
+    path = run / "attacks.csv"
+    (header, first, second) = path.read_text().splitlines()
+    for damaged in (second.replace(",500,", ",5O0,"), second[: len(second) // 3]):
+        assert damaged != second
+        path.write_text("\n".join([header, first, damaged]))
+        with pytest.raises(
+            ValueError, match=r"attacks\.csv, row 2 must have (a number|text) under \w+, and it does not\. Run that"
+        ):
+            read_run(run)

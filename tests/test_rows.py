@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -132,7 +133,7 @@ CHATS = [
     ({"instruction": "Add.", "input": "1, 2", "output": "3"}, Row((("user", "Add.\n\n1, 2"),), "3")),
     ({"instruction": "Add.", "input": "", "output": "3"}, Row((("user", "Add."),), "3")),
     ({"question": "1 + 2?", "answer": "3", "id": 7}, Row((("user", "1 + 2?"),), "3")),
-    ({"prompt": "1 + 2?", "response": "3", "input": "not Alpaca's"}, Row((("user", "1 + 2?"),), "3")),
+    ({"Question ": "1 + 2?", " ANSWER": "3"}, Row((("user", "1 + 2?"),), "3")),  # as spreadsheets have them
     (
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]},
         Row((("user", "hi"),), "ok"),
@@ -157,7 +158,42 @@ CHATS = [
         {"prompt": "a", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         Row((("user", "a"),), "b"),  # the conversation says more than the prompt alone
     ),
-    ({"prompt": "an id", "question": "a", "answer": "b"}, Row((("user", "a"),), "b")),  # a whole pair before half of one
+    ({"prompt": "a", "completion": "b"}, Row((("user", "a"),), "b")),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, Row((("user", "a"),), "b")),
+    ({"query": "a", "response": "b", "type": "GSM"}, Row((("user", "a"),), "b")),
+    ({"input": "a", "output": "b"}, Row((("user", "a"),), "b")),
+    ({"prompt": "a", "output": "b"}, Row((("user", "a"),), "b")),
+    (
+        {"instruction": "Who?", "context": "Ada was first.", "response": "Ada", "category": "closed_qa"},
+        Row((("user", "Who?\n\nAda was first."),), "Ada"),
+    ),
+    ({"question": "Who?", "context": "Ada was first.", "answer": "Ada"}, Row((("user", "Who?\n\nAda was first."),), "Ada")),
+    ({"system_prompt": "Be brief.", "question": "a", "response": "b"}, Row((("system", "Be brief."), ("user", "a")), "b")),
+    (
+        {"system": "s", "instruction": "c", "input": "d", "output": "e", "history": [["a", "b"]]},
+        Row((("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c\n\nd")), "e"),
+    ),
+    (
+        {"prompt": "c", "response": "d", "history": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        Row((("user", "a"), ("assistant", "b"), ("user", "c")), "d"),
+    ),
+    (
+        {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1.0}]},
+        Row((("system", "s"), ("user", "a")), "b"),
+    ),
+    (
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        Row((("user", "a"),), "b"),
+    ),
+    (
+        {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"},
+        Row((("system", "s"), ("user", "a")), "b"),
+    ),
+    (
+        {"prompt": "a", "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "score_chosen": 7},
+        Row((("user", "a"),), "b"),
+    ),
+    ({"messages": [{"role": "user", "content": "a"}], "response": "b"}, Row((("user", "a"),), "b")),
 ]
 
 
@@ -240,6 +276,15 @@ def test_a_source_that_is_nowhere_is_refused(source):
         read_rows(source)
 
 
+def test_a_format_is_no_source_whatever_the_working_directory_holds(tmp_path):
+    (tmp_path / "train.csv").write_text("prompt,response\na,b\n")
+    with pytest.raises(FileNotFoundError, match=r"^'csv' must name rows, but neither a file, a folder nor a reachable hub id"):
+        read_rows("csv")
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv/other.csv").write_text("prompt,response\nc,d\n")
+    assert read_rows("csv") == [Row((("user", "c"),), "d")]
+
+
 def test_empty_sources_are_refused(tmp_path):
     for name in ("rows.json", "rows.jsonl", "rows.csv", "rows.parquet"):
         (tmp_path / name).touch()
@@ -250,7 +295,7 @@ def test_empty_sources_are_refused(tmp_path):
         with pytest.raises(ValueError, match=rf"^{name} must hold at least one row, got none"):
             read_rows(name)
     Dataset.from_dict({"prompt": [], "response": []}).to_parquet("rows.parquet")
-    with pytest.raises(ValueError, match=r"^rows\.parquet must hold rows that datasets can read \(.*no data"):
+    with pytest.raises(ValueError, match=r"^rows\.parquet must hold at least one row, got none"):
         read_rows("rows.parquet")
     with pytest.raises(ValueError, match=r"train\[7:\] must hold at least one row, got none\. Check the file, and the slice"):
         read_rows(jsonl(*RECORDS) + "#train[7:]")
@@ -327,14 +372,14 @@ def test_json_lines_and_json_lists_under_each_others_names_are_refused(tmp_path)
 
 def test_files_that_are_not_what_they_are_named_are_refused(tmp_path):
     (tmp_path / "rows.parquet").write_text("not parquet")
-    with pytest.raises(ValueError, match=r"^rows\.parquet must hold rows that datasets can read \(Parquet magic .*\)\. Mend it"):
+    with pytest.raises(ValueError, match=r"^rows\.parquet must be a parquet file \(.*Parquet magic .*\)\. Mend it"):
         read_rows("rows.parquet")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "train.jsonl").write_text('{"prompt": "a" "response"}')
-    with pytest.raises(ValueError, match=r"^folder must hold rows that datasets can read \("):
+    with pytest.raises(ValueError, match=r"^folder/train\.jsonl, line 1 must be one JSON object: Expecting"):
         read_rows("folder")
     (tmp_path / "rows.csv").write_text('prompt,response\na,"b\nc,d\n')
-    with pytest.raises(ValueError, match=r"^rows\.csv must be CSV: unexpected end of data\. Mend it"):
+    with pytest.raises(ValueError, match=r"^rows\.csv, line 3 must be CSV: unexpected end of data\. Mend it"):
         read_rows("rows.csv")
     (tmp_path / "rows.csv").write_text("prompt,response\na,b\nc,yes, sure\n")
     with pytest.raises(
@@ -362,12 +407,12 @@ def turns(*pairs):
         (turns(("system", "s"), ("assistant", "b")), r"must have a prompt: .* got one of the system\."),
         (turns(("user", "a"), ("assistant", "b"), ("assistant", "c")), r"must have a prompt: .* got one of the assistant\."),
         ({"prompt": 7, "response": "b"}, r"must have text in every turn, got a number from the user\."),
-        ({"prompt": ["a"], "response": "b"}, r"must have text in every turn, got a list from the user\."),
+        ({"prompt": ["a"], "response": "b"}, r"must have turns with role and content, got text\. Write each as an object"),
         ({"instruction": {"a": 1}, "input": "x", "output": "b"}, r"must have text in every turn, got an object from the user\."),
-        ({"prompt": " \n", "response": "b"}, r"must have text in every turn, got empty text from the user\."),
+        ({"prompt": " \n", "response": "b"}, r"must have a prompt: .* got none\."),
         (
             turns(("system", ""), ("user", "a"), ("assistant", "b")),
-            r"must have text in every turn, got empty text from the system\. Fill the turn",
+            r"must have text in every turn, got empty text from the system\. Mend the turn",
         ),
         (turns(("user", None), ("assistant", "b")), r"must have text in every turn, got null from the user\."),
         ({"prompt": "a", "response": 7}, r"must have text as its response, got a number\. Write it as a string"),
@@ -375,8 +420,8 @@ def turns(*pairs):
         ({"prompt": "a", "response": False}, r"must have text as its response, got true or false\."),
         (turns(("user", "a"), ("assistant", ["b"])), r"must have text as its response, got a list\."),
         (turns(("user", "a"), ("tool", "b")), r"must have turns of the roles system, user, .*, got 'tool'\. Rename the role"),
-        ({"messages": [{"content": "a"}]}, r"must have turns of the roles .*, got None\."),
-        ({"messages": [{"role": ["user"], "content": "a"}]}, r"must have turns of the roles .*, got \['user'\]\."),
+        ({"messages": [{"content": "a"}]}, r"must have turns of the roles .*, got null\."),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, r"must have turns of the roles .*, got a list\."),
         ({"messages": ["a"]}, r"must have turns with role and content, got text\. Write each as an object"),
         ({"messages": "a"}, r"must have a list of turns under messages, got text\. Write them as a list"),
         ("a", r"must be an object with columns, got text\. Give it prompt and response"),
@@ -395,3 +440,281 @@ def test_errors_do_not_show_what_a_row_says():
         with pytest.raises(ValueError, match="line 1") as caught:
             read_rows(jsonl(record))
         assert secret not in str(caught.value)
+
+
+LEFT_OUT = [
+    ({"prompt": "a", "response": "b", "input": "c"}, "input"),
+    ({"prompt": "an id", "question": "a", "answer": "b"}, "prompt"),
+    ({"prompt": "a", "response": "b", "answer": "c"}, "answer"),
+    ({"prompt": "a", "response": "b", "completion": 7}, "completion"),
+    ({"question": "a", "answer": "b", "input": "c", "context": "d"}, "context"),
+    ({"question": "Which?", "answer": "b", "choices": ["a", "b"]}, "choices"),
+    ({"question": "Which?", "answer": "b", "options": {"A": "a"}}, "options"),
+    ({"question": "Which?", "answer": "b", "options": json.loads("[" * 900 + '"b"' + "]" * 900)}, "options"),
+    ({"question": "a", "answer": "b", "passage": "c"}, "passage"),
+    ({"prompt": "a", "response": "b", "text": "quite another"}, "text"),
+    ({"prompt": "a", "response": "b", "images": [{"path": "x.png"}]}, "images"),
+    ({"system": "s", **turns(("system", "other"), ("user", "a"), ("assistant", "b"))}, "system"),
+    ({"history": [["x", "y"]], **turns(("user", "a"), ("assistant", "b"))}, "history"),
+    ({"tools": '[{"name": "search"}]', **turns(("user", "a"), ("assistant", "b"))}, "tools"),
+    ({"prompt": "c", **turns(("user", "a"), ("assistant", "b"))}, "prompt"),
+    ({"response": "c", **turns(("user", "a"), ("assistant", "b"))}, "response"),
+    ({"prompt": "c", "chosen": turns(("user", "a"), ("assistant", "b"))["messages"]}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("record", "column"), LEFT_OUT)
+def test_a_column_of_the_conversation_that_would_be_left_out_is_refused_by_its_name(record, column):
+    for needs_response in (True, False):
+        with pytest.raises(
+            ValueError, match=rf"^rows\.jsonl, line 2 must be used whole, but its column {column} would be left out"
+        ):
+            read_rows(jsonl(RECORDS[0], record), needs_response)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {
+            "id": "x",
+            "source": "s",
+            "category": {"violence": True},
+            "label": "1",
+            "score": 0.5,
+            "is_safe": False,
+            "prompt_id": "q",
+        },
+        {"system": None, "history": [], "context": float("nan"), "tools": "", "images": [], "choices": {}, "input": " "},
+        {"text": "### Instruction:\nadd up\n\n### Response:\nthree"},  # the row in a template
+        {"instruction": "add up", "output": "three\n"},  # the same again
+        {"messages": [{"role": "user", "content": "add up"}, {"role": "assistant", "content": "three"}]},
+        {"rejected": "four", "response_1": "five", "completions": ["six"]},  # of several answers one is told to be the row's
+    ],
+)
+def test_a_column_about_the_row_or_of_what_it_says_already_is_left_alone(beside):
+    assert read_rows(jsonl({"prompt": "add up", "response": "three", **beside})) == [Row((("user", "add up"),), "three")]
+
+
+def test_answers_none_of_which_is_the_rows_own_are_refused_where_answers_are_used():
+    for beside in ({"rejected": "b"}, {"response_0": "b", "response_1": "c"}, {"answers": {"text": ["b"]}}):
+        source = jsonl({"prompt": "a", **beside})
+        assert read_rows(source, needs_response=False) == [Row((("user", "a"),))]
+        for needs_response in (True, False):
+            with pytest.raises(
+                ValueError, match=rf"^rows\.jsonl, line 1 must be used whole, but its column {next(iter(beside))} "
+            ):
+                read_rows(source, needs_response, uses_response=True)
+
+
+def reply(**keys):
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **keys}]}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"instruction": "a", "input": 0, "output": "b"}, r"must have text under input, got a number\. Write it as a string"),
+        ({"instruction": "a", "input": False, "output": "b"}, r"must have text under input, got true or false\."),
+        ({"question": "a", "context": ["c"], "answer": "b"}, r"must have text under context, got a list\."),
+        ({"instruction": float("nan"), "output": "b"}, r"must have a prompt: .* got none\."),
+        ({"instruction": float("inf"), "output": "b"}, r"must have text in every turn, got a number from the user\."),
+        ({"prompt": "a", "response": "b", "system": 7}, r"must have text under system, got a number\."),
+        ({"prompt": "a", "response": "b", "history": "c"}, r"must have pairs of question and answer under history, got text\."),
+        (
+            {"prompt": "a", "response": "b", "history": [["c"]]},
+            r"must have pairs of question and answer under history, got a list",
+        ),
+        ({"prompt": "a", "response": "b", "history": [["c", 7]]}, r"must have text in every turn, got a number from the assist"),
+        ({"prompt": "a", "Prompt": "c", "response": "b"}, r"must have one column prompt, got several\. Take all but one out"),
+        (reply(tool_calls=[{"name": "f"}]), r"must have turns of role and content alone, got tool_calls from the assistant\."),
+        (reply(reasoning_content="hm"), r"must have turns of role and content alone, got reasoning_content from the assistant"),
+        (reply(value="c"), r"must have one of content and value in a turn, got two that differ\. Take one out"),
+        (reply(weight=0), r"must be learnt from its last answer, but weight says otherwise there\. Take the flag or the row out"),
+        (reply(weight=0.5), r"must be learnt from its last answer, but weight says otherwise"),
+        (reply(train=False), r"must be learnt from its last answer, but train says otherwise"),
+        (turns(("user", [{"type": "text", "text": "a"}]), ("assistant", "b")), r"must have text in every turn, got a list from"),
+    ],
+)
+def test_a_value_that_is_no_text_is_refused_by_file_and_line(record, message):
+    for needs_response in (True, False):
+        with pytest.raises(ValueError, match=r"^rows\.jsonl, line 2 " + message):
+            read_rows(jsonl(RECORDS[0], record), needs_response)
+
+
+def test_no_number_and_no_gap_of_a_frame_becomes_text(tmp_path):
+    frame = [{"instruction": "a", "input": 12.0, "output": "b"}, {"instruction": "c", "input": float("nan"), "output": "d"}]
+    (tmp_path / "rows.json").write_text(json.dumps(frame))
+    Dataset.from_list(frame).to_parquet("rows.parquet")
+    Dataset.from_list(frame).save_to_disk("saved")
+    for source in ("rows.json", "rows.parquet", "saved"):
+        with pytest.raises(ValueError, match=rf"^{source}, row 1 must have text under input, got a number"):
+            read_rows(source)
+        assert read_rows(f"{source}#train[1:]") == [Row((("user", "c"),), "d")]
+
+
+HALF = "cut \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": HALF, "response": "b"}, "in every turn, got half of a surrogate pair from the user"),
+        ({"prompt": "a", "response": HALF}, "as its response, got half of a surrogate pair"),
+        ({"prompt": "a", "response": "b", "system": HALF}, "in every turn, got half of a surrogate pair from the system"),
+        ({"instruction": "a", "input": HALF, "output": "b"}, "in every turn, got half of a surrogate pair from the user"),
+        (
+            turns(("user", "a"), ("assistant", HALF), ("user", "b"), ("assistant", "c")),
+            "in every turn, got half .* the assistant",
+        ),
+        ({"prompt": "a\0", "response": "b"}, "in every turn, got a NUL character from the user"),
+    ],
+)
+def test_a_text_that_no_tokenizer_takes_is_refused_by_its_line(record, message):
+    with pytest.raises(ValueError, match=r"^rows\.jsonl, line 2 must have text " + message):
+        read_rows(jsonl(RECORDS[0], record))
+    whole = json.loads(json.dumps(record).replace("\\ud83d", "\\ud83d\\ude00").replace("\\u0000", ""))
+    assert len(read_rows(jsonl(RECORDS[0], whole))) == 2
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "folder/train.csv"])
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("latin-1", r", line 3 must be UTF-8 text, got the byte 0xe9\. Save the file as UTF-8\."),
+        ("utf-16", r", line 1 must be UTF-8 text, got a NUL, as UTF-16 has them\."),
+        ("utf-16-le", r", line 1 must be UTF-8 text, got a NUL, as UTF-16 has them\."),
+    ],
+)
+def test_another_encoding_is_refused_by_file_and_line(name, encoding, message, tmp_path):
+    (tmp_path / "folder").mkdir()
+    lines = ["question,answer", "a,b", "café,c"]
+    if name == "rows.jsonl":
+        lines = [json.dumps(RECORDS[0]), "", '{"prompt": "café", "response": "b"}']
+    elif name == "rows.json":
+        lines = ["[", '{"prompt": "a", "response": "b"},', '{"prompt": "café", "response": "b"}]']
+    (tmp_path / name).write_bytes("\n".join(lines).encode(encoding))
+    with pytest.raises(ValueError, match="^" + name.replace(".", r"\.") + message):
+        read_rows(name)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.") + message):
+        read_rows(name.partition("/")[0])
+    (tmp_path / name).write_bytes("\n".join(lines).encode("utf-8-sig"))
+    assert read_rows(name.partition("/")[0])[-1].prompt == "café"
+
+
+def test_texts_of_a_parquet_file_that_are_not_utf_8_are_refused_by_their_row():
+    raw = pyarrow.array([b"a", b"\xe9", b"c"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": raw, "response": ["x", "y", "z"]}), "rows.parquet")
+    with pytest.raises(ValueError, match=r"^rows\.parquet, row 2 must be UTF-8 text, got other bytes\. Write the file anew"):
+        read_rows("rows.parquet")
+
+
+def test_json_that_no_reader_takes_is_refused_by_its_line(tmp_path):
+    deep, long = "[" * 100_000 + "]" * 100_000, "1" * 5000
+    for value, message in ((deep, "nested too deep to be read"), (long, "a number is too long to be read")):
+        (tmp_path / "rows.jsonl").write_text(f'{json.dumps(RECORDS[0])}\n{{"prompt": "a", "id": {value}}}\n')
+        with pytest.raises(ValueError, match=rf"^rows\.jsonl, line 2 must be one JSON object: {message}\. Mend the line"):
+            read_rows("rows.jsonl")
+        (tmp_path / "rows.json").write_text(f"[{value}]")
+        with pytest.raises(ValueError, match=rf"^rows\.json must be JSON: {message}\."):
+            read_rows("rows.json")
+
+
+def test_a_key_or_a_column_that_is_named_twice_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "b", "prompt": "c"}')
+    with pytest.raises(
+        ValueError, match=r"^rows\.jsonl, line 2 must be an object with columns, got an object that has prompt twice"
+    ):
+        read_rows("rows.jsonl")
+    turn = '{"role": "user", "content": "a", "content": "b"}'
+    (tmp_path / "rows.json").write_text(f'[\n{json.dumps(RECORDS[0])},\n{{"messages": [{turn}]}}]')
+    with pytest.raises(
+        ValueError, match=r"^rows\.json, row 2 must have turns with role and content, got an object that has content"
+    ):
+        read_rows("rows.json")
+    (tmp_path / "rows.csv").write_text("prompt,response,prompt\na,b,c\n")
+    with pytest.raises(ValueError, match=r"^rows\.csv must name each column once, got prompt twice\. Rename one"):
+        read_rows("rows.csv")
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"]), "rows.parquet")
+    with pytest.raises(ValueError, match=r"^rows\.parquet must be a parquet file \(Multiple matches for .*prompt"):
+        read_rows("rows.parquet")
+
+
+def test_a_folder_reads_like_its_files(tmp_path):
+    texts = [
+        {"question": "1.50?", "answer": "007"},
+        {"question": "Who?", "answer": "None"},
+        {"question": "2024-01-01", "answer": "NA"},
+    ]
+    expected = [Row((("user", text["question"]),), text["answer"]) for text in texts]
+    data = Dataset.from_list(texts)
+    for folder in ("csv", "jsonl", "json", "parquet", "several", "dirs/train", "dirs/test"):
+        (tmp_path / folder).mkdir(parents=True)
+    data.to_csv("csv/train.csv", index=False)
+    jsonl(*texts, path="jsonl/rows.jsonl")
+    (tmp_path / "json/rows.json").write_text(json.dumps(texts))
+    data.to_parquet("parquet/rows[1].parquet")
+    for i in range(3):
+        data.select([i]).to_csv(f"several/rows-{i}.csv", index=False)
+        data.select([i]).to_csv(f"dirs/{'test' if i == 2 else 'train'}/{i}.csv", index=False)
+    for folder in ("csv", "jsonl", "json", "parquet", "several"):
+        assert read_rows(folder) == read_rows(str(tmp_path / folder)) == expected, folder
+        assert read_rows(f"{folder}#train[1:]") == expected[1:], folder
+    assert read_rows("dirs") == expected[:2]
+    assert read_rows("dirs#test+train[1:]") == [expected[2], expected[1]]
+    (tmp_path / "link").symlink_to("several")
+    assert read_rows("link") == expected
+    with (tmp_path / "several/rows-1.csv").open("a") as file:
+        file.write("a,\n")
+    with pytest.raises(ValueError, match=r"^several/rows-1\.csv, row 2 must have a response"):
+        read_rows("several")
+
+
+def test_a_file_that_a_folder_would_leave_out_is_refused(tmp_path):
+    for folder, names in (
+        ("formats", ("a.csv", "b.csv", "c.jsonl")),
+        ("split", ("train.csv", "more.csv")),
+        ("capitals", ("a.csv", "B.CSV")),
+    ):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_text("prompt,response\na,b\n")
+        with pytest.raises(
+            ValueError, match=rf"^{folder} must have every data file in a split, but {folder}/{names[-1]} would be"
+        ):
+            read_rows(folder)
+    (tmp_path / "split/README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.csv\n---\n")
+    (tmp_path / "split/.hidden.csv").touch()
+    assert read_rows("split") == [Row((("user", "a"),), "b")]
+    (tmp_path / "formats/c.jsonl").rename(tmp_path / "formats/c.jsonl.gz")
+    (tmp_path / "formats/a.csv").rename(tmp_path / "formats/a.csv.gz")
+    with pytest.raises(ValueError, match=r"^formats/a\.csv\.gz must end in .*, got \.gz\. Convert, unpack or rename it"):
+        read_rows("formats")
+
+
+def test_csv_from_the_hub_stays_text(tmp_path, monkeypatch):
+    import datasets
+
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/train.csv").write_text("instruction,input,output\na,12,NA\nb,,007\n")
+    monkeypatch.setattr(
+        "datamodules.rows.load_dataset",
+        lambda _, config, **settings: datasets.load_dataset("snapshot", config, cache_dir=str(tmp_path / "cache"), **settings),
+    )
+    assert read_rows("owner/name") == [Row((("user", "a\n\n12"),), "NA"), Row((("user", "b"),), "007")]
+
+
+def test_a_row_of_csv_with_too_few_values_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,response,system\na,b,\n\nc,d\n")
+    with pytest.raises(ValueError, match=r"^rows\.csv, row 2 must have a value a column, got fewer"):
+        read_rows("rows.csv")
+
+
+def test_errors_show_no_text_that_stands_where_a_name_belongs(tmp_path):
+    secret = "how to brew vexolim"
+    (tmp_path / "rows.csv").write_text(f"{secret},first heat\n{secret},b\n")
+    with pytest.raises(ValueError, match=r"must have columns that are known, got a longer name, a longer name\.") as caught:
+        read_rows("rows.csv")
+    assert secret not in str(caught.value)
+    with pytest.raises(ValueError, match=r"must have turns of the roles .*, got 'a longer name'\.") as caught:
+        read_rows(jsonl({"messages": [{"role": secret, "content": "a"}]}))
+    assert secret not in str(caught.value)
