@@ -10,8 +10,9 @@ from toy import bits, same_bits, save_toy_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casehard import Defense, LoRA
-from lightning_modules import checkpoint as checkpoint_module
-from lightning_modules.checkpoint import load_model, load_tokenizer, save_model
+from lightning_modules import export
+from lightning_modules.checkpoint import load_model, load_tokenizer
+from lightning_modules.export import save_model
 from lightning_modules.generation import generate
 
 IDS = torch.arange(5, 37).view(2, 16)
@@ -203,7 +204,7 @@ def test_a_failure_half_way_leaves_what_was_there_whole(checkpoint, tmp_path, mo
         elif where == "tokenizer":
             patch.setattr(type(tokenizer), "save_pretrained", full)
         elif where == "check":
-            patch.setattr(checkpoint_module, "safe_open", full)
+            patch.setattr(export, "safe_open", full)
         else:
             patch.setattr(os, "replace", cannot_move)
         with pytest.raises(OSError, match="No space left on device"):
