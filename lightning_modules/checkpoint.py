@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from datamodules.chat import prompt_ids
@@ -28,6 +29,7 @@ from datamodules.rows import Row, file_sha256
 from lightning_modules.comparison import distance, logits_of, num_embedded, rounding, some_ids
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
+_ONE_OR_MANY = ("model.safetensors", "model.safetensors.index.json")  # transformers would read the first
 _NO_TEXT = re.compile(r"(^|\.)(vision|visual|audio|image|multi_?modal|mm|embed_vision|embed_audio)(_\w+)?\.")  # weights' names
 _WRAPPER = re.compile(r"((base_model|module|_orig_mod|_fsdp_wrapped_module|_forward_module|model|policy|actor)\.)+")
 
@@ -71,6 +73,17 @@ def _reading(checkpoint: str) -> Iterator[None]:
             f"checkpoint {checkpoint!r} must be one that transformers can read, and {_damage(Path(checkpoint)) or says} "
             f"({type(error).__name__}). Copy or download it anew, or install what it needs."
         ) from error
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """For a block, silence transformers' tables of weights, which are said in one sentence here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _damage(folder: Path) -> str | None:
@@ -121,11 +134,14 @@ def require_plain_weights(checkpoint: str) -> None:
         ValueError: a checkpoint, or the base of an adapter, in fewer bits (GPTQ, AWQ, bitsandbytes, fp8, ...).
     """
     base = base_of(checkpoint)
-    source, gguf = _source(base or checkpoint)
+    try:
+        source, gguf = _source(base or checkpoint)
+    except FileNotFoundError as error:
+        raise (error if base is None else _base_unread(checkpoint, base, error)) from None
     if gguf:  # read into plain weights
         return
     with _reading(checkpoint):
-        settings, _ = PreTrainedConfig.get_config_dict(source)
+        settings = _settings(source)
     parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
     found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     if found is not None:
@@ -176,9 +192,15 @@ def require_rows_for_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         )
 
 
+def _settings(source: str, **gguf: Any) -> dict[str, Any]:
+    """``config.json`` as it stands."""
+    settings, _ = PreTrainedConfig.get_config_dict(source, **gguf)
+    return settings
+
+
 def _resized(source: str, sizes: Mapping[str, int], **gguf: Any) -> PreTrainedConfig:
     """The sizes of a checkpoint, some of them replaced."""
-    settings, _ = PreTrainedConfig.get_config_dict(source, **gguf)
+    settings = _settings(source, **gguf)
     if unknown := sorted(set(sizes) - set(settings)):
         raise ValueError(
             f"sizes must name numbers of the checkpoint's config.json, and it has no {', '.join(map(repr, unknown))}. "
@@ -226,11 +248,16 @@ def load_model(
             f"{', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}. "
             "Export a model there, or set random_weights to start from its sizes."
         )
+    if not gguf and all((folder / name).is_file() for name in _ONE_OR_MANY):
+        raise ValueError(
+            f"checkpoint folder {checkpoint!r} must hold one set of weights, and it holds both {' and '.join(_ONE_OR_MANY)}. "
+            "Take out the one that is not the model's."
+        )
     everything: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the report, not an error
-    with _reading(checkpoint):
+    with _reading(checkpoint), _without_reports():
         read: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **everything, **gguf)
     model, report = read
-    _require_whole(checkpoint, report, read_in_part=bool(getattr(type(model.config), "base_config_key", "")))
+    _require_whole(checkpoint, report, in_part=not gguf and _settings(source).get("model_type") != model.config.model_type)
     _require_finite(checkpoint, model)
     _unmark(model)
     return model
@@ -244,15 +271,15 @@ def _unmark(model: PreTrainedModel) -> None:
         del model.config.quantization_config
 
 
-def _require_whole(checkpoint: str, report: Mapping[str, Iterable[Any]], read_in_part: bool) -> None:
+def _require_whole(checkpoint: str, report: Mapping[str, Iterable[Any]], in_part: bool) -> None:
     """Refuse a checkpoint by transformers' report on its weights: any that were missing, left over or of another shape.
 
     The report leaves out what an architecture declares as dispensable, such as tied heads and rotary buffers. Where only the text
-    part of a model of several senses is read (``read_in_part``), the weights of the others are left over, with a warning.
+    part of a model of several senses is read (``in_part``), the weights of the others are left over, with a warning.
     """
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     mismatched = sorted(report["mismatched_keys"])
-    if read_in_part and not missing and (others := [name for name in unexpected if _NO_TEXT.search(name)]):
+    if in_part and not missing and (others := [name for name in unexpected if _NO_TEXT.search(name)]):
         unexpected = [name for name in unexpected if name not in others]
         warnings.warn(
             f"checkpoint {checkpoint!r} is read without the {len(others)} weights of its other senses ({_few(others)}): the "
@@ -294,6 +321,13 @@ def _require_finite(checkpoint: str, model: PreTrainedModel) -> None:
             )
 
 
+def _base_unread(checkpoint: str, base: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"checkpoint {checkpoint!r} is an adapter of {base!r} (base_model_name_or_path in its adapter_config.json), which cannot "
+        f"be read: {error}"
+    )
+
+
 @torch.no_grad()
 def _with_adapter(checkpoint: str, source: str, base: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model that an adapter makes of its base, merged by peft.
@@ -304,10 +338,7 @@ def _with_adapter(checkpoint: str, source: str, base: str, dtype: torch.dtype) -
     try:
         model = load_model(base, dtype)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"checkpoint {checkpoint!r} is an adapter of {base!r} (base_model_name_or_path in its adapter_config.json), which "
-            f"cannot be read: {error}"
-        ) from error
+        raise _base_unread(checkpoint, base, error) from error
     with _reading(checkpoint), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = PeftConfig.from_pretrained(source)
