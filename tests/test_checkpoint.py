@@ -4,18 +4,22 @@ import math
 import os
 import re
 import warnings
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy import SIZES, bits, same_bits, save_toy_checkpoint
+from toy import ROOT, SIZES, bits, same_bits, save_toy_checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Llama4Config,
     Llama4ForConditionalGeneration,
     MixtralConfig,
@@ -23,8 +27,11 @@ from transformers import (
 )
 
 from casehard import Defense, LoRA
+from datamodules.chat import prompt_ids
+from datamodules.rows import Row
 from lightning_modules import export
 from lightning_modules.checkpoint import checkpoint_files, load_model, load_tokenizer, require_rows_for_tokens
+from lightning_modules.comparison import distance, logits_of
 from lightning_modules.export import save_model
 from lightning_modules.generation import generate
 
@@ -308,7 +315,6 @@ def test_of_a_pickle_tensors_alone_are_read(tmp_path):
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_attention_heads": 0}, "ZeroDivisionError"),
         ({"model_type": "unheard of"}, "unheard of"),
-        ({"model_type": "vit"}, "ViTConfig"),
     ],
 )
 @pytest.mark.parametrize("random_weights", [False, True])
@@ -606,7 +612,7 @@ def test_a_failure_half_way_leaves_what_was_there_whole(checkpoint, tmp_path, mo
         elif where == "tokenizer":
             patch.setattr(type(tokenizer), "save_pretrained", full)
         elif where == "check":
-            patch.setattr(export, "safe_open", full)
+            patch.setattr(export, "load_model", full)
         else:
             patch.setattr(os, "replace", cannot_move)
         with pytest.raises(OSError, match="No space left on device"):
@@ -616,3 +622,142 @@ def test_a_failure_half_way_leaves_what_was_there_whole(checkpoint, tmp_path, mo
     save_model(model, tokenizer, tmp_path / "out")  # and nothing stands in the way of the next
     assert same_bits(bits(load_model(str(tmp_path / "out"))), bits(model))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---- an export is read back and compared
+
+
+def config_changed(**settings: Any):
+    return lambda folder: edited(folder, **settings)
+
+
+def forget(name: str):
+    def change(folder: Path) -> None:
+        for path in folder.glob(name):
+            path.unlink()
+
+    return change
+
+
+def weights_changed(change):
+    return lambda folder: edited(folder, change)
+
+
+SPOILT = {
+    "names of a wrapper": (weights_changed(renamed("^", "base_model.model.")), r"it cannot be read back: .* 21 are missing .*wrapper"),
+    "a weight of other values": (weights_changed(with_value("model.norm.weight", 2.0)), r"model\.norm\.weight has other values"),
+    "a head of its own": (weights_changed(lambda w: w | {"lm_head.weight": -w["model.embed_tokens.weight"]}), r"lm_head\.weight has other values"),
+    "nan": (weights_changed(with_value("model.norm.weight", math.nan)), r"it cannot be read back: .*finite weights"),
+    "a layer lost": (config_changed(num_hidden_layers=1), r"it cannot be read back: .*have no place in it"),
+    "another theta": (config_changed(rope_parameters={"rope_type": "default", "rope_theta": 500.0}), r"with the same weights its logits are .*% off"),
+    "another epsilon": (config_changed(rms_norm_eps=1.1e-6), r"with the same weights its logits are .*% off"),
+    "another activation": (config_changed(hidden_act="gelu"), r"with the same weights its logits are .*% off"),
+    "no end tokens": (forget("generation_config.json"), r"the tokens that end an answer were \[1, 7\] and are "),
+    "no template": (forget("chat_template.jinja"), r"its tokenizer or chat template makes other tokens of a prompt"),
+    "cut": (lambda folder: (folder / "model.safetensors").write_bytes(b""), r"header too small"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_export_that_is_not_the_model_is_an_error_and_the_old_one_stays(tmp_path, monkeypatch, case, dtype):
+    spoil, message = SPOILT[case]
+    save_toy_checkpoint(tmp_path / "start")
+    (tmp_path / "start" / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    model, tokenizer = load_model(str(tmp_path / "start")), load_tokenizer(str(tmp_path / "start"))
+    save_model(model, tokenizer, tmp_path / "out", dtype)
+    before = contents(tmp_path / "out")
+    save = type(tokenizer).save_pretrained
+
+    def save_and_spoil(self, folder):
+        save(self, folder)
+        spoil(folder)
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", save_and_spoil)
+    with pytest.raises(
+        ValueError, match=rf"^the exported model must be the one in memory, and .*{message}.* It is left in .*partial"
+    ):
+        save_model(model, tokenizer, tmp_path / "out", dtype)
+    assert contents(tmp_path / "out") == before
+    assert (tmp_path / "out.partial" / "config.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_export_of_many_files_is_compared_like_one(tmp_path, monkeypatch, dtype):
+    save_toy_checkpoint(tmp_path / "start", tied=False)
+    model, tokenizer = load_model(str(tmp_path / "start")), load_tokenizer(str(tmp_path / "start"))
+    monkeypatch.setattr(type(model), "save_pretrained", partialmethod(type(model).save_pretrained, max_shard_size="60KB"))
+    off = save_model(model, tokenizer, tmp_path / "out", dtype)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    expected = {name: p if dtype is None else p.to(dtype).float() for name, p in model.named_parameters()}
+    found = load_model(str(tmp_path / "out"))
+    assert all(torch.equal(p, expected[name]) for name, p in found.named_parameters())
+    assert off == 0 if dtype is None else 1e-4 < off < 5e-2
+    rows = [prompt_ids(Row((("user", question),)), tokenizer) for question in export.QUESTIONS]
+    lower = load_model(str(tmp_path / "out"), dtype or torch.float32)
+    assert off == pytest.approx(distance(logits_of(lower, rows), logits_of(model, rows)))
+
+
+def deepseek(folder: Path, seed: int) -> str:
+    """A checkpoint whose routers have biases that are no parameters, and are kept in float32."""
+    tokenizer = load_tokenizer(str(ROOT / "models/sandbox/base"))
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    sizes = SIZES | latent | experts | {"moe_intermediate_size": 16, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, initializer_range=0.2))
+        model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.randn(4))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_parts_that_an_architecture_keeps_in_float32_are_exported_as_they_are(tmp_path):
+    model, tokenizer = load_model(deepseek(tmp_path / "start", 0), torch.bfloat16), load_tokenizer(str(tmp_path / "start"))
+    kept = model.model.layers[1].mlp.gate.e_score_correction_bias
+    assert kept.dtype == torch.float32
+    save_model(model, tokenizer, tmp_path / "out")
+    assert torch.equal(load_model(str(tmp_path / "out"), torch.bfloat16).model.layers[1].mlp.gate.e_score_correction_bias, kept)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_that_are_lost_in_merging_are_an_error(checkpoint, monkeypatch, dtype):
+    module = Defense(checkpoint, lora=LoRA(rank=2), weights_dtype=dtype)
+    module.configure_model()
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, p in module.named_parameters():
+            if "lora_B" in name:
+                p.copy_(0.1 * torch.randn_like(p))
+    module.exported()
+    monkeypatch.setattr(Linear, "merge", lambda self: None)
+    with pytest.raises(
+        ValueError, match=rf"with its adapters merged in torch\.{dtype} its logits are \d.*% off\. Set weights_dtype"
+    ):
+        module.exported()
+
+
+# ---- another model's weights, in this one
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_an_undefended_model_lends_its_buffers_too(tmp_path, lora):
+    module = Defense(deepseek(tmp_path / "own", 0), lora=lora)
+    module.configure_model()
+    before, other = bits(module), load_model(deepseek(tmp_path / "other", 1))
+    with module.undefended_at(str(tmp_path / "other")):
+        torch.testing.assert_close(logits(module.model), logits(other))
+    assert same_bits(bits(module), before)
+
+
+@pytest.mark.parametrize("settings", [{"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}, {"hidden_act": "relu"}])
+def test_an_undefended_model_that_computes_otherwise_is_an_error(checkpoint, tmp_path, settings):
+    other = edited(Path(save_toy_checkpoint(tmp_path, seed=1)), **settings)
+    module = Defense(checkpoint)
+    module.configure_model()
+    before = bits(module)
+    message = r"undefended_checkpoint must be .*architecture, and the weights of '.*' give other logits in it \(.*% off\), since its config"
+    with pytest.raises(ValueError, match=message), module.undefended_at(other):
+        pass
+    assert same_bits(bits(module), before)
