@@ -345,7 +345,6 @@ def _with_adapter(checkpoint: str, source: str, base: str, dtype: torch.dtype) -
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise ValueError(f"an adapter of kind {kind} cannot be merged into weights")
-        dtypes = {name: p.dtype for name, p in model.named_parameters()}
         adapted = PeftModel(model, config)
         report = adapted.load_adapter(source, "default", torch_device="cpu")
         if wrong := [*report.missing_keys, *report.unexpected_keys]:
@@ -354,8 +353,7 @@ def _with_adapter(checkpoint: str, source: str, base: str, dtype: torch.dtype) -
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         merged.__dict__.pop(mark, None)
-    for name, p in merged.requires_grad_(True).named_parameters():  # peft froze them, and computes in float32
-        p.data = p.data.to(dtypes.get(name, dtype))
+    merged.requires_grad_(True)  # peft froze it
     off = distance(logits_of(merged, some_ids(merged)), apart)
     if not off <= rounding(dtype):
         raise ValueError(

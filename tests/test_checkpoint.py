@@ -439,9 +439,10 @@ def test_an_adapters_folder_is_read_as_the_model_that_it_makes_of_its_base(tmp_p
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_an_adapter_is_merged_in_the_dtype_of_the_weights(tmp_path):
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_is_merged_in_the_dtype_of_the_weights(tmp_path, kind):
     base = save_toy_checkpoint(tmp_path / "base", tied=False)
-    save_adapter(base, tmp_path / "adapter", ADAPTERS["a head trained whole"])
+    save_adapter(base, tmp_path / "adapter", ADAPTERS[kind])
     merged, exact = load_model(str(tmp_path / "adapter"), torch.bfloat16), load_model(str(tmp_path / "adapter"))
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     for p, q in zip(merged.parameters(), exact.parameters(), strict=True):
