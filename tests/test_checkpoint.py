@@ -683,6 +683,15 @@ def test_an_export_that_is_not_the_model_is_an_error_and_the_old_one_stays(tmp_p
     assert (tmp_path / "out.partial" / "config.json").exists()
 
 
+def test_a_part_that_is_not_written_is_an_error(checkpoint, tmp_path):
+    model = load_model(checkpoint)
+    model.register_parameter("probe", torch.nn.Parameter(torch.ones(2)))
+    model._keys_to_ignore_on_save = ["probe"]
+    with pytest.raises(ValueError, match=r"must be the one in memory, and memory alone has probe\. It is left in"):
+        save_model(model, load_tokenizer(checkpoint), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_an_export_of_many_files_is_compared_like_one(tmp_path, monkeypatch, dtype):
     save_toy_checkpoint(tmp_path / "start", tied=False)
@@ -708,7 +717,7 @@ def deepseek(folder: Path, seed: int) -> str:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, initializer_range=0.2))
-        model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.randn(4))
+        model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.linspace(-1, 1, 4).roll(2 * seed))  # other experts
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
