@@ -40,7 +40,8 @@ class Defense(L.LightningModule):
     fine-tunes on its customer's rows) or ``recover`` (after that). ``fit`` minimises the loss of the stage.
 
     Args:
-        checkpoint: the model to start from: a hub id, a folder or a GGUF file.
+        checkpoint: the model to start from: a hub id, a folder or a GGUF file. Of an adapter (peft), the model that it makes of
+            its base; quantised weights are refused.
         optimizer: of ``fit``.
         lora: train adapters of this shape; null trains every parameter.
         random_weights: take only the sizes from ``checkpoint`` and start from random weights.
