@@ -1,7 +1,7 @@
 """Families of models that people attack, tiny and with random weights, each in the chat template of its kind.
 
 For every family: rows are encoded as its template writes them, padding changes nothing, batched answers are those of transformers
-one by one, a LoRA attacker trains and leaves no trace, and an export is read back as the same model.
+one by one, an attacker trains and leaves no trace, and an export is read back as the same model.
 """
 
 import re
@@ -252,10 +252,11 @@ def test_batched_answers_are_those_of_transformers_one_by_one(family):
         assert [plain_text(answer) for answer in generate(model, tokenizer, prompts, 12, batch_size)] == expected
 
 
-def test_a_lora_attacker_trains_and_leaves_no_trace(family):
+@pytest.mark.parametrize("lora", [LoRA(rank=2), None], ids=["lora", "full"])
+def test_an_attacker_trains_and_leaves_no_trace(family, lora):
     batch = collate([encode(row, family.tokenizer, 512) for row in ROWS], family.tokenizer.pad_token_id, "right")
     before, flags, built = bits(family), [p.requires_grad for p in family.parameters()], repr(family.model)
-    with borrowed(family, trainable(family, family.model, LoRA(rank=2))) as start:
+    with borrowed(family, trainable(family, family.model, lora)) as start:
         steps = train_steps(family, family.sft_loss, lambda step: batch, 2, Optimizer(1e-1, "sgd"))
         first, second = (loss for _, loss in steps)
         trained = {name: p for name, p in family.named_parameters() if p.requires_grad}
