@@ -16,13 +16,13 @@ from typing import Any
 import lightning as L
 import yaml
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
 from callbacks.rows import KEYS, ResultRow, read_run
-from lightning_modules.checkpoint import save_model
 from lightning_modules.defense import Defense
+from lightning_modules.export import save_model
 
 RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
 METRICS = (  # of a row, as loggers get them
@@ -194,7 +194,9 @@ class Results(L.Callback):
         if self.export and not trainer.interrupted and isinstance(module, Defense):
             model = module.exported()
             if model is not None and trainer.is_global_zero:
-                save_model(model, module.tokenizer, self.folder / "model", module.export_dtype)
+                off = save_model(model, module.tokenizer, self.folder / "model", module.export_dtype)
+                if off:
+                    rank_zero_info(f"Exported in {module.export_dtype}: logits are {100 * off:.2g}% off those of {model.dtype}.")
         self._exported = True
 
     def _seconds(self) -> float:

@@ -1,16 +1,18 @@
-"""Checkpoints: a hub id, a folder or a GGUF file, read into a model and its tokenizer, and written as a Hugging Face folder."""
+"""Checkpoints: a hub id, a folder or a GGUF file, read into a model and its tokenizer.
 
-import json
-import os
-import shutil
+A checkpoint is read whole or refused in one sentence: all weights of the model come from it, and all of its weights go in.
+"""
+
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,10 +21,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from datamodules.rows import file_sha256
+from datamodules.chat import prompt_ids
+from datamodules.rows import Row, file_sha256
+from lightning_modules.comparison import distance, logits_of, num_embedded, rounding, some_ids
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
+_ONE_OR_MANY = ("model.safetensors", "model.safetensors.index.json")  # transformers would read the first
+_NO_TEXT = re.compile(r"(^|\.)(vision|visual|audio|image|multi_?modal|mm|embed_vision|embed_audio)(_\w+)?\.")  # weights' names
+_WRAPPER = re.compile(r"((base_model|module|_orig_mod|_fsdp_wrapped_module|_forward_module|model|policy|actor)\.)+")
 
 
 def _source(checkpoint: str) -> tuple[str, dict[str, Any]]:
@@ -42,25 +51,156 @@ def _source(checkpoint: str) -> tuple[str, dict[str, Any]]:
 
 def checkpoint_files(checkpoint: str) -> dict[str, str]:
     """SHA-256 of what a local checkpoint is read from (weights, config and tokenizer), by file name; of a file that one alone;
-    empty for a hub id.
+    empty for a hub id. Those of an adapter's base are among them, as ``base/NAME``.
     """
     path = Path(checkpoint)
     parts = {part for pattern in (*WEIGHT_FILES, "*.json", "*.jinja") for part in path.glob(pattern)}
-    return {part.name: file_sha256(part) for part in ([path] if path.is_file() else sorted(parts))}
+    files = {part.name: file_sha256(part) for part in ([path] if path.is_file() else sorted(parts))}
+    base = base_of(checkpoint) if (path / "adapter_config.json").is_file() else None
+    return files | {f"base/{name}": digest for name, digest in (checkpoint_files(base) if base else {}).items()}
+
+
+@contextmanager
+def _reading(checkpoint: str) -> Iterator[None]:
+    """For a block of calls of libraries, which raise anything at a file that is damaged or foreign: say it in one sentence."""
+    try:
+        yield
+    except (OSError, MemoryError):  # say what is missing
+        raise
+    except Exception as error:
+        says = str(error).strip().partition("\n")[0][:300] or "no reason"
+        raise ValueError(
+            f"checkpoint {checkpoint!r} must be one that transformers can read, and {_damage(Path(checkpoint)) or says} "
+            f"({type(error).__name__}). Copy or download it anew, or install what it needs."
+        ) from error
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """For a block, silence transformers' tables of weights, which are said in one sentence here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _damage(folder: Path) -> str | None:
+    """Which file of a folder is not whole, if it is one of weights."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            return f"{file.name} is cut, damaged or but a pointer of Git LFS: {error}"
+    for file in sorted(folder.glob("*.bin")):
+        try:
+            torch.load(file, map_location="meta", weights_only=True)
+        except Exception:
+            return f"{file.name} is damaged, or a pickle of more than tensors, which is not read since it could run code"
+    return None
+
+
+def base_of(checkpoint: str) -> str | None:
+    """The model that ``checkpoint`` is an adapter of, such as LoRA by peft; None if it is a model itself.
+
+    Raises:
+        ValueError: a folder of a model and an adapter at once, or an adapter that names no model to go with.
+    """
+    source, gguf = _source(checkpoint)
+    file = None if gguf else find_adapter_config_file(source)
+    if file is None:
+        return None
+    if (Path(source) / "config.json").is_file() and any(Path(source).glob("model*.safetensors")):
+        raise ValueError(
+            f"checkpoint {checkpoint!r} must hold a model or an adapter, and it holds both (config.json, adapter_config.json). "
+            "Move the adapter into a folder of its own."
+        )
+    with _reading(checkpoint):
+        base: str | None = PeftConfig.from_pretrained(source).base_model_name_or_path
+    if not base or base == checkpoint:
+        raise ValueError(
+            f"checkpoint {checkpoint!r} must name the model that it is an adapter of, and base_model_name_or_path in its "
+            f"adapter_config.json is {base!r}. Write the model's hub id or folder there."
+        )
+    return base
+
+
+def require_plain_weights(checkpoint: str) -> None:
+    """Refuse quantised weights by their config, before any weights are read.
+
+    Raises:
+        ValueError: a checkpoint, or the base of an adapter, in fewer bits (GPTQ, AWQ, bitsandbytes, fp8, ...).
+    """
+    base = base_of(checkpoint)
+    try:
+        source, gguf = _source(base or checkpoint)
+    except FileNotFoundError as error:
+        raise (error if base is None else _base_unread(checkpoint, base, error)) from None
+    if gguf:  # read into plain weights
+        return
+    with _reading(checkpoint):
+        settings = _settings(source)
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if found is not None:
+        method = found.get("quant_method") or next((name for name in found if name.startswith("load_in_")), "quantised")
+        raise ValueError(
+            f"checkpoint {checkpoint!r} must hold plain weights (float32, bfloat16 or float16), and config.json of "
+            f"{source!r} says quantization_config: {method}. Name the model that it was quantised from, or a GGUF file of it, "
+            "which is read into plain weights."
+        )
 
 
 def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of ``checkpoint``, with a padding token: the end token where it has none of its own."""
+    """The tokenizer of ``checkpoint``, with a padding token: the end token where it has none of its own.
+
+    An adapter that brings no tokenizer takes its base's.
+    """
     source, gguf = _source(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+    base = base_of(checkpoint)
+    if base is not None and not any(Path(source).glob("tokenizer*")):
+        return load_tokenizer(base)
+    with _reading(checkpoint):
+        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def require_rows_for_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with tokens that the model's embedding has no row for.
+
+    Special tokens beyond it pass if no chat template or padding writes them, such as the images' of a model of text.
+
+    Raises:
+        ValueError: naming the largest token and the number of rows.
+    """
+    num_rows = num_embedded(model)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    written = {number for number in tokenizer.get_vocab().values() if number not in special}
+    written |= {tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    with suppress(ValueError):  # a template that takes no such row
+        if tokenizer.chat_template:
+            written |= set(prompt_ids(Row((("user", "Hello"),)), tokenizer))
+    if (largest := max(written)) >= num_rows:
+        raise ValueError(
+            f"the tokenizer must be the model's, and {tokenizer.name_or_path!r} has tokens up to number {largest}, "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r}, while the model's embedding ends at {num_rows - 1}. "
+            "Name the checkpoint's own tokenizer, or resize the embedding and save the model anew."
+        )
+
+
+def _settings(source: str, **gguf: Any) -> dict[str, Any]:
+    """``config.json`` as it stands."""
+    settings, _ = PreTrainedConfig.get_config_dict(source, **gguf)
+    return settings
+
+
 def _resized(source: str, sizes: Mapping[str, int], **gguf: Any) -> PreTrainedConfig:
     """The sizes of a checkpoint, some of them replaced."""
-    settings, _ = PreTrainedConfig.get_config_dict(source, **gguf)
+    settings = _settings(source, **gguf)
     if unknown := sorted(set(sizes) - set(settings)):
         raise ValueError(
             f"sizes must name numbers of the checkpoint's config.json, and it has no {', '.join(map(repr, unknown))}. "
@@ -78,19 +218,29 @@ def load_model(
     """The causal language model of ``checkpoint``, in ``dtype``.
 
     Args:
-        checkpoint: hub id, folder or GGUF file.
+        checkpoint: hub id, folder or GGUF file; of an adapter the model that it makes of its base, merged.
         dtype: of every weight.
         random_weights: read only the sizes (``config.json``) and draw fresh weights from torch's global generator.
         sizes: other values for some of those sizes, where the weights are random.
 
     Raises:
-        ValueError: a size that ``config.json`` does not have.
+        ValueError: weights that are not those of the model that ``config.json`` describes: missing, too many, of another shape,
+            quantised, damaged or not finite; or a size that ``config.json`` does not have.
         FileNotFoundError: no such folder or file, or a folder without weights.
     """
     source, gguf = _source(checkpoint)
     if random_weights:
-        config = _resized(source, sizes, **gguf) if sizes else AutoConfig.from_pretrained(source, **gguf)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with _reading(checkpoint):
+            config = AutoConfig.from_pretrained(source, **gguf)
+        if sizes:
+            config = _resized(source, sizes, **gguf)
+        with _reading(checkpoint):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        _unmark(model)
+        return model
+    require_plain_weights(checkpoint)
+    if (base := base_of(checkpoint)) is not None:
+        return _with_adapter(checkpoint, source, base, dtype)
     folder = Path(source)
     if not gguf and folder.is_dir() and not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
         raise FileNotFoundError(
@@ -98,53 +248,116 @@ def load_model(
             f"{', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}. "
             "Export a model there, or set random_weights to start from its sizes."
         )
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf)
-    if gguf:  # transformers refuses to save a model that still says that it is quantised; its weights are not any more
-        for mark in ("quantization_method", "is_quantized", "hf_quantizer"):
-            model.__dict__.pop(mark, None)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+    if not gguf and all((folder / name).is_file() for name in _ONE_OR_MANY):
+        raise ValueError(
+            f"checkpoint folder {checkpoint!r} must hold one set of weights, and it holds both {' and '.join(_ONE_OR_MANY)}. "
+            "Take out the one that is not the model's."
+        )
+    everything: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the report, not an error
+    with _reading(checkpoint), _without_reports():
+        read: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **everything, **gguf)
+    model, report = read
+    _require_whole(checkpoint, report, in_part=not gguf and _settings(source).get("model_type") != model.config.model_type)
+    _require_finite(checkpoint, model)
+    _unmark(model)
     return model
 
 
-def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """``state`` in ``dtype``; tied tensors stay one, so that they are written once."""
-    cast = {(v.data_ptr(), v.shape): v.to(dtype) if v.is_floating_point() else v for v in state.values()}
-    return {name: cast[v.data_ptr(), v.shape] for name, v in state.items()}
+def _unmark(model: PreTrainedModel) -> None:
+    """Its weights are plain, whatever it was read from: transformers would refuse to save it, or call it quantised."""
+    for mark in ("quantization_method", "is_quantized", "hf_quantizer"):
+        model.__dict__.pop(mark, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
-) -> None:
-    """Write ``folder`` in Hugging Face format; it appears whole or not at all.
+def _require_whole(checkpoint: str, report: Mapping[str, Iterable[Any]], in_part: bool) -> None:
+    """Refuse a checkpoint by transformers' report on its weights: any that were missing, left over or of another shape.
 
-    Args:
-        model: without adapters (``adapters.merged``).
-        tokenizer: saved beside it, with its chat template.
-        folder: replaced if it is there.
-        dtype: of the written weights; the model's own by default. The model in memory stays as it is.
+    The report leaves out what an architecture declares as dispensable, such as tied heads and rotary buffers. Where only the text
+    part of a model of several senses is read (``in_part``), the weights of the others are left over, with a warning.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    state = None if dtype is None else _cast(model.state_dict(), dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(partial, state_dict=state)
-    if dtype is not None:  # save_pretrained notes the dtype in memory, which loading would go back to
-        config = json.loads((partial / "config.json").read_text())
-        (partial / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
-    tokenizer.save_pretrained(partial)
-    for file in partial.glob("*.safetensors"):  # a full disk shows here, before the old folder goes
-        with safe_open(file, "pt") as tensors:
-            assert len(list(tensors.keys())) > 0
-    old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    mismatched = sorted(report["mismatched_keys"])
+    if in_part and not missing and (others := [name for name in unexpected if _NO_TEXT.search(name)]):
+        unexpected = [name for name in unexpected if name not in others]
+        warnings.warn(
+            f"checkpoint {checkpoint!r} is read without the {len(others)} weights of its other senses ({_few(others)}): the "
+            "language model alone is trained, attacked and exported.",
+            stacklevel=2,
+        )
+    found = [
+        f"{len(names)} {what} ({_few(names)})"
+        for names, what in (
+            (missing, "are missing"),
+            (unexpected, "have no place in it"),
+            ([f"{name} of {list(theirs)} for {list(ours)}" for name, theirs, ours in mismatched], "are of another shape"),
+        )
+        if names
+    ]
+    if not found:
+        return
+    out = "Correct config.json, or save the model anew with save_pretrained."
+    for name in unexpected:
+        if (prefix := _WRAPPER.match(name)) and missing:
+            out = f"They were saved from within a wrapper: save the model itself, or take {prefix[0]!r} off their names."
+            break
+    raise ValueError(
+        f"checkpoint {checkpoint!r} must hold exactly the weights of the model that its config.json describes, and "
+        f"{', '.join(found)}. {out}"
+    )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _require_finite(checkpoint: str, model: PreTrainedModel) -> None:
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(
+                f"checkpoint {checkpoint!r} must hold finite weights, and {name} has nan or infinite ones in {weight.dtype}. "
+                "Take one from before its training diverged, or another weights_dtype or export_dtype if this one is too narrow."
+            )
+
+
+def _base_unread(checkpoint: str, base: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"checkpoint {checkpoint!r} is an adapter of {base!r} (base_model_name_or_path in its adapter_config.json), which cannot "
+        f"be read: {error}"
+    )
+
+
+@torch.no_grad()
+def _with_adapter(checkpoint: str, source: str, base: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that an adapter makes of its base, merged by peft.
+
+    Raises:
+        ValueError: a base that cannot be read, an adapter that does not fit it, or of a kind that no weights can take up.
+    """
     try:
-        os.replace(partial, folder)
-    except OSError:
-        if old.exists():
-            os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        model = load_model(base, dtype)
+    except (OSError, ValueError) as error:
+        raise _base_unread(checkpoint, base, error) from error
+    with _reading(checkpoint), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = PeftConfig.from_pretrained(source)
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise ValueError(f"an adapter of kind {kind} cannot be merged into weights")
+        adapted = PeftModel(model, config)
+        report = adapted.load_adapter(source, "default", torch_device="cpu")
+        if wrong := [*report.missing_keys, *report.unexpected_keys]:
+            raise ValueError(f"{len(wrong)} weights of the adapter are missing or have no place in {base!r} ({_few(wrong)})")
+        apart = logits_of(model, some_ids(model))  # peft has put the adapter into it
+        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    for mark in ("peft_config", "_hf_peft_config_loaded"):
+        merged.__dict__.pop(mark, None)
+    merged.requires_grad_(True)  # peft froze it
+    off = distance(logits_of(merged, some_ids(merged)), apart)
+    if not off <= rounding(dtype):
+        raise ValueError(
+            f"checkpoint {checkpoint!r} must be an adapter that can be merged, and merged in {dtype} its logits are "
+            f"{100 * off:.1f}% off. Merge it yourself (merge_and_unload, in float32), and name the folder of the whole model."
+        )
+    return merged

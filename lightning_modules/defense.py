@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
@@ -20,7 +21,9 @@ from datamodules.batches import share_of
 from datamodules.mixing import counter_seed
 from datamodules.rows import Row
 from lightning_modules.adapters import LoRA, add_adapter, merged
-from lightning_modules.checkpoint import load_model, load_tokenizer
+from lightning_modules.checkpoint import load_model, load_tokenizer, require_plain_weights, require_rows_for_tokens
+from lightning_modules.comparison import distance, logits_of, rounding, some_ids
+from lightning_modules.export import merge_error
 from lightning_modules.forward import Batch, decoder_layers, label_positions, states_and_logits
 from lightning_modules.generation import generate
 from lightning_modules.optimizer import Optimizer
@@ -37,7 +40,8 @@ class Defense(L.LightningModule):
     fine-tunes on its customer's rows) or ``recover`` (after that). ``fit`` minimises the loss of the stage.
 
     Args:
-        checkpoint: the model to start from: a hub id, a folder or a GGUF file.
+        checkpoint: the model to start from: a hub id, a folder or a GGUF file. Of an adapter (peft), the model that it makes of
+            its base; quantised weights are refused.
         optimizer: of ``fit``.
         lora: train adapters of this shape; null trains every parameter.
         random_weights: take only the sizes from ``checkpoint`` and start from random weights.
@@ -71,6 +75,8 @@ class Defense(L.LightningModule):
             raise ValueError(
                 f"sizes must be left out unless random_weights is set, got {sizes}: weights that are read have theirs."
             )
+        if not random_weights:
+            require_plain_weights(checkpoint)
         super().__init__()
         self.sizes, self.activation_checkpointing, self.compile_backend = sizes, activation_checkpointing, compile_backend
         self.checkpoint, self.optimizer, self.lora, self.random_weights = checkpoint, optimizer, lora, random_weights
@@ -104,6 +110,7 @@ class Defense(L.LightningModule):
 
     def _whole(self) -> PreTrainedModel:
         model = load_model(self.checkpoint, self.weights_dtype, self.random_weights, self.sizes).train()
+        require_rows_for_tokens(model, self.tokenizer)
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable()
         if self.lora is not None:
@@ -144,9 +151,17 @@ class Defense(L.LightningModule):
         """The model to ship: adapters merged, on a copy if there are any.
 
         Where it is sharded every rank must call this; it is put together on the CPU of rank 0, and the others get None.
+
+        Raises:
+            ValueError: merged, it does not answer as it does with its adapters beside its weights.
         """
         model = self.model if group_of(self.model) is None else gathered(self.model, *self.plain)
-        return None if model is None else merged(model)
+        whole = None if model is None else merged(model)
+        if model is not None and whole is not None and whole is not model:
+            off = merge_error(model, whole, self.tokenizer)
+            if model.dtype != torch.float32:
+                rank_zero_info(f"Adapters merged in {model.dtype}: logits are {100 * off:.2g}% off those of adapters beside it.")
+        return whole
 
     @contextmanager
     def as_aligned(self) -> Iterator[None]:
@@ -162,7 +177,7 @@ class Defense(L.LightningModule):
             if self.lora is None:
                 if self.random_weights:
                     torch.set_rng_state(self.drawn_from)
-                aligned = self._read(self.checkpoint, self.random_weights, self.sizes)
+                aligned = dict(self._read(self.checkpoint, self.random_weights, self.sizes).named_parameters())
                 distribute(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
                 del aligned  # not held for the block
             else:  # an adapter whose second factor is zero adds nothing
@@ -177,24 +192,42 @@ class Defense(L.LightningModule):
         Memory: one copy of the model, and two while the other's weights are read.
 
         Raises:
-            ValueError: ``checkpoint`` is of another architecture.
+            ValueError: ``checkpoint`` is of another architecture, in its weights' shapes or in what it computes with them.
         """
         with borrowed(self, self.thawed()):
             theirs = self._read(checkpoint)
-            own = dict(self.model.named_parameters())
+            weights, own = dict(theirs.named_parameters()), dict(self.model.named_parameters())
             plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
             ours = {key: own[name].shape for name, key in plain.items()}
-            if unlike := sorted(ours.items() ^ {key: w.shape for key, w in theirs.items()}.items()):
+            if unlike := sorted(ours.items() ^ {key: w.shape for key, w in weights.items()}.items()):
                 key, shape = unlike[0]
                 which = "the defended model" if (key, shape) in ours.items() else repr(checkpoint)
                 raise ValueError(
                     f"undefended_checkpoint must be of the defended model's architecture, and {which} alone has {key} of "
                     f"shape {list(shape)}. Name the model that the defense started from, or leave it out."
                 )
-            distribute(self.model, {name: theirs[key] for name, key in plain.items()})
-            del theirs  # not held for the block
+            distribute(self.model, {name: weights[key] for name, key in plain.items()})
+            stored, buffers = set(theirs.state_dict()), dict(theirs.named_buffers())
+            for name, buffer in self.model.named_buffers():  # those of a checkpoint: the biases of some routers
+                if (key := name.replace(".base_layer", "")) in stored:
+                    local(buffer).copy_(buffers[key])
             restore(self.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if name not in plain})
+            expected = self._logits_of(theirs)
+            del theirs, weights, buffers  # not held for the block
+            found = logits_of(self.model, some_ids(self.model))
+            if not (off := distance(found, expected)) <= rounding(found.dtype):
+                raise ValueError(
+                    f"undefended_checkpoint must be of the defended model's architecture, and the weights of {checkpoint!r} give "
+                    f"other logits in it ({100 * off:.2g}% off), since its config.json has other settings. Name the model that "
+                    "the defense started from, or leave it out."
+                )
             yield
+
+    def _logits_of(self, model: PreTrainedModel) -> Tensor:
+        """Logits of a model that ``_read`` gave, on every rank."""
+        mesh = self._mesh()
+        logits = logits_of(model, some_ids(model)) if mesh is None or mesh.get_local_rank() == 0 else None
+        return logits if mesh is None else from_first(logits, mesh)  # type: ignore[return-value]
 
     @contextmanager
     def thawed(self) -> Iterator[None]:
@@ -202,13 +235,13 @@ class Defense(L.LightningModule):
         self.requires_grad_(True)
         yield
 
-    def _read(self, checkpoint: str, *random: Any) -> dict[str, nn.Parameter]:
-        """Weights of a checkpoint; where the model is sharded, on the first rank alone, and on meta elsewhere."""
+    def _read(self, checkpoint: str, *random: Any) -> PreTrainedModel:
+        """A checkpoint's model; where this one is sharded, on the first rank alone, and with its weights on meta elsewhere."""
         if (mesh := self._mesh()) is None:
-            return dict(load_model(checkpoint, self.weights_dtype, *random).named_parameters())
+            return load_model(checkpoint, self.weights_dtype, *random)
         whole = load_model(checkpoint, self.weights_dtype, *random) if mesh.get_local_rank() == 0 else None
         plain = from_first(None if whole is None else on_meta(whole), mesh)
-        return dict((plain if whole is None else whole).named_parameters())
+        return plain if whole is None else whole
 
     # ---- what a defense overrides
 
