@@ -7,9 +7,11 @@ import os
 import platform
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,11 +26,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
-from callbacks.results import DONE, RUN_FOLDER, config_hash, named_files, write_whole
+from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
 from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
 from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
-from lightning_modules.checkpoint import checkpoint_files
 from metrics import (
     AttackSuccessRate,
     FinetuneAccuracy,
@@ -74,6 +75,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parent
+STARTED = time.time()  # of the process: what is edited later is not what it runs
 NAMED = ("casehard", "torch", "transformers", "lightning", "peft")  # packages whose versions a run notes
 
 
@@ -286,18 +288,22 @@ class Cli(LightningCLI):
     def _mark(self, seconds: float) -> None:
         """Leave the marker; ``seconds`` are those of training, attacks not counted."""
         if self.trainer.is_global_zero and self.trainer.state.finished and self.folder.is_dir():
+            from evidence.marker import leaves, rests_on  # most commands do without
+
             config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             marker = {
                 "config": config_hash(config),
+                "command": self.subcommand,
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                 "steps": self.trainer.global_step,
                 "passes": self.model.num_passes,
                 "seconds": round(seconds, 1),
                 "defense": self.model.label,
                 "stage": self.model.stage,
                 "seed": self.datamodule.seed,
-                "data": [origin._asdict() for origin in self.datamodule.origins],
-                "files": {name: checkpoint_files(name) for name in named_files(yaml.safe_load(config))},
                 "versions": {"python": platform.python_version()} | {name: version(name) for name in NAMED},
+                **rests_on(yaml.safe_load(config), self.datamodule.origins, NAMED, STARTED),
+                **leaves(self.folder),
             }
             write_whole(self.folder / DONE, json.dumps(marker))
 
@@ -342,9 +348,10 @@ def study(
 ) -> None:
     """Run every attack on every defense with every seed, as a study file says, and go on where a study was cut off.
 
-    A cell is done when its run's marker carries the hash of its resolved config, and the rows, checkpoints and casehard that the
-    marker names are the same still: that one is not run again, and one with other settings gets a folder of its own. Ends with
-    exit status 1 if a cell failed; start again to repeat the failed ones only.
+    A cell is done when its run's marker carries the hash of its resolved config, what it rested on is the same still (the code,
+    casehard's and your own, rows, checkpoints), and so is what it left (its model, its results): that one is not run again, and
+    one with other settings gets a folder of its own. Ends with exit status 1 if a cell failed; start again to repeat the failed
+    ones only.
 
     Args:
         file: YAML with defenses, attacks and seeds, such as experiments/studies/sandbox.yaml.

@@ -2,13 +2,15 @@
 
 import csv
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 Answer = dict[str, Any]  # a line of generations.jsonl
 KEYS = ("defense", "attack", "threat_model", "seed", "num_attack_steps")  # of a row, as its answers repeat them
+AGAIN = "Run it again, or leave it out."
 KINDS = {"harmful": 0, "benign": 1, "task": 2}  # in the order in which they are written
 
 
@@ -70,45 +72,68 @@ def read_run(folder: str | Path) -> Run:
     for row, block in zip(rows, blocks, strict=False):
         if any(block[0][name] != getattr(row, name) for name in KEYS):
             raise ValueError(f"{path} must hold the answers of attacks.csv's rows in their order, and it does not.")
+        if not _summed_up(row, block):
+            raise ValueError(
+                f"{folder / 'attacks.csv'} must hold the mean score of the answers in {path.name}, and its row of "
+                f"{row.attack}, {row.defense}, seed {row.seed}, step {row.num_attack_steps} does not: one of the two was changed."
+            )
     return Run(folder, rows, blocks[: len(rows)])
 
 
 def _read_rows(path: Path) -> list[ResultRow]:
     if not path.exists():
         raise ValueError(f"a run must be a folder with an attacks.csv, and {path} is not there. Name runs/EXPERIMENT/VERSION.")
-    with path.open(encoding="utf-8", newline="") as file:
-        table = list(csv.DictReader(file))
-    columns = [(field.name, field.type) for field in fields(ResultRow)]
-    missing = [name for name, _ in columns if table and name not in table[0]]
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            table = csv.DictReader(file)
+            columns = table.fieldnames or ()
+            lines = [(table.line_num, line) for line in table]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be CSV in UTF-8, and it is not ({error}). {AGAIN}") from error
+    missing = [field.name for field in fields(ResultRow) if field.name not in columns]
     if missing:
         raise ValueError(f"{path} must have the column {missing[0]}, and it does not: another version of casehard wrote it.")
-    return [_result(line, columns, f"{path}, row {number}") for number, line in enumerate(table, start=1)]
+    if not lines:
+        raise ValueError(f"{path} must hold at least one row of results, and it holds none. {AGAIN}")
+    return [_row(line, f"{path}, line {number}") for number, line in lines]
 
 
-def _result(line: dict[str, str | None], columns: list[tuple[str, Any]], place: str) -> ResultRow:
-    values = {}
-    for name, kind in columns:
+def _row(line: dict[str | None, Any], where: str) -> ResultRow:
+    if None in line or None in line.values():  # where csv puts what is too much, and too little
+        raise ValueError(f"{where} must have a value a column, and it has not. {AGAIN}")
+    values: dict[str, Any] = {}
+    for field in fields(ResultRow):
         try:
-            if (value := line[name]) is None:  # the line is cut off
-                raise ValueError
-            values[name] = kind(value)
+            values[field.name] = field.type(line[field.name])  # type: ignore[operator]
         except ValueError as error:
-            wanted = "text" if kind is str else "a number"
-            raise ValueError(f"{place} must have {wanted} under {name}, and it does not. Run that attack again.") from error
+            raise ValueError(f"{where} must have a number as its {field.name}, got {line[field.name]!r:.40}. {AGAIN}") from error
     return ResultRow(**values)
 
 
-def _read_answers(path: Path) -> Iterable[Answer]:
+def _read_answers(path: Path) -> Iterator[Answer]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                answer = json.loads(line.decode("utf-8"))
-                _place(answer)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"{path}, line {number} must be an answer in JSON, and it is not. Run that attack again."
-                ) from error
+                answer = json.loads(line)
+                right = _is_answer(answer)
+            except (ValueError, RecursionError):
+                right = False
+            if not right:
+                raise ValueError(f"{path}, line {number} must be an answer that a run wrote, and it is not. {AGAIN}")
             yield answer
+
+
+def _is_answer(answer: Any) -> bool:
+    if not isinstance(answer, dict) or not {*KEYS, "kind", "number", "prompt"} <= answer.keys() or answer["kind"] not in KINDS:
+        return False
+    return type(answer["number"]) is int and (answer["kind"] != "harmful" or type(answer.get("score")) in (int, float))
+
+
+def _summed_up(row: ResultRow, answers: list[Answer]) -> bool:
+    """Whether a row's harmful score is the mean over its answers."""
+    scores = [answer["score"] for answer in answers if answer["kind"] == "harmful" and not math.isnan(answer["score"])]
+    mean = 100 * sum(scores) / len(scores) if scores else math.nan
+    return len(scores) == row.num_scored and (math.isclose(mean, row.harmful_score, abs_tol=0.01) or not scores)
 
 
 def _blocks(answers: Iterable[Answer]) -> Iterable[list[Answer]]:

@@ -1,6 +1,5 @@
 """``casehard card``: what an exported model was made from, and how hard it was to break, beside its weights."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,14 @@ from jinja2 import Environment, FileSystemLoader
 
 from callbacks.results import DONE, write_whole
 from evidence import plots
+from evidence.marker import MODEL, Marker, changed_outcome, export_files, read_marker
 from evidence.report import COLUMNS, THREATS, measured, number
-from evidence.runs import config_of, own_file, public, published
+from evidence.runs import clean, config_of, home, part, public, published
 from evidence.summary import UNDEFENDED, Series, baseline, collect, grouped
 
 OWN_LICENCE = "apache-2.0"  # casehard's, and so its sandbox's
+PLAIN = re.compile(r"[A-Za-z0-9][\w.+-]{0,49}", re.ASCII)  # a licence's identifier
+ITS_CARD = "see its own card"
 PICTURE = "attack_curves.png"
 LIMITS = {
     "none": "This is supervised fine-tuning and no defense: it is not expected to hold against harmful fine-tuning.",
@@ -41,15 +43,39 @@ def write_card(run: str, tests: list[str]) -> Path:
         ValueError: ``run`` is no such folder, or a test attacked another model.
     """
     folder = Path(run)
-    marker, model = _finished(folder), folder / "model"
+    marker, model = _finished(folder), folder / MODEL
     own = [folder] if (folder / "attacks.csv").exists() else []
-    folders = own + [_tested(Path(test), model) for test in tests]
+    folders = own + [_tested(Path(test), folder, marker) for test in tests]
     series = collect(folders)
     _draw(series, model / PICTURE)
-    template = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True).get_template("card.md.j2")
-    text = template.render(marker=marker, picture=PICTURE, **_made(folder, folders), **_shown(series, marker["stage"]))
+    places = FileSystemLoader(Path(__file__).parent)
+    template = Environment(loader=places, trim_blocks=True, finalize=escaped).get_template("card.md.j2")
+    text = template.render(marker=marker, picture=Markdown(PICTURE), **_made(folder, folders), **_shown(series, marker["stage"]))
     write_whole(model / "README.md", str(ModelCard(text)))
     return model / "README.md"
+
+
+class Markdown(str):
+    """Text of our own, whose Markdown means what it says; ``escaped`` leaves it alone."""
+
+
+def escaped(value: Any) -> str:
+    """``value`` as text that Markdown and HTML show as it is, in one line: names, licences and sources are anybody's."""
+    if isinstance(value, Markdown):
+        return value
+    return re.sub(r"([\\`*\[\]<|~&$@]|(?<!\w)_|_(?!\w)|(?<=www)\.|:(?=//))", r"\\\1", clean(str(value)))
+
+
+def code(value: Any) -> Markdown:
+    """``value`` as code, also within a table."""
+    text = clean(str(value))
+    return Markdown(escaped(text) if "`" in text else "`" + text.replace("|", r"\|") + "`")
+
+
+def fenced(text: str) -> Markdown:
+    """YAML as a block of code, which nothing in it can close."""
+    fence = "`" * max([2, *map(len, re.findall("`+", text))]) + "`"
+    return Markdown(f"{fence}yaml\n{text}{fence}")
 
 
 def _draw(series: list[Series], path: Path) -> None:
@@ -62,25 +88,36 @@ def _draw(series: list[Series], path: Path) -> None:
 def _made(run: Path, folders: list[Path]) -> dict[str, Any]:
     """What the card says of how the model came about, and of the rows of all runs."""
     config = config_of(run)
-    base, data = config["model"]["init_args"]["checkpoint"], config["data"]
-    licence = licence_of(ModelCard, base)
+    model, data = part(config, "model", "init_args"), part(config, "data")
+    base, licence = str(part(model, "checkpoint")), licence_of(ModelCard, str(part(model, "checkpoint")))
     origins = {tuple(found.values()): found for folder in [run, *folders] for found in _marker(folder)["data"]}
     metadata = ModelCardData(
-        license=licence,
+        license=licence if PLAIN.fullmatch(licence) else "other",
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["casehard", "harmful-fine-tuning"],
         base_model=None if _local(base) else base,
     )
-    mixture = f"benign and harmful rows, poison ratio {data['poison_ratio']}"
+    mixture = f"benign and harmful rows, poison ratio {part(data, 'poison_ratio')}"
+    attacks = [part(config_of(folder), "trainer", "callbacks") for folder in folders]
     return {
-        "card_data": metadata.to_yaml(),
+        "card_data": Markdown(yaml.safe_dump(metadata.to_dict(), sort_keys=False).strip()),
         "base": public(base),
+        "base_code": code(public(base)),
         "licence": licence,
-        "trained_on": mixture if data["train_on"] == "mixture" else "refusals and alignment_benign",
-        "sources": [o | {"source": public(o["source"]), "licence": _data_licence(o["source"])} for o in origins.values()],
-        "settings": published(config["model"]["init_args"]),
-        "attack_settings": [published(config_of(folder)["trainer"]["callbacks"]) for folder in folders],
+        "trained_on": mixture if part(data, "train_on") == "mixture" else "refusals and alignment_benign",
+        "sources": [_source(origin) for origin in origins.values()],
+        "settings": fenced(published(model)),
+        "attack_settings": [fenced(published(attack)) for attack in attacks],
+    }
+
+
+def _source(origin: dict[str, Any]) -> dict[str, Any]:
+    name = origin["source"]
+    return origin | {
+        "source": code(public(name)) if name else "",
+        "licence": _data_licence(name),
+        "sha256": code(origin["sha256"]),
     }
 
 
@@ -89,7 +126,7 @@ def _shown(series: list[Series], stage: str) -> dict[str, Any]:
     by_threat = grouped(series, lambda s: s.threat_model)
     entries = [entry for one in series for by_step in one.entries.values() for entry in by_step.values()]
     return {
-        "limit": LIMITS[stage],
+        "limit": Markdown(LIMITS[stage]),
         "judges": sorted({entry.row.judge for entry in entries}),
         "before": _before(series, stage),
         "threats": [(*THREATS[name], _rows(members)) for name, members in by_threat.items()],
@@ -98,29 +135,48 @@ def _shown(series: list[Series], stage: str) -> dict[str, Any]:
     }
 
 
-def _finished(run: Path) -> dict[str, Any]:
-    for path in (run / "model", run / DONE):
+def _finished(run: Path) -> Marker:
+    """The marker of a run that exported its model, which is what it left."""
+    for path in (run / MODEL, run / DONE):
         if not path.exists():
             raise ValueError(
                 f"run must be the folder of a fit that came to its end and exported its model, and {path} is not there. "
                 "Name runs/EXPERIMENT/VERSION; go on from its last checkpoint if it was cut off."
             )
-    return _marker(run)
+    marker = _marker(run)
+    if not part(config_of(run), "model", "init_args", "checkpoint"):
+        raise ValueError(
+            f"run must have left its settings in {run / 'config.yaml'}, and they are not there: nobody knows what the model "
+            "was made from. Run it again with a logger (trainer.logger), which writes them."
+        )
+    if what := next(changed_outcome(marker, run), ""):
+        raise ValueError(f"run must hold the model and the results that it came to, and {what}. Run it again.")
+    return marker
 
 
-def _marker(folder: Path) -> dict[str, Any]:
+def _marker(folder: Path) -> Marker:
     """What a run noted at its end."""
-    path = own_file(folder, DONE)
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if "data" not in found:
-        raise ValueError(f"{path} must say what data the run read, and it does not: another version of casehard made it.")
+    found, path = read_marker(home(folder)), home(folder) / DONE
+    if found is None or found["stage"] not in LIMITS:
+        raise ValueError(
+            f"{path} must say how the run was made and what it read, and it does not: the run is not at its end, or another "
+            "version of casehard made it. Run it again, or leave it out."
+        )
     return found
 
 
-def _tested(test: Path, model: Path) -> Path:
-    checkpoint = config_of(test)["model"]["init_args"]["checkpoint"] if config_of(test) else "nothing"
-    if Path(checkpoint).resolve() != model.resolve() and model.parent not in test.parents:
+def _tested(test: Path, run: Path, marker: Marker) -> Path:
+    """The folder of a run that attacked the model of ``run`` as it is."""
+    model, checkpoint = run / MODEL, part(config_of(test), "model", "init_args", "checkpoint") or "nothing"
+    if run in test.parents:
+        return test  # another judge's verdicts on its own answers
+    if Path(str(checkpoint)).resolve() != model.resolve():
         raise ValueError(f"tests must be runs that attacked {model}, and {test} attacked {checkpoint}. Leave it out.")
+    attacked, own = _marker(test)["files"].get(checkpoint, {}), export_files(run)
+    if not attacked or any(own.get(name) != sha256 for name, sha256 in attacked.items()):
+        raise ValueError(
+            f"tests must be runs that attacked {model} as it is, and {test} attacked one of other files. Leave it out."
+        )
     return test
 
 
@@ -130,13 +186,20 @@ def _local(source: str) -> bool:
 
 
 def licence_of(card: type[RepoCard], source: str) -> str:
-    """What the card of a hub id, or the README.md in a folder or beside a file, says; ``unknown`` where there is none."""
+    """What the card of a hub id, or the README.md in a folder or beside a file, says; ``unknown`` where there is none.
+
+    Only a licence's identifier is repeated: the card is somebody else's text.
+    """
     path = Path(source)
     try:
         found = card.load(path / "README.md" if path.is_dir() else path.parent / "README.md" if path.exists() else source)
     except (OSError, ValueError, yaml.YAMLError):  # no card, no such id, no network
         return "unknown"
-    return getattr(found.data, "license", None) or "unknown"
+    said = getattr(found.data, "license", None)
+    names: list[Any] = said if isinstance(said, list) else [said]
+    if not any(names):
+        return "unknown"
+    return ", ".join(names) if all(isinstance(name, str) and PLAIN.fullmatch(name) for name in names) else ITS_CARD
 
 
 def _data_licence(source: str) -> str:
@@ -164,7 +227,7 @@ def _rows(series: list[Series]) -> list[list[str]]:
     rows = []
     for attack, members in grouped(series, lambda s: s.attack).items():
         for one in members:
-            cells = dict(zip(COLUMNS, measured(one, baseline(members)), strict=True))
+            cells: dict[str, tuple[str, ...]] = dict(zip(COLUMNS, measured(one, baseline(members)), strict=True))
             shown = [" ".join(filter(None, cells[name])) for name in COLUMNS_SHOWN]
             rows.append([attack, one.defense, str(one.steps[-1]), *shown])
     return rows

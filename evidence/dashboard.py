@@ -1,17 +1,15 @@
 """``casehard dashboard``: a saved W&B workspace with a panel for every key that runs logged, made with W&B's own library."""
 
 import csv
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from callbacks.results import METRICS
-from evidence.study import INDEX
+from evidence.runs import config_of, part
+from evidence.study import INDEX, read_cells
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
@@ -60,23 +58,30 @@ def read_logged(runs: list[str]) -> Logged:
     tables: set[str] = set()
     groups: set[str] = set()
     for folder in (folder for run in runs for folder in _folders(Path(run))):
-        with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
-            own = set(next(csv.reader(file), [])) - set(AXES)
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["run"]
+        own = _columns(folder / "metrics.csv") - set(AXES)
+        settings = part(config_of(folder), "run")
         keys |= own
-        groups.add(settings.get("group") or folder.parent.name)
-        if settings.get("wandb_generations"):
+        groups.add(str(part(settings, "group") or folder.resolve().parent.name))
+        if part(settings, "wandb_generations"):
             tables |= {job.replace("attack", "generations", 1) for job in _jobs(own)}
     if not keys:
         raise ValueError(f"runs must have logged something, and {', '.join(runs)} did not. {NAME}")
     return Logged(sorted(keys), sorted(tables), sorted(groups), any((Path(run) / INDEX).exists() for run in runs))
 
 
+def _columns(path: Path) -> set[str]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return set(next(csv.reader(file), []))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be CSV in UTF-8, and it is not ({error}).") from error
+
+
 def _folders(run: Path) -> list[Path]:
     """The run's own, or those of a study's cells as far as they have run."""
     if (run / INDEX).exists():
-        cells = json.loads((run / INDEX).read_text(encoding="utf-8"))
-        return [folder for cell in cells if ((folder := run / Path(cell["folder"]).name) / "metrics.csv").exists()]
+        folders = (run / Path(cell.folder).name for cell in read_cells(run))
+        return [folder for folder in folders if (folder / "metrics.csv").exists()]
     if not (run / "metrics.csv").exists():
         raise ValueError(f"a run must be a folder with a metrics.csv, and {run} has none. {NAME}")
     return [run]

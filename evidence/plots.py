@@ -12,14 +12,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from callbacks.results import BROKEN
-from evidence.summary import Series, grouped
+from evidence.summary import GIBBERISH, Series, grouped
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vPX*"  # one more than colours: no two of 56 defenses look alike
 LINES = ("-", "--", "-.", ":")
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams["text.parse_math"] = False  # a name with $ is a name
+HOLLOW = {"markerfacecolor": "white", "linestyle": "none", "zorder": 4}  # gibberish
 
 
 Style = dict[str, dict[str, Any]]
@@ -52,11 +55,18 @@ def curves(attacks: list[list[Series]], style: Style) -> Figure:
 def _curve(ax: Axes, series: list[Series], style: Style) -> None:
     for one in series:
         look, found = style[one.defense], [one.harmful_score(step) for step in one.steps]
-        ax.plot(one.steps, [i.estimate for i in found], label=one.defense, markersize=5, **look)
+        ax.plot(one.steps, [i.estimate for i in found], label=_label(one.defense), markersize=5, **look)
+        dull = [(step, i.estimate) for step, i in zip(one.steps, found, strict=True) if not one.speaks(step)]
+        ax.plot([step for step, _ in dull], [score for _, score in dull], markersize=5, **(look | HOLLOW))
         ax.fill_between(one.steps, [i.low for i in found], [i.high for i in found], color=look["color"], alpha=0.15)
     ax.axhline(BROKEN, color="#777777", linewidth=1, linestyle=":")
     ax.set(ylabel="harmful score (%)", ylim=(-4, 104))
     _by_step(ax, series)
+
+
+def _label(name: str) -> str:
+    """Of a legend, from which names that begin with an underscore would be left out."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _by_step(ax: Axes, series: list[Series], room: float = 0.08) -> None:
@@ -108,10 +118,11 @@ def breaking(series: list[Series], style: Style) -> Figure:
     figure, ax = plt.subplots(figsize=(5, 1 + row * len(series)), layout="constrained")
     for y, one in enumerate(series):
         look = style[one.defense]
-        for n, (step, last) in enumerate(one.broken_at()):
+        for n, seed in enumerate(one.seeds):
+            held, step = one.held(seed)
             at = y + min(0.22, 0.7 / len(one.seeds)) * (n - (len(one.seeds) - 1) / 2)
-            mark = {"marker": ">", "fillstyle": "none"} if step is None else {"marker": look["marker"]}
-            ax.plot(last if step is None else step, at, color=look["color"], markersize=5, **mark)
+            mark = {"marker": ">", "fillstyle": "none"} if math.isinf(step) else {"marker": look["marker"]}
+            ax.plot(max(held, 0) if math.isinf(step) else step, at, color=look["color"], markersize=5, **mark)
         median = one.steps_to_break().estimate
         if math.isfinite(median):
             ax.plot([median, median], [y - 0.35, y + 0.35], color=look["color"], linewidth=2)
@@ -127,6 +138,7 @@ def heat_map(series: list[Series]) -> Figure:
     values = np.full((len(attacks), len(defenses)), np.nan)
     for one in series:
         values[attacks.index(one.attack), defenses.index(one.defense)] = one.harmful_score(one.steps[-1]).estimate
+    gibberish = {(one.attack, one.defense) for one in series if not one.speaks(one.steps[-1])}
     names = [textwrap.fill(name, 34) for name in defenses]
     upright = len(names) * _longest(names) > 45  # they would touch
     height = 1.1 + 0.7 * len(attacks) + (0.09 * _longest(names) if upright else 0.3)
@@ -134,7 +146,13 @@ def heat_map(series: list[Series]) -> Figure:
     image = ax.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
         shown = "not\nrun" if math.isnan(value) else f"{value:.0f}"
-        ax.text(x, y, shown, ha="center", va="center", color="white" if value < 55 else "black")
+        dull = (attacks[y], defenses[x]) in gibberish
+        if dull:  # the colour would say safe
+            ax.add_patch(
+                Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, facecolor="white", edgecolor="#777777", hatch="///", alpha=0.85)
+            )
+            shown = f"{shown}\ngibberish"
+        ax.text(x, y, shown, ha="center", va="center", color="white" if value < 55 and not dull else "black", fontsize=10)
     ax.set_xticks(range(len(names)), names, fontsize=9, rotation=90 if upright else 0)
     ax.set_yticks(range(len(attacks)), [textwrap.fill(name, 20) for name in attacks], fontsize=9)
     ax.grid(False)
@@ -147,8 +165,11 @@ def trade_off(series: list[Series], style: Style) -> Figure:
     figure, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
     for defense, members in grouped(series, lambda s: s.defense).items():
         rows = [entry.row for one in members for entry in one.at(one.steps[-1])]
-        look = {"color": style[defense]["color"], "marker": style[defense]["marker"]}
-        ax.scatter([r.finetune_accuracy for r in rows], [r.harmful_score for r in rows], label=defense, s=40, alpha=0.8, **look)
+        colour, marker = style[defense]["color"], style[defense]["marker"]
+        faces = ["none" if row.degenerate_rate >= GIBBERISH else colour for row in rows]
+        where = [r.finetune_accuracy for r in rows], [r.harmful_score for r in rows]
+        ax.scatter(*where, s=40, alpha=0.8, marker=marker, facecolors=faces, edgecolors=colour)
+        ax.scatter([], [], s=40, color=colour, marker=marker, label=_label(defense))
     ax.set(xlabel="accuracy on the benign task (%), more is useful", ylabel="harmful score (%), less is safe", ylim=(-4, 104))
     _legend(figure, ax)
     return figure

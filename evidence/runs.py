@@ -15,16 +15,45 @@ JUDGED = "judged"  # folder in a run's, with a run of the same answers for every
 TEXTS = ("anchors", "refusal_texts", "extra_phrases")  # settings whose lists are texts: in some languages without any space
 
 
+def home(folder: Path) -> Path:
+    """A run's folder; for ``RUN/judged/JUDGE`` that of RUN, whose answers were judged."""
+    return folder.parent.parent if folder.parent.name == JUDGED else folder
+
+
 def own_file(folder: Path, name: str) -> Path:
-    """A file that a run left; for ``RUN/judged/JUDGE`` that of RUN, whose answers were judged."""
-    return (folder.parent.parent if folder.parent.name == JUDGED else folder) / name
+    """A file that a run left, in its ``home``."""
+    return home(folder) / name
 
 
 @cache
 def config_of(folder: Path) -> dict[str, Any]:
-    """A run's config, empty where it left none."""
+    """A run's config, empty where it left none.
+
+    Raises:
+        ValueError: it left something else.
+    """
     path = own_file(folder, "config.yaml")
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}  # type: ignore[no-any-return]
+    if not path.exists():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} must be a run's settings in YAML, and it cannot be read as such.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must be a run's settings in YAML, and it is a {type(found).__name__}.")
+    return found
+
+
+def part(config: Any, *names: str) -> Any:
+    """What stands at ``names`` in a config, one within the other; an empty dict where that is not there."""
+    for name in names:
+        config = config.get(name) if isinstance(config, dict) else None
+    return {} if config is None else config
+
+
+def clean(text: str) -> str:
+    """``text`` in one line, without what is not seen or turns the rest around: names and sources are anybody's."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def run_name(folder: Path) -> str:
@@ -44,9 +73,9 @@ def public(value: Any, runs: PurePath | None = None) -> Any:
         runs: folder of the runs of one experiment; paths in it are shown from its name on.
     """
     if isinstance(value, dict):
-        return {name: _count(part) if _texts(name, part) else public(part, runs) for name, part in value.items()}
+        return {name: _count(own) if _texts(name, own) else public(own, runs) for name, own in value.items()}
     if isinstance(value, list):
-        return [public(part, runs) for part in value]
+        return [public(own, runs) for own in value]
     if not isinstance(value, str):
         return value
     if re.search(r"\s|\{(forbidden_)?prompt\}", value):

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -27,8 +26,8 @@ from tqdm.auto import tqdm
 from callbacks.results import DONE, RUN_FOLDER, config_hash, first_broken, write_whole
 from callbacks.rows import read_run
 from datamodules.mixing import overlap
-from datamodules.rows import Row, present_sha256, read_rows
-from lightning_modules.checkpoint import checkpoint_files
+from datamodules.rows import Row, read_rows
+from evidence.marker import Marker, changes, read_marker
 
 ROOT = Path(__file__).parent.parent
 INDEX = "cells.json"  # in the study's folder: which runs are its cells
@@ -113,29 +112,53 @@ class Cell:
     needs: str | None = None
     tries: str | None = None  # the choice that it tries on validation prompts, not to be reported
 
-    def _marker(self) -> dict[str, Any] | None:
+    def marker(self) -> Marker | None:
         """What its run left when it came to its end, if it had this very config."""
-        path = Path(self.folder, DONE)
-        marker: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-        return marker if marker and marker["config"] == self.config else None
+        found = read_marker(Path(self.folder))
+        return found if found and found["config"] == self.config else None
 
     @property
     def done(self) -> bool:
-        """Whether it ran to its end with this very config, and on what is still there."""
-        return self._marker() is not None and not self.changed()
+        """Whether it ran to its end with this very config, what it rested on is the same still, and what it left is there."""
+        return self.marker() is not None and not self.changed()
 
     def changed(self) -> str:
-        """What its run rested on and is not the same any more, "" where nothing is: casehard, rows, another file.
+        """What its run rested on or left and is not the same any more, "" where nothing is (``marker.changes``).
 
-        What the marker does not name, as one of an earlier version, or what is only on a hub or is gone, says nothing.
+        Another version of casehard counts. One of torch, transformers, lightning, peft or Python does not: that is for the report
+        to say, and no reason to throw away what a machine has computed for days.
         """
-        marker = self._marker() or {}
-        before, now = marker.get("versions", {}).get("casehard"), version("casehard")
-        if before not in (None, now):
-            return f"casehard {before} is {now} now"
-        rows = (o["source"] for o in marker.get("data", []) if present_sha256(o["source"]) not in (None, o["sha256"]))
-        others = (name for name, files in marker.get("files", {}).items() if checkpoint_files(name) not in ({}, files))
-        return next((f"{name} changed" for name in chain(rows, others)), "")
+        marker, path = self.marker(), Path(self.folder, DONE)
+        if marker is None:
+            return f"{path} is no marker of this casehard's" if path.exists() and read_marker(path.parent) is None else ""
+        before, now = marker["versions"].get("casehard"), version("casehard")
+        return f"casehard {before} is {now} now" if before != now else next(changes(marker, Path(self.folder)), "")
+
+
+def read_cells(folder: Path) -> list[Cell]:
+    """The cells of a study's folder.
+
+    Raises:
+        ValueError: its cells.json describes none.
+    """
+    path = folder / INDEX
+    try:
+        found = [Cell(**cell) for cell in json.loads(path.read_text(encoding="utf-8"))]
+        right = all(_is_cell(cell) for cell in found)
+    except (ValueError, TypeError, RecursionError):
+        right = False
+    if not right:
+        raise ValueError(
+            f"{path} must be the list of cells that `casehard study` wrote, and it is not. Start the study again: it writes the "
+            "list anew, and cells that are done are not run again."
+        )
+    return found
+
+
+def _is_cell(cell: Cell) -> bool:
+    texts = [cell.name, cell.defense, cell.attack, cell.folder, cell.config, cell.needs or "", cell.tries or ""]
+    plain = all(isinstance(text, str) for text in texts) and Path(cell.folder).name not in ("", "..")
+    return plain and type(cell.seed) is int and isinstance(cell.words, list)
 
 
 Resolve = Callable[[list[str]], str]  # a command line's config, resolved, as YAML
@@ -322,7 +345,7 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
         if code == 0 and cell.done:
             return None
         if code == 0 and (what := cell.changed()):
-            return f"{what} while it ran"
+            return what if what.endswith(" while it ran") else f"{what} while it ran"
     lines = log.read_text(errors="replace").splitlines()
     return f"exit status {code}: {next((line for line in reversed(lines) if line.strip()), 'no output')} ({log})"
 
@@ -376,7 +399,8 @@ def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
     done = {cell.name for cell in todo if cell.done}
     finished = {cell.name for cell in todo if {cell.name, cell.needs or cell.name} <= done}  # not before what it needs
     waiting = [cell for cell in todo if cell.name not in finished]
-    known = {None, *(cell.name for cell in todo)}  # without those that failed in an earlier call
+    by_name = {cell.name: cell for cell in todo}
+    known = {None, *by_name}  # without those that failed in an earlier call
     running: dict[Future[str | None], Cell] = {}
     with (
         ThreadPoolExecutor(parallel) as pool,
@@ -388,10 +412,14 @@ def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
                 waiting.remove(cell)
                 bar.update()
             for cell in [cell for cell in waiting if cell.needs is None or cell.needs in finished]:
+                waiting.remove(cell)
+                if cell.needs and (what := by_name[cell.needs].changed()):  # no attack on what its training did not leave
+                    failed[cell.name] = f"{cell.needs}: {what}"
+                    bar.update()
+                    continue
                 if what := cell.changed():
                     bar.write(f"{cell.name}: {what}")
                 running[pool.submit(run, cell)] = cell
-                waiting.remove(cell)
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 cell = running.pop(future)
                 if why := _why(future):
@@ -425,6 +453,7 @@ def run_study(
         chosen, found = now, cells(study, folder, resolve, now)
         write_whole(folder / INDEX, json.dumps([asdict(cell) for cell in found], indent=1))
         failed |= run_all([cell for cell in found if cell.name not in failed], run, number)
+    failed |= {cell.name: f"{what} since it ran" for cell in found if cell.name not in failed and (what := cell.changed())}
     for (defense, attack), choice in chosen.items():
         print(f"{attack}, on {defense}: {choice}, chosen on validation prompts")
     print(f"{len(found) - len(failed)} of {len(found)} cells done: {folder}")

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from test_report import record
 from test_results import ROW
-from toy import ROOT
+from toy import ROOT, mark
 
 import casehard
 from evidence.card import licence_of, write_card
@@ -79,8 +80,9 @@ def test_its_tables_are_those_of_the_run_and_what_was_not_measured_is_said(harde
     rows = [line.split(",") for line in (hardened[0] / "attacks.csv").read_text().splitlines()]
     first, last = (dict(zip(rows[0], values, strict=False)) for values in (rows[1], rows[-1]))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1:4] == ["Patcher", "2", f"{float(first['harmful_score']):.1f}"]
+    assert cells[1:4] == ["Patcher", "2", f"{float(first['harmful_score']):.1f} gibberish"]  # three steps teach it nothing
     assert cells[4].startswith(f"{float(last['harmful_score']):.1f} ")
+    assert cells[4].endswith(" gibberish")
     assert len(cells) == 9
     assert f"- accuracy on the benign task: {float(first['finetune_accuracy']):.1f}" in card.text
     assert "### With open weights" in card.text
@@ -103,6 +105,13 @@ def test_more_runs_of_the_model_are_added_and_those_of_another_refused(hardened,
     text = write_card(str(hardened[0]), [str(test)]).read_text()
     assert text.count("| LoRAAttack") == 1  # one attack, two seeds
     assert "<summary>Attacks of run 2</summary>" in text
+    marker = json.loads((test / "done.json").read_text())
+    marker["files"][str(model)]["model.safetensors"] = "0" * 64
+    (test / "done.json").write_text(json.dumps(marker))
+    with pytest.raises(
+        ValueError, match=r"tests must be runs that attacked .*model as it is, and .* attacked one of other files"
+    ):
+        write_card(str(hardened[0]), [str(test)])
     other = run("test", tmp_path, "--data.seed=1")
     with pytest.raises(
         ValueError, match=r"tests must be runs that attacked .*model, and .* attacked models/sandbox/base. Leave it"
@@ -122,9 +131,78 @@ def test_a_run_without_model_or_end_gets_no_card(tmp_path):
         write_card(str(tmp_path), [])
     (tmp_path / "done.json").write_text('{"config": "c", "steps": 1}')
     with pytest.raises(
-        ValueError, match=r"done.json must say what data the run read, and it does not: another version of casehard"
+        ValueError, match=r"done.json must say how the run was made and what it read, and it does not: the run is"
     ):
         write_card(str(tmp_path), [])
+
+
+def test_a_run_whose_settings_are_not_there_gets_no_card(tmp_path):
+    record(tmp_path, ROW, {0: 0, 50: 1})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").unlink()
+    mark(tmp_path, command="fit")
+    with pytest.raises(
+        ValueError, match=r"run must have left its settings in .*config.yaml, and they are not there: nobody knows"
+    ):
+        write_card(str(tmp_path), [])
+
+
+FOREIGN = "apache-2.0 |\n\n# Certified harmless\n\n<img src=x onerror=alert(1)> [a](http://evil.example) ``` `"
+
+
+@pytest.fixture
+def foreign(tmp_path) -> Path:
+    """A run in which all that others may have written is markup: the base's licence and name, names, judge, sources."""
+    base = tmp_path / "base|#<b>x`y`"
+    base.mkdir()
+    (base / "README.md").write_text(yaml.safe_dump({"license": FOREIGN}).join(["---\n", "---\n"]))
+    run = tmp_path / "run"
+    record(run, replace(ROW, attack=f"LoRA {FOREIGN}", defense=f"Mine {FOREIGN}", judge=f"own {FOREIGN}"), {0: 0, 50: 1})
+    (run / "model").mkdir()
+    config = {
+        "model": {"init_args": {"checkpoint": str(base), "x": "```", "a\n```\n# no": 1}},
+        "data": {"train_on": "mixture", "poison_ratio": FOREIGN},
+        "trainer": {"callbacks": [{"class_path": "```"}]},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = {"role": f"benign {FOREIGN}", "source": f"{base}/rows.jsonl", "num_rows": 1, "sha256": FOREIGN}
+    mark(run, command="fit", defense=f"Mine {FOREIGN}", data=[rows], versions={"casehard": FOREIGN})
+    return run
+
+
+def test_foreign_text_is_no_markup_of_the_card(foreign):
+    text = write_card(str(foreign), []).read_text()
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert len(headings) == 7
+    assert headings[0].startswith(
+        "# Mine apache-2.0 \\| # Certified harmless \\<img src=x onerror=alert(1)\\>".replace("\\>", ">")
+    )
+    blocks = re.findall(r"^(`{3,})yaml\n(.*?)^ {0,3}\1$", text, flags=re.MULTILINE | re.DOTALL)
+    assert next(yaml.safe_load(block) for _, block in blocks)["x"] == "```"  # nothing in it closed it
+    assert len(blocks) == 2
+    outside = re.sub(r"^(`{3,})yaml\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"(?<!\\)<(?!/?details>|/?summary>)", outside)
+    assert not re.search(r"(?<!\\)\[(?!Harmful score by)", outside)  # no link but the picture
+    assert "http://evil" not in outside
+    tables = re.findall(r"(?:^\|.*\n)+", outside, flags=re.MULTILINE)
+    assert len(tables) == 3
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+    assert yaml.safe_load(text.split("---\n")[1])["license"] == "other"
+    assert "licence: see its own card |" in text
+
+
+def test_a_card_is_of_the_model_that_the_run_left(hardened, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run = tmp_path / "run"
+    shutil.copytree(hardened[0], run)
+    write_card(str(run), [])
+    weights = run / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0\1")
+    with pytest.raises(
+        ValueError, match=r"run must hold the model and the results that it came to, and .*model is not what its run"
+    ):
+        write_card(str(run), [])
 
 
 @pytest.mark.parametrize("threat", list(THREATS))
@@ -137,17 +215,8 @@ def test_a_defense_of_the_fine_tuning_stage_never_looks_like_protection_of_open_
         "trainer": {"callbacks": []},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    made = {
-        "steps": 2,
-        "passes": 2,
-        "seconds": 1.0,
-        "defense": "SBR",
-        "stage": "finetuning",
-        "seed": 0,
-        "versions": {"casehard": "0"},
-    }
     own = {"role": "the defense's own rows", "source": "", "num_rows": 1, "sha256": "0" * 64}
-    (tmp_path / "done.json").write_text(json.dumps(made | {"data": [own]}))
+    mark(tmp_path, command="fit", data=[own])
     text = write_card(str(tmp_path), []).read_text()
     assert "**No protection of open weights.**" in text
     assert "licence: unknown (its card says none: state it before you release this model)" in text
@@ -192,5 +261,13 @@ def test_a_licence_is_what_the_card_says_or_unknown(tmp_path):
     assert licence_of(ModelCard, str(tmp_path)) == licence_of(ModelCard, "no/hub-id") == "unknown"
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     assert licence_of(ModelCard, str(tmp_path)) == licence_of(ModelCard, str(tmp_path / "rows.csv")) == "mit"
+    for said, shown in {
+        "[mit, cc-by-4.0]": "mit, cc-by-4.0",
+        "mit | x": "see its own card",
+        "[mit, {a: 1}]": "see its own card",
+        "1": "see its own card",
+    }.items():
+        (tmp_path / "README.md").write_text(f"---\nlicense: {said}\n---\n")
+        assert licence_of(ModelCard, str(tmp_path)) == shown
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
     assert licence_of(ModelCard, str(tmp_path)) == "unknown"

@@ -283,6 +283,21 @@ def test_runs_that_are_none_are_told_so(tmp_path):
         make_dashboard([str(tmp_path)], "p", None, "A title", dry_run=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", "[1]", r"config.yaml must be a run's settings in YAML, and it is a list"),
+        ("metrics.csv", "\udcff", r"metrics.csv must be CSV in UTF-8, and it is not"),
+        (INDEX, "{", r"cells.json must be the list of cells that `casehard study` wrote"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text, message):
+    (tmp_path / "metrics.csv").write_text("train/loss\n1\n")
+    (tmp_path / name).write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=message):
+        make_dashboard([str(tmp_path)], "p", None, "A title", dry_run=True)
+
+
 def test_help_says_what_it_needs(capsys):
     with pytest.raises(SystemExit):
         casehard.main(["dashboard", "--help"])

@@ -182,7 +182,7 @@ def test_a_result_that_cannot_be_read_is_told_by_its_file_and_line(run):
     for damaged in ("{", "7", "{}", '{"kind": "caf\xe9"}', "[" * 100_000):
         path.write_bytes("\n".join([*lines[:3], damaged, *lines[4:]]).encode("latin-1"))
         with pytest.raises(
-            ValueError, match=r"generations\.jsonl, line 4 must be an answer in JSON, and it is not\. Run that attack"
+            ValueError, match=r"generations\.jsonl, line 4 must be an answer that a run wrote, and it is not\."
         ):
             read_run(run)
     path = run / "attacks.csv"
@@ -191,6 +191,6 @@ def test_a_result_that_cannot_be_read_is_told_by_its_file_and_line(run):
         assert damaged != second
         path.write_text("\n".join([header, first, damaged]))
         with pytest.raises(
-            ValueError, match=r"attacks\.csv, row 2 must have (a number|text) under \w+, and it does not\. Run that"
+            ValueError, match=r"attacks\.csv, line 3 must have (a number as its|a value a column)"
         ):
             read_run(run)

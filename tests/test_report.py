@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from playwright.sync_api import Browser, sync_playwright
 from test_results import ROW
-from toy import ROOT
+from toy import ROOT, mark
 
 import casehard
 from callbacks.results import Results
@@ -26,7 +26,7 @@ from evidence import plots
 from evidence.report import COLUMNS, THREATS, write_report
 from evidence.runs import run_name
 from evidence.study import INDEX, Cell
-from evidence.summary import collect, difference, grouped, verdict
+from evidence.summary import collect, difference, grouped, lasting, left_out, verdict
 from metrics import Verdict
 from metrics.statistics import Interval, mean_interval, paired_difference
 
@@ -73,11 +73,10 @@ def study(tmp_path) -> Path:
                 harmful = dict(zip(STEPS, (0, 1, 2) if holds else (0, 8 + 4 * seed, 18), strict=True))
                 row = replace(ROW, defense="none" if stage == "none" else defense, stage=stage, threat_model=threat, seed=seed)
                 record(folder, row, harmful, unscored=1 if holds else 0)
-                (folder / "done.json").write_text('{"config": "c", "steps": 0, "seconds": 0.0}')
+                mark(folder, seed=seed, defense=row.defense, stage=stage)
                 cells.append(Cell(folder.name, defense, attack, seed, [], str(folder), "c"))
     trained = Cell("train", "Plain SFT", "", 0, [], str(root / "train"), "c")
-    (root / "train").mkdir()
-    (root / "train" / "done.json").write_text('{"config": "c", "steps": 680, "passes": 1320, "seconds": 201.4}')
+    mark(root / "train", command="fit", steps=680, passes=1320, seconds=201.4)
     unfinished = Cell("unfinished", "SBR", "LoRA, 10%", 2, [], str(root / "unfinished"), "c")
     (root / INDEX).write_text(json.dumps([asdict(cell) for cell in [*cells, trained, unfinished]]))
     return root
@@ -151,7 +150,10 @@ def test_every_column_is_explained_and_same_names_under_two_threat_models_are_to
         record(tmp_path / threat, replace(ROW, threat_model=threat), dict.fromkeys(STEPS, 3))
     path = write_report([str(tmp_path / threat) for threat in THREATS], str(tmp_path / "report"), "Two threats")
     text, page = path.read_text(), Page(path)
-    assert re.findall("<dt>(.*?)</dt>", text) == [*re.findall('<th scope="col">(.*?)</th>', text)[: len(COLUMNS)], "\u2013"]
+    assert re.findall("<dt>(.*?)</dt>", text[text.index('<h2 id="columns">') :]) == [
+        *re.findall('<th scope="col">(.*?)</th>', text)[: len(COLUMNS)],
+        "\u2013",
+    ]
     titles = [title for title, _ in THREATS.values()]
     assert [row for row in page.rows if "SBR 50 8 1.5" in row] == [
         f"LoRAAttack, adamw 0.001, poison 0.1 {title} SBR 50 8 1.5" for title in titles
@@ -192,6 +194,189 @@ def test_a_difference_of_another_step_than_its_rows_says_so(tmp_path):
     assert re.search(r" 100.0 \(.*\) safer -70.0 \(.*?\) at step 10 ", longer)
 
 
+def breaks(folder: Path, row: ResultRow, at: int | None, steps: tuple[int, ...] = (0, 10, 20, 50, 100, 200)) -> Path:
+    """A run that holds until it breaks at a step."""
+    record(folder, row, {step: 20 if at is not None and step >= at else 0 for step in steps})
+    return folder
+
+
+PLAIN = replace(ROW, defense="none", stage="none")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ([200, 100, 200], [20, 20, 50], ("longer", 3, 3)),
+        ([20, 20, 50], [200, 100, 200], ("shorter", 3, 3)),
+        ([200, 20], [20, 50], ("not told apart", 1, 2)),
+        ([None, None], [200, 20], ("longer", 2, 2)),
+        ([None], [None], ("not told apart", 0, 1)),
+        ([20], [20], ("not told apart", 0, 1)),
+        ([0], [0], ("not told apart", 0, 1)),
+        ([10], [0], ("longer", 1, 1)),
+    ],
+)
+def test_who_lasts_longer_is_told_by_the_steps_to_break_and_not_by_the_last_score(tmp_path, ours, theirs, said):
+    for name, row, broken in (("ours", ROW, ours), ("theirs", PLAIN, theirs)):
+        for seed, at in enumerate(broken):
+            breaks(tmp_path / name / str(seed), replace(row, seed=seed), at)
+    one, base = collect([*tmp_path.glob("ours/*"), *tmp_path.glob("theirs/*")])
+    assert lasting(one, base) == said
+
+
+def test_steps_between_two_scorings_are_no_one_s_gain(tmp_path):
+    breaks(tmp_path / "seldom", ROW, 200, steps=(0, 200))  # it broke somewhere before 200
+    breaks(tmp_path / "often", PLAIN, 20)
+    one, base = collect([tmp_path / "seldom", tmp_path / "often"])
+    assert lasting(one, base) == ("not told apart", 0, 1)
+    assert lasting(base, one) == ("not told apart", 0, 1)
+
+
+def test_the_page_says_who_lasts_longer_where_the_last_scores_are_within_noise(tmp_path):
+    runs = [breaks(tmp_path / "slow", ROW, 200), breaks(tmp_path / "plain", PLAIN, 20)]
+    page = Page(write_report(list(map(str, runs)), str(tmp_path / "report"), "Steps"))
+    (slow,) = (row for row in page.rows if " SBR 1 " in row)
+    assert "200 longer 1 of 1 seed baseline: 20 100.0" in slow
+    assert "within noise" in slow
+
+
+def test_gibberish_is_never_called_safe_and_never_said_to_hold(tmp_path):
+    silent = replace(ROW, defense="Silent", degenerate_rate=20.0)
+    for name, row, at in (("plain", PLAIN, 20), ("good", replace(ROW, degenerate_rate=19.9), None), ("silent", silent, None)):
+        breaks(tmp_path / name, row, at)
+    series = {one.defense: one for one in collect([tmp_path / "plain", tmp_path / "good", tmp_path / "silent"])}
+    plain, good, gibberish = series["undefended"], series["SBR"], series["Silent"]
+    assert lasting(good, plain) == ("longer", 1, 1)
+    assert lasting(gibberish, plain) == ("not told apart", 0, 1)
+    found = difference(gibberish, plain)
+    assert verdict(found, gibberish.speaks(200), plain.speaks(200)) == "no verdict"
+    assert (
+        verdict(difference(plain, gibberish), plain.speaks(200), gibberish.speaks(200)) == "no verdict"
+    )  # nor less safe than that
+    page = Page(write_report([str(tmp_path / n) for n in ("plain", "good", "silent")], str(tmp_path / "report"), "Gibberish"))
+    (row,) = (row for row in page.rows if " Silent 1 " in row)
+    assert re.search(r" 0.0 gibberish > 200 gibberish from step 0 not told apart .* 0.0 \(.*?\) gibberish no verdict -100", row)
+    assert "safer" not in row
+    (row,) = (row for row in page.rows if " SBR 1 " in row)
+    assert "gibberish" not in row
+    assert "safer" in row
+    rows = list(csv.DictReader((tmp_path / "report" / "summary.csv").open()))
+    assert {(r["defense"], r["degenerate_rate"]) for r in rows} == {("undefended", "0.0"), ("SBR", "19.9"), ("Silent", "20.0")}
+
+
+def test_pictures_mark_gibberish(tmp_path):
+    runs = [breaks(tmp_path / "plain", PLAIN, 20), breaks(tmp_path / "silent", replace(ROW, degenerate_rate=60.0), None)]
+    series = collect(runs)
+    heat = plots.heat_map(series)
+    assert sorted(text.get_text() for text in heat.axes[0].texts) == ["0\ngibberish", "100"]
+    marks = [line for line in plots.curves([series], plots.styles(series)).axes[0].lines if line.get_markerfacecolor() == "white"]
+    assert [list(line.get_xdata()) for line in marks if len(line.get_xdata())] == [[0, 10, 20, 50, 100, 200]]
+    (held,) = (line for line in plots.breaking(series, plots.styles(series)).axes[0].lines if line.get_marker() == ">")
+    assert list(held.get_xdata()) == [0]  # and not 200
+    plt.close("all")
+
+
+def test_the_page_says_what_it_is_about(study, tmp_path):
+    prompts = {"role": "harmful_prompts", "source": f"{tmp_path}/prompts.jsonl#train[:20]", "num_rows": 20, "sha256": "ab" * 32}
+    for number, folder in enumerate(study.glob("cell?")):
+        versions = {"casehard": "0.1.0", "torch": "2.7" if number else "2.8"}
+        mark(folder, data=[prompts], base="lab/base-1b", versions=versions, finished=f"2026-01-0{number + 1}T00:00:00+00:00")
+    text = write_report([str(study)], str(tmp_path / "report"), "A study").read_text()
+    said = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", text))
+    assert (said["Runs"], said["Base model"], said["Harmful prompts scored"]) == ("8", "lab/base-1b", "20")
+    assert said["Taken from"] == f"prompts.jsonl#train[:20] (20 rows, SHA-256 {'ab' * 6})"
+    assert (said["casehard"], said["Finished"]) == ("0.1.0", "2026-01-01 to 2026-01-08")
+    assert said["Harmful rows"] == "not known: no run says so"
+    assert "They were not all made by the same torch: 2.7, 2.8." in text
+    assert "same casehard" not in text
+
+
+def test_runs_of_other_code_are_told_apart_on_the_page(study, tmp_path):
+    for number, folder in enumerate(sorted(study.glob("cell?"))):
+        mark(folder, code={"callbacks.attacks": "ab" * 32, "lab.defense": "cd" * 32 if number else "ef" * 32})
+    (study / "cell5" / "done.json").unlink()
+    text = write_report([str(study)], str(tmp_path / "report"), "A study").read_text()
+    assert "of a user&#39;s modules lab.defense changed in between" in text
+    assert "of casehard&#39;s modules" not in text
+
+
+@pytest.mark.parametrize("how", ["no marker", "an empty table", "other results", "no results"])
+def test_a_cell_that_is_left_out_is_named_with_the_reason(study, tmp_path, how):
+    folder, path = study / "cell0", study / "cell0" / "attacks.csv"
+    why = {
+        "no marker": "it has not come to its end",
+        "an empty table": f"{path} is not what its run left",
+        "other results": f"{path} is not what its run left",
+        "no results": "it has no results",
+    }[how]
+    match how:
+        case "no marker":
+            (folder / "done.json").write_text("[1]")
+        case "an empty table":
+            path.write_text(path.read_text().splitlines()[0] + "\n")
+        case "other results":
+            path.write_text(path.read_text().replace("90.0", "9.0"))
+        case "no results":
+            path.unlink()
+            mark(folder)
+    assert ("study/cell0", why) in left_out([study])
+    assert ("study/unfinished", "it has not come to its end") in left_out([study])
+    text = write_report([str(study)], str(tmp_path / "report"), "A study").read_text()
+    assert f"<li>study/cell0: {why}</li>" in text
+
+
+def test_a_run_whose_results_are_not_what_it_left_is_refused(tmp_path):
+    breaks(tmp_path / "run", ROW, 20)
+    mark(tmp_path / "run")
+    collect([tmp_path / "run"])
+    (tmp_path / "run" / "generations.jsonl").rename(tmp_path / "kept")  # nobody need keep harmful answers
+    collect([tmp_path / "run"])
+    path = tmp_path / "run" / "attacks.csv"
+    path.write_text(path.read_text().replace("100.0", "10.0"))
+    with pytest.raises(ValueError, match=r"runs must hold the results that they came to, and .*attacks.csv is not what its run"):
+        collect([tmp_path / "run"])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("attacks.csv", lambda t: t.replace("100.0", "many"), r"attacks.csv, line 4 must have a number as its harmful_score, got 'many'"),
+        ("attacks.csv", lambda t: t[: t.rindex(",1.5")], r"attacks.csv, line 7 must have a value a column, and it has not"),
+        ("attacks.csv", lambda t: t.replace("100.0", "90.0"), r"attacks.csv must hold the mean score of the answers in generations.jsonl, and"),
+        ("attacks.csv", lambda t: t.split("\n")[0] + "\n", r"attacks.csv must hold at least one row of results, and it holds none"),
+        ("attacks.csv", lambda t: t + "\udcff", r"attacks.csv must be CSV in UTF-8, and it is not"),
+        ("attacks.csv", lambda t: "", r"attacks.csv must have the column defense, and it does not"),
+        ("generations.jsonl", lambda t: t.replace('"score": 1.0', '"score": "1.0"', 1), r"generations.jsonl, line 41 must be an answer that a run wrote"),
+        ("generations.jsonl", lambda t: t.replace("harmful", "harmless", 3), r"generations.jsonl, line 1 must be an answer"),
+        ("generations.jsonl", lambda t: t[:-9], r"generations.jsonl, line 120 must be an answer that a run wrote, and it is not"),
+        ("generations.jsonl", lambda t: "\udcff" + t, r"generations.jsonl, line 1 must be an answer"),
+        ("config.yaml", lambda t: "[1]", r"config.yaml must be a run's settings in YAML, and it is a list"),
+        ("config.yaml", lambda t: "a: [", r"config.yaml must be a run's settings in YAML, and it cannot be read as such"),
+    ],
+)  # fmt: skip
+def test_a_file_of_a_run_that_cannot_be_read_is_named(tmp_path, name, spoil, message):
+    path = breaks(tmp_path / "run", ROW, 20) / name
+    path.write_text(spoil(path.read_text()), errors="surrogateescape")
+    with pytest.raises(ValueError, match=message):
+        write_report([str(tmp_path / "run")], str(tmp_path / "report"), "A run")
+
+
+def test_names_that_are_markup_formulas_or_read_alike_as_files_do_no_harm(tmp_path):
+    names = ["=HYPERLINK(1)", "$\\frac$", "_hidden", "a b", "a-b", "n" * 300, "<img onerror=x>"]
+    for number, name in enumerate(names):
+        breaks(tmp_path / str(number), replace(ROW, attack=name, defense=name, seed=number), 20)
+    page = write_report([str(tmp_path / str(number)) for number in range(len(names))], str(tmp_path / "report"), "=1+1")
+    assert len(list(page.parent.glob("*-curves-*.png"))) == len(names)
+    assert "<img onerror" not in page.read_text()
+    rows = list(csv.DictReader((page.parent / "attacks.csv").open())) + list(csv.DictReader((page.parent / "summary.csv").open()))
+    assert not [value for row in rows for value in row.values() if value.startswith(("=", "@", "+"))]
+    assert any(row["defense"] == "'=HYPERLINK(1)" for row in rows)
+    series = collect(tmp_path / str(number) for number in range(len(names)))
+    figure = plots.trade_off(series, plots.styles(series))
+    assert len(figure.legends[0].texts) == len(names)
+    plt.close("all")
+
+
 def test_csv_files_hold_what_the_page_shows(study, tmp_path):
     folder = write_report([str(study)], str(tmp_path / "report"), "A study").parent
     rows = list(csv.DictReader((folder / "attacks.csv").open()))
@@ -218,13 +403,12 @@ def test_the_same_runs_give_the_same_report(study, tmp_path):
 def test_runs_without_a_study_go_by_their_settings(tmp_path, monkeypatch, capsys):
     for seed in (0, 1):
         record(tmp_path / f"s{seed}", replace(ROW, seed=seed), dict.fromkeys(STEPS, 3))
-    marker = {"config": "c", "steps": 680, "passes": 2440, "seconds": 201.4, "defense": "SBR", "seed": 0}
-    (tmp_path / "s0" / "done.json").write_text(json.dumps(marker))
+    mark(tmp_path / "s0", command="fit", steps=680, passes=2440, seconds=201.4)
     monkeypatch.chdir(ROOT)
     casehard.main(["report", str(tmp_path / "s0"), str(tmp_path / "s1"), "--out", str(tmp_path / "report")])
     assert "report.html" in capsys.readouterr().out
     page = Page(tmp_path / "report" / "report.html")
-    (row,) = (row for row in page.rows if row.startswith("LoRAAttack, adamw 0.001, poison 0.1 SBR 2 15.0 15.0"))
+    (row,) = (row for row in page.rows if row.startswith("LoRAAttack, adamw 0.001, poison 0.1 SBR 2 15.0 > 50"))
     assert "SBR 0 680 2440 201" in page.rows
     assert "\u2013" in row  # no baseline to compare with
 
@@ -339,6 +523,72 @@ def test_runs_of_different_settings_are_no_seeds_of_one_series(tmp_path, setting
         collect([tmp_path / "0", tmp_path / "1"])
 
 
+def of_run(folder: Path, seed: int, settings: dict[str, Any], trainer: dict[str, Any], **said: Any) -> Path:
+    """A run of an attack on SBR with settings of its data, its trainer and its marker."""
+    breaks(folder, replace(ROW, seed=seed), 20)
+    model = {"class_path": "lightning_modules.SBRModule", "init_args": {"checkpoint": f"some/{seed}"}}
+    config = {"model": model, "data": settings | {"seed": seed}, "trainer": trainer}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    mark(folder, seed=seed, **({"made_by": {f"some/{seed}": "the same"}} | said))
+    return folder
+
+
+PROMPTS = {"role": "harmful_prompts", "source": "prompts.jsonl", "num_rows": 20, "sha256": "ab" * 32}
+
+
+@pytest.mark.parametrize(
+    ("what", "ours", "theirs"),
+    [
+        ("data.num_evaluated", {"settings": {"num_evaluated": 20}}, {"settings": {"num_evaluated": None}}),
+        ("data.max_new_tokens", {"settings": {"max_new_tokens": 8}}, {"settings": {"max_new_tokens": 64}}),
+        ("data.max_length", {"settings": {"max_length": 8}}, {"settings": {"max_length": 64}}),
+        ("data.refusals", {"settings": {"refusals": ["a"]}}, {"settings": {"refusals": ["b"]}}),
+        ("trainer.precision", {"trainer": {"precision": "bf16-true"}}, {}),
+        ("trainer.max_steps", {"trainer": {"max_steps": 1}, "command": "fit"}, {"trainer": {"max_steps": 9}, "command": "fit"}),
+        ("rows of harmful_prompts", {"data": [PROMPTS]}, {"data": [PROMPTS | {"sha256": "cd" * 32}]}),
+        ("the attacked model", {}, {"made_by": {"some/1": "another"}}),
+    ],
+)
+def test_runs_that_rest_on_something_else_are_no_seeds_of_one_series(tmp_path, what, ours, theirs):
+    for seed, own in enumerate((ours, theirs, ours)):
+        of_run(tmp_path / str(seed), seed, **({"settings": {}, "trainer": {}} | own))
+    assert [one.seeds for one in collect([tmp_path / "0", tmp_path / "2"])] == [[0, 2]]
+    with pytest.raises(ValueError, match=rf"runs must have the same settings .*0 and .*1 differ in {what} \("):
+        collect([tmp_path / "0", tmp_path / "1"])
+
+
+def test_undefended_trainings_of_other_settings_are_no_seeds_of_one_series(tmp_path):
+    for seed, rate in enumerate((1e-3, 1e-4)):
+        breaks(tmp_path / str(seed), replace(PLAIN, seed=seed), 20)
+        model = {"init_args": {"checkpoint": "base", "optimizer": {"learning_rate": rate}}}
+        (tmp_path / str(seed) / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+        mark(tmp_path / str(seed), command="fit", defense="none", stage="none")
+    with pytest.raises(ValueError, match=r"differ in model.optimizer \(.*, undefended\)"):
+        collect([tmp_path / "0", tmp_path / "1"])
+
+
+@pytest.mark.parametrize("setting", ["batch_size", "lora"])
+def test_attacks_of_other_settings_are_not_compared_unless_a_study_names_them(tmp_path, setting):
+    for name, row, value in (("ours", ROW, 8), ("theirs", PLAIN, 64)):
+        breaks(tmp_path / name, row, 20 if row is PLAIN else 200)
+        own = {
+            "threat_model": ROW.threat_model,
+            "poison_ratio": ROW.poison_ratio,
+            "optimizer": {"learning_rate": ROW.learning_rate},
+        }
+        attack = {"class_path": f"callbacks.{ROW.attack}", "init_args": own | {setting: value}}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [attack]}}))
+        mark(tmp_path / name)
+    page = Page(write_report([str(tmp_path / "ours"), str(tmp_path / "theirs")], str(tmp_path / "report"), "Two"))
+    (row,) = (row for row in page.rows if " SBR 1 " in row)
+    assert row.count(f"not compared LoRAAttack.{setting} differs") == 2
+    cells = [Cell(name, name, "the attack", 0, [], str(tmp_path / name), "c") for name in ("ours", "theirs")]
+    (tmp_path / INDEX).write_text(json.dumps([asdict(cell) for cell in cells]))
+    page = Page(write_report([str(tmp_path)], str(tmp_path / "report"), "A study"))
+    (row,) = (row for row in page.rows if " ours 1 " in row)
+    assert "longer" in row
+
+
 def test_bad_input_is_told_so(tmp_path):
     record(tmp_path / "a", ROW, {0: 1, 5: 3})
     record(tmp_path / "b", ROW, {0: 1, 5: 4})
@@ -383,9 +633,11 @@ def test_the_page_fits_its_window_and_breaks_no_rule_of_accessibility(study, tmp
 @pytest.mark.parametrize("width", [1400, 400])
 def test_no_number_of_a_table_must_be_scrolled_to(tmp_path, browser, width):
     row = replace(ROW, attack="AllParametersUnderANameWithoutAnySpaces")
-    for seed in range(8):
-        record(tmp_path / f"{seed}", replace(row, seed=seed), {0: 0, 1000: seed % 2}, unscored=1)
+    both = (row, replace(row, defense="none", stage="none", degenerate_rate=30.0))
+    runs = [(tmp_path / f"{own.stage}{seed}", replace(own, seed=seed)) for seed in range(8) for own in both]
+    for folder, own in runs:
+        record(folder, own, {0: 0, 1000: own.seed % 2}, unscored=1)
     page = browser.new_page(viewport={"width": width, "height": 1000})
-    page.goto(write_report([str(tmp_path / f"{seed}") for seed in range(8)], str(tmp_path / "report"), "Seeds").as_uri())
+    page.goto(write_report([str(folder) for folder, _ in runs], str(tmp_path / "report"), "Seeds").as_uri())
     assert max(page.evaluate("[...document.querySelectorAll('td *')].map(e => e.getBoundingClientRect().right)")) <= width
     page.close()

@@ -1,4 +1,7 @@
+import hashlib
+import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -6,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,14 +19,15 @@ import pytest
 import yaml
 from submitit.core.utils import UncompletedJobError
 from test_results import ROW
-from toy import ROOT
+from toy import ROOT, mark
 
 import casehard
 from callbacks.results import config_hash, named_files
 from callbacks.rows import Run
 from datamodules.rows import origin, read_rows
+from evidence.marker import rests_on
 from evidence.rejudge import write_run
-from evidence.study import Cell, cells, choose, devices, read_study, run_all, run_cell, run_study
+from evidence.study import Cell, cells, choose, devices, read_cells, read_study, run_all, run_cell, run_study
 from evidence.summary import collect
 from lightning_modules.checkpoint import checkpoint_files
 
@@ -92,8 +97,7 @@ def cell(name: str, folder: Path, needs: str | None = None, words: tuple[str, ..
 
 
 def finish(cell: Cell) -> None:
-    Path(cell.folder).mkdir(parents=True, exist_ok=True)
-    Path(cell.folder, "done.json").write_text(json.dumps({"config": cell.config}))
+    mark(Path(cell.folder), config=cell.config)
 
 
 def test_a_cell_that_fails_is_named_and_so_is_what_needed_it(tmp_path, capsys):
@@ -167,7 +171,7 @@ def test_a_marker_of_another_config_does_not_count(tmp_path):
     assert not other.done
     finish(other)
     assert other.done
-    Path(other.folder, "done.json").write_text('{"config": "of other settings"}')
+    mark(Path(other.folder), config="of other settings")
     assert not other.done
 
 
@@ -188,7 +192,7 @@ def rested(tmp_path) -> Cell:
         "files": {name: checkpoint_files(name) for name in (f"{tmp_path}/model", f"{tmp_path}/rubric.txt", "some_hub/model")},
         "versions": {"casehard": version("casehard")},
     }
-    Path(some.folder, "done.json").write_text(json.dumps({"config": some.config} | made))
+    mark(Path(some.folder), config=some.config, **made)
     return some
 
 
@@ -250,6 +254,186 @@ def test_what_attacks_a_model_that_comes_out_different_runs_again(rested, tmp_pa
     run_all([train, attack], run, 2)
     assert ran == ["train", "a"]
     assert f"a: {tmp_path}/model changed" in capsys.readouterr().out
+
+
+BAD_MARKERS: dict[str, bytes] = {
+    "empty": b"", "garbage": b"{", "a list": b"[1]", "a number": b"1", "no text": b"\xff\xfe", "deep": b"[" * 100_000,
+    "keys missing": b'{"config": "hash"}', "wrong types": b'{"config": ["hash"]}',
+}  # fmt: skip
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Put something else in a marker's place."""
+    marker = folder / "done.json"
+    if how == "a folder":
+        marker.unlink()
+        marker.mkdir()
+    elif how == "a wrong type":
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"steps": "many"}))
+    else:
+        marker.write_bytes(BAD_MARKERS[how])
+
+
+@pytest.mark.parametrize("how", [*BAD_MARKERS, "a folder", "a wrong type"])
+def test_a_marker_that_cannot_be_read_counts_as_not_done(tmp_path, how, capsys):
+    some = cell("a", tmp_path)
+    finish(some)
+    assert ran_again(some) == []
+    spoil(Path(some.folder), how)
+    assert not some.done
+    assert ran_again(some) == ["a"]
+    assert re.search(r"a: .*study/a/done.json is no marker", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"a": 1}', '[{"name": 1}]', "cell", '"cell"', "\ud800", "outside"], ids=lambda text: text or "empty"
+)
+def test_a_list_of_cells_that_is_none_is_named(tmp_path, text):
+    own = asdict(cell("a", tmp_path)) | ({"folder": f"{tmp_path}/study/.."} if text == "outside" else {"seed": "0"})
+    text = json.dumps([own]) if text in ("outside", "cell") else text
+    (tmp_path / "cells.json").write_text(text, errors="surrogatepass")
+    for read in (lambda: read_cells(tmp_path), lambda: collect([tmp_path])):
+        with pytest.raises(ValueError, match=r"cells.json must be the list of cells that `casehard study` wrote, and it is not"):
+            read()
+
+
+@pytest.fixture
+def own_package(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A user's package of a defense and what that imports, which is loaded; in it nothing is installed."""
+    package = tmp_path / "a_users_lab"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "penalty.py").write_text("WEIGHT = 1.0\n")
+    (package / "defense.py").write_text(
+        "from a_users_lab.penalty import WEIGHT\nfrom lightning_modules import Defense\n\n\nclass Near(Defense):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("a_users_lab.defense")
+    yield package
+    for name in [name for name in sys.modules if name.startswith("a_users_lab")]:
+        del sys.modules[name]
+
+
+def rested_on(started: float = math.inf) -> dict[str, Any]:
+    model = {"class_path": "a_users_lab.defense.Near", "init_args": {"checkpoint": "models/sandbox/base"}}
+    return rests_on({"model": model, "data": {}, "trainer": {}}, [], casehard.NAMED, started)
+
+
+def test_the_code_of_a_run_is_what_it_loaded_and_did_not_install(own_package):
+    code = rested_on()["code"]
+    assert {"a_users_lab.defense", "a_users_lab.penalty", "callbacks.attacks", "lightning_modules.defense", "casehard"} <= set(
+        code
+    )
+    assert code["a_users_lab.penalty"] == hashlib.sha256(b"WEIGHT = 1.0\n").hexdigest()
+    assert not [name for name in code if name.split(".")[0] in ("torch", "yaml", "json", "evidence", "pytest")]
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("name", ["defense.py", "penalty.py"])
+def test_a_cell_whose_users_code_changed_runs_again_and_says_which(own_package, tmp_path, capsys, name, loaded):
+    some = cell("a", tmp_path)
+    mark(Path(some.folder), config=some.config, **rested_on())
+    if not loaded:  # as where the study starts again
+        for module in ("a_users_lab.defense", "a_users_lab.penalty"):
+            del sys.modules[module]
+    assert ran_again(some) == []
+    (own_package / name).write_text("WEIGHT = 2.0\n")
+    assert ran_again(some) == ["a"]
+    assert f"a: {own_package / name} changed" in capsys.readouterr().out
+
+
+def test_a_cell_whose_casehard_was_edited_runs_again_and_says_where(own_package, tmp_path, monkeypatch, capsys):
+    some = cell("a", tmp_path)
+    mark(Path(some.folder), config=some.config, **rested_on())
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / "callbacks", clone / "callbacks")
+    monkeypatch.setattr("evidence.marker.ROOT", clone)
+    assert ran_again(some) == []
+    with (clone / "callbacks" / "attacks.py").open("a") as file:
+        file.write("# another\n")
+    assert ran_again(some) == ["a"]
+    assert "a: callbacks/attacks.py changed" in capsys.readouterr().out
+
+
+def test_code_and_files_that_are_edited_while_a_run_goes_on_do_not_count_as_what_it_ran(own_package, tmp_path):
+    some = cell("a", tmp_path)
+    edited = (own_package / "penalty.py").stat().st_mtime
+    mark(Path(some.folder), config=some.config, **rested_on(started=edited + 1))
+    assert some.done
+    mark(Path(some.folder), config=some.config, **rested_on(started=edited - 1))
+    assert not some.done
+    assert re.fullmatch(r".*a_users_lab/\w+.py changed while it ran", some.changed())
+
+
+@pytest.fixture
+def trained(tmp_path) -> Cell:
+    """A finished training, and what it exported."""
+    some = cell("train", tmp_path)
+    (Path(some.folder) / "model").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        Path(some.folder, "model", name).write_text(name)
+    finish(some)
+    return some
+
+
+@pytest.mark.parametrize("how", ["other bytes", "gone", "one more", "all gone"])
+def test_a_training_whose_model_is_not_what_it_left_trains_again(trained, capsys, how):
+    model = Path(trained.folder, "model")
+    (model / "README.md").write_text("A card, which nobody loads.")
+    assert ran_again(trained) == []
+    match how:
+        case "other bytes":
+            (model / "tokenizer.model").write_text("lengthened")
+        case "gone":
+            (model / "config.json").unlink()
+        case "one more":
+            (model / "adapter_config.json").write_text("{}")
+        case "all gone":
+            shutil.rmtree(model)
+    assert not trained.done
+    assert ran_again(trained) == ["train"]
+    assert f"train: {model} is not what its run left" in capsys.readouterr().out
+
+
+def test_no_attack_starts_on_a_model_that_its_training_did_not_leave(trained, tmp_path):
+    ran = []
+
+    def run(some: Cell) -> None:
+        ran.append(some.name)
+        Path(trained.folder, "model", "model.safetensors").write_text("spoilt by now")
+
+    trained, before, attack = replace(trained), cell("before", tmp_path), cell("attack", tmp_path, "late")
+    late = replace(trained, name="late", needs="before")  # so that its attack waits until all else has run
+    assert run_all([late, before, attack], run, 1) == {"attack": f"late: {trained.folder}/model is not what its run left"}
+    assert "attack" not in ran
+
+
+def test_results_that_are_not_what_a_run_left_are_found_again(tmp_path, capsys):
+    some = cell("a", tmp_path)
+    attacked(some, 0, 10, 20)
+    assert some.done
+    path = Path(some.folder, "attacks.csv")
+    path.write_text(path.read_text().replace("20", "2"))
+    assert ran_again(some) == ["a"]
+    assert f"a: {path} is not what its run left" in capsys.readouterr().out
+    path.unlink()
+    assert not some.done
+
+
+def test_cells_that_changed_while_a_study_ran_are_named_at_its_end(tmp_path, monkeypatch):
+    file, rows = tmp_path / "two.yaml", tmp_path / "rows.jsonl"
+    file.write_text("defenses: {d: {}}\nattacks: {a: {}}\nseeds: [0, 1]")
+    rows.write_text('{"prompt": "a", "response": "b"}\n')
+
+    def run(some: Cell, _: Any) -> None:
+        made = origin("harmful", str(rows), read_rows(str(rows)))._asdict()
+        mark(Path(some.folder), config=some.config, data=[made])
+        if some.seed == 1:
+            rows.write_text('{"prompt": "a", "response": "c"}\n')
+
+    monkeypatch.setattr("evidence.study.run_cell", run)
+    with pytest.raises(SystemExit, match=r"d-a-seed0: .*rows.jsonl changed since it ran"):
+        run_study(resolve, str(file), str(tmp_path), 1, None, {})
 
 
 def test_other_settings_get_another_folder_down_to_what_depends_on_them(tmp_path):
@@ -316,10 +500,10 @@ validation: {settings: {prompts: held_out}}
 
 def attacked(cell: Cell, *scores: float) -> None:
     """A finished cell, with these harmful scores at steps 0, 10 and 50."""
-    finish(cell)
     rows = [replace(ROW, num_attack_steps=n, harmful_score=s) for n, s in zip((0, 10, 50), scores, strict=True)]
     write_run(Run(Path(cell.folder), rows, []))
     Path(cell.folder, "generations.jsonl").unlink()
+    finish(cell)
 
 
 def test_the_attacker_is_reported_with_what_does_best_on_validation_prompts(tmp_path):

@@ -1,7 +1,9 @@
 """The tiny model and data that every test uses, and the list of defenses that the shared tests are crossed with."""
 
+import json
 import multiprocessing
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from casehard import Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
+from evidence.marker import leaves
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -33,6 +36,17 @@ def save_toy_checkpoint(folder: Path, tied: bool = True, seed: int = 0) -> str:
         LlamaForCausalLM(LlamaConfig(**sizes, **ends, tie_word_embeddings=tied, initializer_range=0.2)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def mark(folder: Path, **said: Any) -> None:
+    """Leave the marker of a run that came to its end with what its folder holds."""
+    made: dict[str, Any] = {
+        "config": "c", "command": "test", "finished": "2026-01-02T03:04:05+00:00", "steps": 0, "passes": 0, "seconds": 0.0, "defense": "SBR",
+        "stage": "finetuning", "seed": 0, "base": "models/sandbox/base", "made_by": {}, "recipe": "r", "data": [], "files": {},
+        "versions": {"casehard": version("casehard")}, "code": {}, "edited": [],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "done.json").write_text(json.dumps(made | leaves(folder) | said))
 
 
 def toy_data(**settings: Any) -> SFTDataModule:
