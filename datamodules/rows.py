@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from metrics.conversation import prompt_of
+
 CONVERSATIONS = ("messages", "conversations")
 PAIRS = (("prompt", "response"), ("instruction", "output"), ("question", "answer"))
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
@@ -37,8 +39,8 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """Content of the last user turn."""
-        return next(content for role, content in reversed(self.messages) if role == "user")
+        """What is asked, for judges and records: the user's turn where it is the only one, else the whole ``Conversation``."""
+        return prompt_of(self.messages)
 
     def chat(self, answered: bool = False) -> list[dict[str, str]]:
         """The turns as chat templates take them, with the response as the last one if ``answered``."""
