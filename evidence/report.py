@@ -18,6 +18,7 @@ from evidence import plots
 from evidence.runs import config_of, published, run_name
 from evidence.study import INDEX, Cell, slug
 from evidence.summary import UNDEFENDED, Series, baseline, collect, difference, grouped, shared_step, verdict
+from metrics import error_rates
 from metrics.statistics import Interval
 
 THREATS = {
@@ -69,6 +70,7 @@ def write_report(runs: list[str], out: str, title: str) -> Path:
         num_runs=len(_folders(series)),
         num_rows=len(rows),
         judges=sorted({row.judge for row in rows}),
+        error_rates=[rates for rates in map(error_rates, sorted({row.judge for row in rows})) if rates],
         one_seed=any(len(one.seeds) == 1 for one in series),
         columns=list(COLUMNS),
         meanings=COLUMNS,

@@ -11,13 +11,14 @@ import numpy as np
 
 from callbacks.results import DONE, first_broken
 from callbacks.rows import Answer, ResultRow, read_run
-from evidence.runs import config_of, unscored_bounds
+from evidence.runs import JUDGED, config_of, unscored_bounds
 from evidence.study import INDEX, Cell
 from metrics.statistics import Interval, mean_interval, median_steps_to_break, paired_difference
 
 UNDEFENDED = "undefended"
 # of a config, what may differ among the seeds of one series, and the data that a row rests on
 OWN = ("name", "seed", "score_steps", "undefended", "undefended_checkpoint", "copy_device", "every_n_epochs")
+OWN_JUDGES = ("metrics.", "datamodules.", "casehard.")  # whose labels tell their settings
 ROWS = ("benign", "harmful", "harmful_prompts", "benign_prompts", "task", "num_evaluated", "max_new_tokens")
 
 
@@ -200,6 +201,9 @@ def _settings(entry: Entry) -> dict[str, Any]:
         known_by = (name, own.get("threat_model"), rate, own.get("poison_ratio"))
         if known_by == (row.attack, row.threat_model, row.learning_rate, row.poison_ratio):
             found |= {f"{row.attack}.{name}": value for name, value in own.items() if name not in OWN}
+    judge = config.get("data", {}).get("judge") or {}
+    if entry.folder.parent.name != JUDGED and not judge.get("class_path", "").startswith(OWN_JUDGES):
+        found["data.judge"] = judge  # a run's own, of a class that labels told nothing of before
     tested = "verbose" in config  # what `lightning test` has and `lightning fit` has not: alignment is over there
     if row.defense != "none" and not (tested and row.stage == "alignment"):
         of_model = config.get("model", {}).get("init_args", {})
