@@ -228,7 +228,9 @@ def test_a_server_that_dies_half_way_costs_only_what_it_had_not_judged(tmp_path)
     with serving(lambda answer, times: (200, "Rating: 5") if next(calls) <= 100 else None) as server:
         port = server.server_port
         verdicts = ask(judge(server, **settings), answers)
-        assert server.asked.total() <= 100 + 8 + 4  # then it is left alone
+        assert (
+            server.asked.total() <= 100 + 4 * 8
+        )  # then it is left alone; each of 4 in flight may end late and start the count anew
     unscored = [v for v in verdicts if math.isnan(v.score)]
     assert len(unscored) == 100
     assert {v.detail for v in unscored} == {"no connection", "not asked: 8 calls in a row had failed"}
