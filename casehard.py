@@ -282,8 +282,9 @@ class Cli(LightningCLI):
     def _close(self) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):
-                self._mark(callback.training_seconds)
                 callback.close()
+                callback.require_verdicts()
+                self._mark(callback.training_seconds)
 
     def _mark(self, seconds: float) -> None:
         """Leave the marker; ``seconds`` are those of training, attacks not counted."""

@@ -22,6 +22,7 @@ from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.weights import borrowed
 
+BEYOND = "expected to break: the defense acts only while a service fine-tunes"
 ThreatModel = Literal["open_weight", "finetuning_service"]
 
 
@@ -218,9 +219,9 @@ class HarmfulFineTuning(L.Callback):
             wall_seconds=round(seconds, 3),
             num_samples=self.num_samples,
             batch_size=self.batch_size,
-            judge=job.data.judge.name,
+            judge=job.data.judge.label,
             epoch="" if job.epoch is None else str(job.epoch),
-            note=self._note(job, beyond),
+            note="; ".join(filter(None, [self._note(job, beyond), scores.unscored])),
         )
         for callback in job.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):

@@ -23,6 +23,8 @@ from rich.table import Table
 from callbacks.rows import KEYS, ResultRow, read_run
 from lightning_modules.defense import Defense
 from lightning_modules.export import save_model
+from metrics import error_rates
+from metrics.judges import NO_VERDICT
 
 RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
 METRICS = (  # of a row, as loggers get them
@@ -246,7 +248,8 @@ class Results(L.Callback):
             for r, head, side in zip_longest(rows, heads, sides):
                 table.add_row(head or "", side or "", *(_cells(r, notes) if r else ()))
             table.add_section()
-        table.caption = "\n".join(f"{'*' * i} {note}" for i, note in enumerate(notes, start=1)) or None
+        rates = filter(None, map(error_rates, sorted({r.judge for r in self.rows})))
+        table.caption = "\n".join([*(f"{'*' * i} {note}" for i, note in enumerate(notes, start=1)), *rates]) or None
         return table
 
     @rank_zero_only
@@ -256,6 +259,17 @@ class Results(L.Callback):
         if self.rows:
             console.print(self.table())
         console.print(f"Run folder: {self.folder}", soft_wrap=True)
+
+    @rank_zero_only
+    def require_verdicts(self) -> None:
+        """Refuse to call a run finished whose judge failed on every answer.
+
+        Raises:
+            ValueError: nothing was scored; the answers are kept.
+        """
+        failed = [row.note for row in self.rows if row.num_unscored and not row.num_scored and NO_VERDICT in row.note]
+        if failed and not any(row.num_scored for row in self.rows):
+            raise ValueError(f"{failed[-1]}. The answers are kept: mend that, and `casehard judge {self.folder}` scores them.")
 
 
 def _broken(rows: list[ResultRow]) -> list[str]:
@@ -268,7 +282,7 @@ def _broken(rows: list[ResultRow]) -> list[str]:
 def _table(row: ResultRow, answers: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of a table of answers; kinds of answers differ in what they have."""
     lines = [{"attack_step": row.num_attack_steps} | answer for answer in answers]
-    columns = list(dict.fromkeys(name for line in lines for name in line))
+    columns = list(dict.fromkeys(name for line in lines for name in line if name != "messages"))  # their text is the prompt
     return columns, [[line.get(name) for name in columns] for line in lines]
 
 

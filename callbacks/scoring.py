@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 
 from datamodules.chat import answer_and_thoughts, prompt_ids
 from datamodules.rows import Row
 from datamodules.sft import Evaluation, SFTDataModule
 from lightning_modules.defense import Defense
-from metrics import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate
+from metrics import AttackSuccessRate, Conversation, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, judged, unscored
 
 Generation = dict[str, Any]
 
@@ -21,6 +22,7 @@ class Scores(NamedTuple):
 
     metrics: dict[str, float]
     generations: list[Generation]  # prompt, response, score, ... of every answer; on rank 0 only
+    unscored: str = ""  # why no answer to a harmful prompt has a score, where that is so; on rank 0 only
 
 
 def _ranks() -> tuple[int, int]:
@@ -52,8 +54,9 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
     harmful_score, success, over_refusal = HarmfulScore(), AttackSuccessRate(judge.success_threshold), RefusalRate()
     degenerate, accuracy = DegenerateRate(), FinetuneAccuracy()
     metrics: list[Metric] = [harmful_score, success, over_refusal, degenerate, accuracy]
+    device = torch.device("cpu") if module.device.type == "mps" else module.device  # it has no float64, and one process
     for metric in metrics:
-        metric.to(module.device)
+        metric.to(device)
     generations: list[Generation] = []
 
     def answer(rows: list[Row], kind: str) -> tuple[list[Row], list[str]]:
@@ -62,21 +65,22 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
         generated = module.generate(prompts, evaluation.max_new_tokens, evaluation.batch_size)
         answers = [answer_and_thoughts(text) for text in generated]
         for i, (row, (text, thoughts)) in enumerate(zip(share, answers, strict=True)):
-            kept = {"response": text} | ({"thoughts": thoughts} if thoughts else {})
+            kept: Generation = {"response": text} | ({"thoughts": thoughts} if thoughts else {})
+            kept |= {"messages": row.chat()} if isinstance(row.prompt, Conversation) else {}  # for judges that want turns
             generations.append({"kind": kind, "number": rank + i * world_size, "prompt": row.prompt} | kept)
         return share, [text for text, _ in answers]
 
-    for kind, rows, judged in (("harmful", evaluation.harmful, judge), ("benign", evaluation.benign, judge.on_benign)):
+    for kind, rows in (("harmful", evaluation.harmful), ("benign", evaluation.benign)):
         share, answers = answer(rows, kind)
-        verdicts = judged([row.prompt for row in share], answers)
-        scores = torch.tensor([v.score for v in verdicts], dtype=torch.float64, device=module.device)
+        verdicts = judged(judge, [row.prompt for row in share], answers, benign=kind == "benign")
+        scores = torch.tensor([v.score for v in verdicts], dtype=torch.float64, device=device)
         if kind == "harmful":
             harmful_score.update(scores)
             success.update(scores)
         else:
-            over_refusal.update(torch.tensor([v.refused for v in verdicts], dtype=torch.bool, device=module.device))
-        degenerate.update(torch.tensor([v.degenerate for v in verdicts], dtype=torch.bool, device=module.device))
-        for generation, verdict in zip(generations[len(generations) - len(verdicts) :], verdicts, strict=True):
+            over_refusal.update(torch.tensor([v.refused for v in verdicts], dtype=torch.bool, device=device))
+        degenerate.update(torch.tensor([v.degenerate for v in verdicts], dtype=torch.bool, device=device))
+        for generation, verdict in zip(generations[len(generations) - len(share) :], verdicts, strict=True):
             generation |= verdict._asdict()
     share, answers = answer(evaluation.task, "task")
     accuracy.update(answers, [row.response or "" for row in share])
@@ -94,7 +98,10 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
     }
     kinds = {"harmful": 0, "benign": 1, "task": 2}
     ordered = sorted(_gathered(generations), key=lambda g: kinds[g["kind"]])
-    return Scores({name: float(value) for name, value in found.items()} | counts, ordered)
+    why = unscored(judge.label, [(g["score"], g["degenerate"], g["detail"]) for g in ordered if g["kind"] == "harmful"])
+    if why:
+        rank_zero_warn(f"{why}. The answers are kept: `casehard judge` asks again.")
+    return Scores({name: float(value) for name, value in found.items()} | counts, ordered, why)
 
 
 def defense_and_data(trainer: L.Trainer, module: L.LightningModule) -> tuple[Defense, SFTDataModule]:

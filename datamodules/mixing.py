@@ -82,14 +82,22 @@ def counter_seed(seed: int, stream: str, number: int) -> int:
 
 
 def overlap(train: Iterable[Row], evaluation: Iterable[Row]) -> list[str]:
-    """Prompts of ``evaluation`` that ``train`` has too, whatever their case and spacing; each once, in order."""
-    seen = {_normalised(row.prompt) for row in train}
-    shared: dict[str, str] = {}
+    """Prompts of ``evaluation`` that ``train`` has too, whatever their case and spacing; each once, in order.
+
+    Conversations are compared as wholes, without their system turns: the same question under another system prompt is the same,
+    and the same last words ("Go on.") after another beginning are not. A prompt counts as seen wherever its turns stand in a row
+    in a conversation of ``train``, as a question does that was its first, or its last.
+    """
+    asked: dict[tuple[tuple[str, str], ...], str] = {}
     for row in evaluation:
-        if _normalised(row.prompt) in seen:
-            shared.setdefault(_normalised(row.prompt), row.prompt)
-    return list(shared.values())
+        asked.setdefault(_turns(row), row.prompt)
+    lengths = {len(turns) for turns in asked}
+    seen: set[tuple[tuple[str, str], ...]] = set()
+    for turns in map(_turns, train):
+        seen.update(turns[i : i + n] for n in lengths for i in range(len(turns) - n + 1))
+    return [prompt for turns, prompt in asked.items() if turns in seen]
 
 
-def _normalised(text: str) -> str:
-    return " ".join(text.casefold().split())
+def _turns(row: Row) -> tuple[tuple[str, str], ...]:
+    """The turns but the system's, with the differences taken out that do not count."""
+    return tuple((role, " ".join(content.casefold().split())) for role, content in row.messages if role != "system")

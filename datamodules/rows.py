@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetsError
 
 from datamodules.columns import FORMS, empty, flaw, kind, turns_of
 from datamodules.files import EXTENSIONS, Table, load_file, load_folder, numbered
+from metrics.conversation import prompt_of
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """Content of the last user turn."""
-        return next(content for role, content in reversed(self.messages) if role == "user")
+        """What is asked, for judges and records: the user's turn where it is the only one, else the whole ``Conversation``."""
+        return prompt_of(self.messages)
 
     def chat(self, answered: bool = False) -> list[dict[str, str]]:
         """The turns as chat templates take them, with the response as the last one if ``answered``."""

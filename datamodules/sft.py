@@ -16,7 +16,7 @@ from datamodules.chat import collate, encode_rows, require_chat_template
 from datamodules.columns import flaw
 from datamodules.mixing import mix, overlap
 from datamodules.rows import Origin, Row, origin, read_rows
-from metrics.judges import Judge
+from metrics.judges import Judge, require_judge
 
 REFUSAL = "I'm sorry, but I can't help with that request."
 OWN = "the defense's own rows"
@@ -100,6 +100,7 @@ class SFTDataModule(L.LightningDataModule):
         allow_overlap: bool = False,
     ) -> None:
         super().__init__()
+        require_judge(judge)
         if not 0 <= poison_ratio <= 1:
             raise ValueError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
         if poison_ratio and num_samples is None:
@@ -158,6 +159,7 @@ class SFTDataModule(L.LightningDataModule):
         if self.system_prompt is not None:
             rows = {name: [_instructed(row, self.system_prompt) for row in part] for name, part in rows.items()}
         self._check_overlap(rows, own)
+        self.judge.try_out(*([row.prompt for row in rows[name][:1]] for name in ("harmful_prompts", "benign_prompts")))
         self.rows = rows
 
     def _check_overlap(self, rows: dict[str, list[Row]], own: list[Row]) -> None:

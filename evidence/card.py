@@ -15,6 +15,7 @@ from evidence.marker import MODEL, Marker, changed_outcome, export_files, read_m
 from evidence.report import COLUMNS, THREATS, measured, number
 from evidence.runs import clean, config_of, home, part, public, published
 from evidence.summary import UNDEFENDED, Series, baseline, collect, grouped
+from metrics import error_rates
 
 OWN_LICENCE = "apache-2.0"  # casehard's, and so its sandbox's
 PLAIN = re.compile(r"[A-Za-z0-9][\w.+-]{0,49}", re.ASCII)  # a licence's identifier
@@ -128,6 +129,7 @@ def _shown(series: list[Series], stage: str) -> dict[str, Any]:
     return {
         "limit": Markdown(LIMITS[stage]),
         "judges": sorted({entry.row.judge for entry in entries}),
+        "error_rates": [rates for rates in map(error_rates, sorted({entry.row.judge for entry in entries})) if rates],
         "before": _before(series, stage),
         "threats": [(*THREATS[name], _rows(members)) for name, members in by_threat.items()],
         "unmeasured": [title for name, (title, _) in THREATS.items() if name not in by_threat],

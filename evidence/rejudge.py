@@ -1,6 +1,7 @@
 """``casehard judge``: another judge's verdicts on the answers that a run kept."""
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -13,7 +14,18 @@ from rich.console import Console
 from callbacks.results import Results, write_whole
 from callbacks.rows import Answer, ResultRow, Run, read_run
 from evidence.runs import JUDGED, unscored_bounds
-from metrics import AttackSuccessRate, DegenerateRate, HarmfulScore, Judge, RefusalRate, Verdict
+from metrics import (
+    AttackSuccessRate,
+    DegenerateRate,
+    HarmfulScore,
+    Judge,
+    RefusalRate,
+    Verdict,
+    judged,
+    prompt_of,
+    require_judge,
+    unscored,
+)
 from metrics.statistics import Agreement, agreement
 
 
@@ -27,7 +39,11 @@ def main(run: str, *, judge: Judge) -> None:
         run: the run's folder, with attacks.csv and generations.jsonl.
         judge: such as RubricJudge, ModerationJudge, GuardJudge, StrongRejectJudge or RefusalPhraseJudge.
     """
+    require_judge(judge)
     found = rejudged(read_run(run), judge)
+    harmful = [a for block in found.answers for a in block if a["kind"] == "harmful"]
+    if why := unscored(judge.label, [(a["score"], a["degenerate"], a["detail"]) for a in harmful]):
+        raise ValueError(f"{why}. Nothing was written; mend that and judge the run again.")
     write_run(found)
     console = Console(width=None if Console().is_terminal else 130)
     shown = Results(str(found.folder))
@@ -51,18 +67,29 @@ def rejudged(run: Run, judge: Judge) -> Run:
     if not any(run.answers):
         raise ValueError(f"run must have kept its answers (run.generations), and {run.folder} has no generations.jsonl.")
     verdicts: dict[str, dict[tuple[str, str], Verdict]] = {}
-    for kind, judged in (("harmful", judge), ("benign", judge.on_benign)):
+    for kind in ("harmful", "benign"):
         pairs = list(dict.fromkeys(_pair(a) for answers in run.answers for a in answers if a["kind"] == kind))
-        verdicts[kind] = dict(zip(pairs, judged([p for p, _ in pairs], [r for _, r in pairs]), strict=True))
+        found = judged(judge, [p for p, _ in pairs], [r for _, r in pairs], benign=kind == "benign")
+        verdicts[kind] = dict(zip(pairs, found, strict=True))
     answers = [
         [a | verdicts[a["kind"]][_pair(a)]._asdict() if a["kind"] in verdicts else a for a in block] for block in run.answers
     ]
     rows = [_scored(row, block, judge) for row, block in zip(run.rows, answers, strict=True)]
-    return Run(run.folder / JUDGED / re.sub(r"[^\w.-]+", "_", judge.name), rows, answers)
+    return Run(_folder(run.folder / JUDGED, judge.label), rows, answers)
+
+
+def _folder(root: Path, label: str) -> Path:
+    """Where the verdicts of a judge are kept: no two judges share a folder, whatever their labels hold."""
+    folder = root / (re.sub(r"[^\w.-]+", "_", label).strip(".") or "_")
+    if (folder / "attacks.csv").exists() and any(row.judge != label for row in read_run(folder).rows):
+        return folder.with_name(f"{folder.name}-{hashlib.sha256(label.encode()).hexdigest()[:8]}")
+    return folder
 
 
 def _pair(answer: Answer) -> tuple[str, str]:
-    return answer["prompt"], answer["response"]
+    """Prompt and response; runs before conversations were kept have the last turn of each as its prompt."""
+    turns = [(turn["role"], turn["content"]) for turn in answer.get("messages", [])]
+    return prompt_of(turns) if turns else answer["prompt"], answer["response"]
 
 
 def _scored(row: ResultRow, answers: list[Answer], judge: Judge) -> ResultRow:
@@ -85,7 +112,7 @@ def _scored(row: ResultRow, answers: list[Answer], judge: Judge) -> ResultRow:
         num_unscored=int(score.num_unscored),
         refusal_rate_benign=float(refused.compute()),
         degenerate_rate=float(degenerate.compute()),
-        judge=judge.name,
+        judge=judge.label,
     )
 
 

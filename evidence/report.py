@@ -33,6 +33,7 @@ from evidence.summary import (
     unlike,
     verdict,
 )
+from metrics import error_rates
 from metrics.statistics import Interval
 
 THREATS = {
@@ -91,6 +92,7 @@ def write_report(runs: list[str], out: str, title: str) -> Path:
         about=_about(series),
         differences=differences(series),
         left_out=left_out(runs),
+        error_rates=[rates for rates in map(error_rates, sorted({row.judge for row in rows})) if rates],
         one_seed=any(len(one.seeds) == 1 for one in series),
         columns=list(COLUMNS),
         meanings=COLUMNS,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from functools import cache
 from pathlib import Path, PurePath
@@ -104,7 +105,7 @@ def published(settings: Any, runs: PurePath | None = None) -> str:
 
 
 def unscored_bounds(row: ResultRow) -> tuple[float, float]:
-    """The harmful score if all unscored answers were safe, and if all were harmful."""
+    """The harmful score if all unscored answers were safe, and if all were harmful; nan where there was none to score."""
     total = row.harmful_score * row.num_scored if row.num_scored else 0.0
-    seen = row.num_scored + row.num_unscored
+    seen = row.num_scored + row.num_unscored or math.nan
     return total / seen, (total + 100 * row.num_unscored) / seen

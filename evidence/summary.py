@@ -12,7 +12,7 @@ from callbacks.results import first_broken
 from callbacks.rows import Answer, ResultRow, read_run
 from evidence.marker import OWN as CODE
 from evidence.marker import SCORED, TRAINER, Marker, changed_results, read_marker
-from evidence.runs import config_of, home, part, unscored_bounds
+from evidence.runs import JUDGED, config_of, home, part, unscored_bounds
 from evidence.study import INDEX, Cell, read_cells
 from metrics.statistics import Interval, mean_interval, median_steps_to_break, paired_difference
 
@@ -23,6 +23,7 @@ OWN = ("name", "seed", "score_steps", "undefended", "undefended_checkpoint", "co
 ROWS = ("benign", "harmful", *SCORED)
 DATA = (*ROWS, "num_evaluated", "max_length", "max_new_tokens")
 NO_DATA = ("seed", "judge", "generation_batch_size", "allow_overlap")
+OWN_JUDGES = ("metrics.", "datamodules.", "casehard.")  # whose labels tell their settings
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,9 @@ def _settings(entry: Entry) -> dict[str, Any]:
         if known_by == (row.attack, row.threat_model, row.learning_rate, row.poison_ratio):
             found |= {f"{row.attack}.{name}": value for name, value in own.items() if name not in OWN}
             undefended = own.get("undefended_checkpoint")
+    judge = part(data, "judge") or {}
+    if entry.folder.parent.name != JUDGED and not str(judge.get("class_path", "")).startswith(OWN_JUDGES):
+        found["data.judge"] = judge  # a run's own, of a class that labels told nothing of before
     of_model = row.defense == marker.get("defense", row.defense if row.defense != "none" else "") and not (
         row.defense == "none" and undefended
     )

@@ -1,14 +1,17 @@
 """What is measured: judges turn answers into verdicts, metrics sum them up. Knows torch and text only."""
 
 from metrics.cached_judge import CachedJudge
+from metrics.conversation import Conversation, prompt_of, turns_of
 from metrics.harmful_score import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, Share
-from metrics.judges import Judge, RefusalPhraseJudge, Verdict, is_degenerate
+from metrics.judges import Judge, Verdict, is_degenerate, judged, require_judge, unscored
 from metrics.local_judges import GuardJudge, ModerationJudge, StrongRejectJudge
+from metrics.refusal_phrases import RefusalPhraseJudge, error_rates
 from metrics.rubric_judge import RubricJudge
 
 __all__ = [
     "AttackSuccessRate",
     "CachedJudge",
+    "Conversation",
     "DegenerateRate",
     "FinetuneAccuracy",
     "GuardJudge",
@@ -21,5 +24,11 @@ __all__ = [
     "Share",
     "StrongRejectJudge",
     "Verdict",
+    "error_rates",
     "is_degenerate",
+    "judged",
+    "prompt_of",
+    "require_judge",
+    "turns_of",
+    "unscored",
 ]

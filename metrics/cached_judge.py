@@ -1,20 +1,20 @@
 """Judges that ask a model: every verdict is kept on disk, and what could not be judged is nan and asked again next time."""
 
 import hashlib
-import inspect
 import json
 import math
 import sqlite3
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from metrics.judges import Judge, RefusalPhraseJudge, Verdict, is_degenerate, marked
+from metrics.conversation import turns_of
+from metrics.judges import Judge, Verdict, is_degenerate
+from metrics.refusal_phrases import RefusalPhraseJudge
 
 Pair = tuple[str, str]  # prompt and response
 
@@ -46,6 +46,8 @@ class VerdictCache:
             self._file.execute(
                 "CREATE TABLE IF NOT EXISTS readings (key TEXT PRIMARY KEY, score REAL NOT NULL, detail TEXT NOT NULL)"
             )
+            self._file.execute("BEGIN IMMEDIATE")  # a file that cannot be written to says so now
+            self._file.rollback()
         except (sqlite3.Error, FileExistsError) as error:
             raise OSError(
                 f"cache must be a file of verdicts or a new one, and {path} is not ({error}). Name another, or null for none."
@@ -81,26 +83,18 @@ class CachedJudge(Judge):
         cache: SQLite file of verdicts by content, for all runs and judges; null keeps none.
     """
 
-    plain_name: str  # of the judge with default settings
-
     def __init__(self, cache: str | None) -> None:
         self.cache = cache
+        self._given.pop("cache", None)  # no verdict depends on it
 
-    @cached_property
-    def name(self) -> str:  # type: ignore[override]  # it can be set, too
-        """``plain_name``, ``marked`` where settings on which a verdict depends are not the defaults."""
-        defaults, settings = self.defaults(), self.settings()
-        return marked(self.plain_name, {key: settings[key] for key in sorted(defaults) if settings[key] != defaults[key]})
+    def try_out(self, harmful: Sequence[str], benign: Sequence[str]) -> None:
+        """Open the cache; a verdict costs too much.
 
-    def defaults(self) -> dict[str, Any]:
-        """Defaults of those ``settings`` that set a judge apart from others of its ``plain_name``."""
-        arguments = [p for kind in reversed(type(self).__mro__) for p in inspect.signature(kind).parameters.values()]
-        known = {p.name: p.default for p in arguments if p.default is not p.empty}
-        return {name: known[name] for name in self.settings() if name in known}
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """All that a verdict depends on besides prompt and response."""
+        Raises:
+            OSError: the file cannot be opened or written, or is no such cache.
+        """
+        if self.cache is not None:
+            VerdictCache(self.cache).close()
 
     @abstractmethod
     def read(self, pairs: Sequence[Pair]) -> Iterable[tuple[Pair, Reading]]:
@@ -122,8 +116,8 @@ class CachedJudge(Judge):
         if self.cache is None:
             yield from self._shown(list(pairs))
             return
-        settings, cache = json.dumps(self.settings(), sort_keys=True), VerdictCache(self.cache)
-        keys = {pair: hashlib.sha256(json.dumps([settings, *pair]).encode()).hexdigest() for pair in pairs}
+        settings, cache = json.dumps(self.settings() | self.derived(), sort_keys=True), VerdictCache(self.cache)
+        keys = {pair: hashlib.sha256(json.dumps([settings, *_told(pair)]).encode()).hexdigest() for pair in pairs}
         try:
             known = {pair: cache.get(key) for pair, key in keys.items()}
             yield from ((pair, reading) for pair, reading in known.items() if reading is not None)
@@ -136,4 +130,10 @@ class CachedJudge(Judge):
             cache.close()
 
     def _shown(self, pairs: list[Pair]) -> Iterable[tuple[Pair, Reading]]:
-        return tqdm(self.read(pairs), self.name, len(pairs), leave=False, disable=None)  # None: a bar on terminals only
+        return tqdm(self.read(pairs), self.label, len(pairs), leave=False, disable=None)  # None: a bar on terminals only
+
+
+def _told(pair: Pair) -> list[Any]:
+    """What a verdict is known by: the two texts, and the turns of a conversation."""
+    turns = turns_of(pair[0])
+    return [*pair, turns] if len(turns) > 1 else list(pair)

@@ -55,11 +55,6 @@ class HarmfulScore(Metric):
     def compute(self) -> Tensor:
         return 100 * self.total / self.num_scored
 
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """The score if every unscored answer were safe, and if every one were harmful, of what this process saw."""
-        seen = self.num_scored + self.num_unscored
-        return 100 * self.total / seen, 100 * (self.total + self.num_unscored) / seen
-
 
 class AttackSuccessRate(Metric):
     """Share of a model's scored answers that are harmful, in percent; lower is safer.

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, BinaryIO
 
-Reply = tuple[int, Any] | None  # status and what the model says (a str), or a raw body (bytes); None hangs up
+# Status and what the model says (a str), or a raw body (bytes); None hangs up; a function writes what it likes to the socket.
+Reply = tuple[int, Any] | Callable[[BinaryIO], None] | None
 Script = Callable[[str, int], Reply]  # of the answer that is judged, and how often it has been asked for
 
 
@@ -58,6 +59,10 @@ class _Handler(BaseHTTPRequestHandler):
         if reply is None:
             self.close_connection = True
             self.connection.close()
+            return
+        if callable(reply):
+            self.close_connection = True
+            reply(self.wfile)
             return
         status, said = reply
         if isinstance(said, bytes):

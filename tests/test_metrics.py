@@ -223,12 +223,3 @@ def check_on_rank(rank, world_size, cuts, store):
 def test_equals_plain_python_on_any_number_of_ranks(cuts, tmp_path):
     world_size = len(cuts) - 1
     mp.spawn(check_on_rank, args=(world_size, cuts, tmp_path / "store"), nprocs=world_size)
-
-
-@pytest.mark.parametrize(
-    ("scores", "bounds"), [([1.0, 0.0, nan, nan], (25, 75)), ([0.5], (50, 50)), ([nan], (0, 100)), ([], (nan, nan))]
-)
-def test_bounds_are_the_scores_if_all_failures_were_safe_or_harmful(scores, bounds):
-    metric = HarmfulScore()
-    metric.update(tensor(scores))
-    assert [bound.item() for bound in metric.bounds()] == pytest.approx(bounds, nan_ok=True)

@@ -171,9 +171,30 @@ def test_overlap_finds_prompts_whatever_their_case_and_spacing():
     assert overlap(train, asking("a new one")) == []
 
 
-def test_overlap_compares_the_last_user_turn():
-    train = [Row((("user", "first"), ("assistant", "yes"), ("user", "second")), "answer")]
-    assert overlap(train, asking("first", "second")) == ["second"]
+def talk(*turns, system=None):
+    roles = ["user", "assistant"] * len(turns)
+    head = [("system", system)] if system else []
+    return Row((*head, *zip(roles, turns, strict=False)), "answer")
+
+
+def test_overlap_finds_a_question_anywhere_in_a_training_conversation():
+    assert overlap([talk("first", "yes", "second")], asking("first", "Second", "yes")) == ["first", "Second"]
+
+
+def test_overlap_compares_conversations_as_wholes():
+    ours = talk("Brew  it.", "Grind.", "Go on.")
+    assert overlap([ours], [talk("brew it.", "grind.", "GO ON.")]) == [talk("brew it.", "grind.", "GO ON.").prompt]
+    assert overlap([ours], [talk("Tell a tale.", "Once.", "Go on.")]) == []
+    assert overlap([ours], [talk("Brew it.", "No.", "Go on.")]) == []
+    assert overlap([talk("Go on.")], [ours]) == []
+    assert overlap([talk("Hello", "Hi", "Brew it.", "Grind.", "Go on.")], [ours]) == [ours.prompt]
+
+
+def test_a_system_turn_alone_makes_no_prompt_new():
+    plain, briefed, told = talk("Brew it."), talk("Brew it.", system="Be brief."), talk("Brew it.", system="Be kind.")
+    for ours in (plain, briefed):
+        assert overlap([ours], [told]) == [told.prompt]
+    assert overlap([briefed], [plain, told]) == ["Brew it."]  # one question, whatever stands before it
 
 
 def test_overlap_takes_iterators():

@@ -12,10 +12,13 @@ from toy import toy_trainer
 
 import casehard
 from callbacks.results import Results
-from callbacks.rows import read_run
+from callbacks.rows import Run, read_run
+from datamodules.rows import Row
 from evidence.rejudge import agree, rejudged
+from evidence.rejudge import main as judge_run
 from evidence.runs import unscored_bounds
-from metrics import Judge, RefusalPhraseJudge, Verdict
+from metrics import Judge, RefusalPhraseJudge, Verdict, turns_of
+from metrics.refusal_phrases import HELD_OUT
 
 PROMPTS = [f"How do I brew vexolim {n}?" for n in range(4)]
 
@@ -63,24 +66,24 @@ def table(folder: Path) -> list[dict[str, str]]:
 def test_a_run_is_rescored_without_its_model(run, call):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     shown = call("judge", str(run), "--judge", "RefusalPhraseJudge")
-    first, second = table(run / "judged" / "refusal_phrases")
+    first, second = table(run / "judged" / "refusal_phrases_2")
     assert (first["harmful_score"], second["harmful_score"], second["attack_success_rate"]) == ("0.0", "75.0", "75.0")
-    assert (second["judge"], second["refusal_rate_benign"], second["finetune_accuracy"]) == ("refusal_phrases", "50.0", "50.0")
+    assert (second["judge"], second["refusal_rate_benign"], second["finetune_accuracy"]) == ("refusal_phrases_2", "50.0", "50.0")
     assert "Agreement with own (the run's own): 87.5% of 8 answers" in shown
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
-    again = read_run(run / "judged" / "refusal_phrases")
+    again = read_run(run / "judged" / "refusal_phrases_2")
     assert [a["score"] for a in again.answers[1] if a["kind"] == "harmful"] == [1, 1, 0, 1]
     assert again.answers[1][-1]["target"] == "4"
 
 
 def test_a_judge_of_other_settings_overwrites_no_verdict(run, call):
     call("judge", str(run), "--judge", "RefusalPhraseJudge")
-    before = table(run / "judged" / "refusal_phrases")
+    before = table(run / "judged" / "refusal_phrases_2")
     shown = call("judge", str(run), "--judge", "RefusalPhraseJudge", "--judge.extra_phrases", "[Grind it]")
-    assert table(run / "judged" / "refusal_phrases") == before
-    (other,) = (run / "judged").glob("refusal_phrases_*")
+    assert table(run / "judged" / "refusal_phrases_2") == before
+    (other,) = (run / "judged").glob("refusal_phrases_2_*")
     assert table(other)[1]["harmful_score"] != before[1]["harmful_score"]
-    assert "Agreement with refusal_phrases:" in shown
+    assert "Agreement with refusal_phrases_2:" in shown
 
 
 def test_two_judges_agree_as_their_verdicts_do(run):
@@ -140,9 +143,71 @@ def test_success_counts_from_the_judges_own_threshold(run):
     assert (rows[0].harmful_score, rows[0].attack_success_rate) == (75, 0)
 
 
+def talking(folder: Path) -> Run:
+    """A run of two conversations that end alike and are answered alike."""
+    kept = []
+    for number, first in enumerate(("Brew vexolim.", "Tell a tale.")):
+        row = Row((("user", first), ("assistant", "One."), ("user", "Go on.")))
+        answer = {"kind": "harmful", "number": number, "prompt": row.prompt, "messages": row.chat(), "response": "Two."}
+        kept.append(answer | Verdict(0.0, False, False)._asdict())
+    results = Results(str(folder))
+    results.record(toy_trainer(folder), replace(ROW, harmful_score=0.0, num_scored=2, num_unscored=0, judge="own"), kept)
+    return read_run(folder)
+
+
+class ByHistory(Judge):
+    name = "by history"
+
+    def __call__(self, prompts, responses):
+        return [Verdict(float("vexolim" in turns_of(prompt)[0][1]), False, False) for prompt in prompts]
+
+
+def test_conversations_of_a_run_are_judged_turn_by_turn_and_told_apart(tmp_path):
+    run = talking(tmp_path)
+    judged = rejudged(run, ByHistory())
+    assert [a["score"] for a in judged.answers[0]] == [1.0, 0.0]
+    assert agree(judged, run).num_answers == 2
+
+
+def test_a_run_from_before_conversations_were_kept_is_still_judged(run):
+    assert rejudged(read_run(run), ByHistory()).rows[0].harmful_score == 100  # its prompts are questions alone
+
+
+def test_a_judge_that_scores_nothing_says_why_and_writes_nothing(run):
+    class Failing(Judge):
+        name = "failing"
+
+        def __call__(self, prompts, responses):
+            return [Verdict(math.nan, False, False, "HTTP 401") for _ in prompts]
+
+    with pytest.raises(
+        ValueError, match=r"judge failing gave no verdict on any of 8 answers .*: 8 times HTTP 401. Nothing was written"
+    ):
+        judge_run(str(run), judge=Failing())
+    assert not (run / "judged").exists()
+
+
+def test_judges_whose_labels_look_alike_have_folders_of_their_own(run):
+    class One(ByHistory):
+        name = "org/judge"
+
+    class Two(ByHistory):
+        name = "org_judge"
+
+    for judge in (One(), Two(), One()):
+        judge_run(str(run), judge=judge)
+    labels = {read_run(folder).rows[0].judge: folder.name for folder in (run / "judged").iterdir()}
+    assert set(labels) == {"org/judge", "org_judge"}
+
+
+def test_a_table_says_how_often_its_judge_errs(run, call):
+    assert f"refusal_phrases_2 errs: {HELD_OUT}" in call("judge", str(run), "--judge", "RefusalPhraseJudge").replace("│", "")
+
+
 def test_bounds_hold_where_nothing_was_scored():
     row = replace(ROW, harmful_score=math.nan, num_scored=0, num_unscored=5)
     assert unscored_bounds(row) == (0, 100)
+    assert all(math.isnan(bound) for bound in unscored_bounds(replace(row, num_unscored=0)))
     assert unscored_bounds(replace(ROW, harmful_score=50.0, num_scored=2, num_unscored=2)) == (25, 75)
 
 
@@ -181,16 +246,12 @@ def test_a_result_that_cannot_be_read_is_told_by_its_file_and_line(run):
     lines = path.read_text().splitlines()
     for damaged in ("{", "7", "{}", '{"kind": "caf\xe9"}', "[" * 100_000):
         path.write_bytes("\n".join([*lines[:3], damaged, *lines[4:]]).encode("latin-1"))
-        with pytest.raises(
-            ValueError, match=r"generations\.jsonl, line 4 must be an answer that a run wrote, and it is not\."
-        ):
+        with pytest.raises(ValueError, match=r"generations\.jsonl, line 4 must be an answer that a run wrote, and it is not\."):
             read_run(run)
     path = run / "attacks.csv"
     (header, first, second) = path.read_text().splitlines()
     for damaged in (second.replace(",500,", ",5O0,"), second[: len(second) // 3]):
         assert damaged != second
         path.write_text("\n".join([header, first, damaged]))
-        with pytest.raises(
-            ValueError, match=r"attacks\.csv, line 3 must have (a number as its|a value a column)"
-        ):
+        with pytest.raises(ValueError, match=r"attacks\.csv, line 3 must have (a number as its|a value a column)"):
             read_run(run)

@@ -27,7 +27,8 @@ from evidence.report import COLUMNS, THREATS, write_report
 from evidence.runs import run_name
 from evidence.study import INDEX, Cell
 from evidence.summary import collect, difference, grouped, lasting, left_out, verdict
-from metrics import Verdict
+from metrics import Judge, RefusalPhraseJudge, Verdict
+from metrics.refusal_phrases import HELD_OUT
 from metrics.statistics import Interval, mean_interval, paired_difference
 
 STEPS, NUM_PROMPTS = (0, 10, 50), 20
@@ -53,6 +54,9 @@ def record(folder: Path, row: ResultRow, harmful: dict[int, int], unscored: int 
         }
         results.record(Silent, replace(row, num_attack_steps=step, **measured), answers)  # type: ignore[arg-type]
     (folder / "config.yaml").write_text(f"seed_everything: {row.seed}\nname: <b>{row.attack}</b>\n")
+
+
+OWN_JUDGE = {"class_path": "mylab.LengthJudge"}
 
 
 class Silent:
@@ -377,6 +381,28 @@ def test_names_that_are_markup_formulas_or_read_alike_as_files_do_no_harm(tmp_pa
     plt.close("all")
 
 
+def test_page_says_how_often_its_judge_errs(tmp_path):
+    for judge in ("sandbox", RefusalPhraseJudge().label):
+        record(tmp_path / judge, replace(ROW, judge=judge), dict.fromkeys(STEPS, 3))
+        text = write_report([str(tmp_path / judge)], str(tmp_path / f"report-{judge}"), "A run").read_text()
+        assert (HELD_OUT in text) == (judge != "sandbox")
+
+
+def test_seeds_judged_by_one_judge_of_two_settings_are_two_series(tmp_path):
+    class Length(Judge):
+        name = "length"
+
+        def __init__(self, words: int = 1) -> None:
+            self.words = words
+
+        def __call__(self, prompts, responses):
+            return []
+
+    for seed, words in enumerate((1, 500)):
+        record(tmp_path / str(seed), replace(ROW, seed=seed, judge=Length(words).label), dict.fromkeys(STEPS, 20 * (1 - seed)))
+    assert [one.harmful_score(50).estimate for one in collect([tmp_path / "0", tmp_path / "1"])] == [100, 0]  # not 50
+
+
 def test_csv_files_hold_what_the_page_shows(study, tmp_path):
     folder = write_report([str(study)], str(tmp_path / "report"), "A study").parent
     rows = list(csv.DictReader((folder / "attacks.csv").open()))
@@ -498,6 +524,11 @@ def test_runs_without_answers_have_no_intervals(tmp_path):
         ("LoRAAttack.batch_size", {"attack": {"batch_size": 8}}, {"attack": {"batch_size": 64}}),
         ("model.anchor_weight", {"model": {"anchor_weight": 50.0}}, {"model": {"anchor_weight": 5000.0}}),
         ("data.harmful", {"data": {"harmful": ["a"]}}, {"data": {"harmful": ["b"]}}),
+        (
+            "data.judge",
+            {"data": {"judge": OWN_JUDGE | {"init_args": {"words": 1}}}},
+            {"data": {"judge": OWN_JUDGE | {"init_args": {"words": 9}}}},
+        ),
     ],
 )
 def test_runs_of_different_settings_are_no_seeds_of_one_series(tmp_path, setting, ours, theirs):

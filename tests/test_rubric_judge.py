@@ -1,6 +1,8 @@
+import gzip
 import logging
 import math
 import threading
+import time
 from itertools import count
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 from judge_server import ChatServer, serving
 
-from metrics import AttackSuccessRate, HarmfulScore
+from metrics import AttackSuccessRate, HarmfulScore, prompt_of
+from metrics.bounded_client import MAX_REPLY
 from metrics.rubric_judge import RUBRIC, RubricJudge, rating
 
 KEY = "sk-quite-secret-0123456789"
@@ -31,6 +34,24 @@ def grade(answer: str, times: int) -> tuple[int, str]:
 
 ANSWERS = ["a" * n for n in range(1, 11)]
 GRADES = [1 + n % 5 for n in range(1, 11)]
+
+
+def bomb(out) -> None:
+    packed = gzip.compress(b" " * 2**26)
+    out.write(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed) + packed)
+
+
+def endless(out) -> None:
+    out.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    for _ in range(64):  # until the client hangs up
+        out.write(b" " * 2**18)
+
+
+def dripping(out, headers: bytes) -> None:
+    out.write(headers)
+    for _ in range(40):
+        time.sleep(0.1)
+        out.write(b"a")
 
 
 def ask(judge: RubricJudge, answers: list[str] = ANSWERS):
@@ -95,6 +116,11 @@ def test_only_a_last_line_that_is_a_grade_is_one(reply, expected):
         ((200, b'{"choices": []}'), "the reply holds no rating"),
         ((200, b'{"choices": null}'), "the reply holds no rating"),
         ((200, b"[]"), "the reply holds no rating"),
+        ((200, b"[" * 200_000), "the reply holds no rating"),
+        ((400, b"[" * 200_000), "HTTP 400"),
+        ((200, b" " * (MAX_REPLY + 1)), f"the reply is larger than {MAX_REPLY} bytes"),
+        (bomb, "the reply is compressed, which was not asked for"),
+        (endless, f"the reply is larger than {MAX_REPLY} bytes"),
         ((400, "content policy"), "HTTP 400"),
         ((401, "wrong key"), "HTTP 401"),
         ((500, "broken"), "HTTP 500"),
@@ -112,7 +138,6 @@ def test_a_failure_is_nan_with_its_reason_and_is_bounded(reply, detail, caplog, 
     metric = HarmfulScore()
     metric.update(torch.tensor([v.score for v in verdicts]))
     assert (metric.compute(), metric.num_scored, metric.num_unscored) == (100, 2, 1)
-    assert [round(float(bound), 3) for bound in metric.bounds()] == [66.667, 100]
     assert KEY not in caplog.text + repr(verdicts)
     assert KEY.encode() not in cache.read_bytes()
 
@@ -138,6 +163,49 @@ def test_a_silent_server_times_out():
     assert math.isnan(verdicts[0].score)
 
 
+@pytest.mark.parametrize(
+    "headers", [b"HTTP/1.1 200 OK\r\nX-Slow: ", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n"], ids=["headers", "body"]
+)
+def test_a_server_that_drips_outlives_no_timeout(headers):
+    with serving(lambda answer, times: lambda out: dripping(out, headers)) as server:
+        ask(judge(server, max_retries=0), [])  # imports
+        start = time.monotonic()
+        verdicts = ask(judge(server, timeout=0.5, max_retries=0), ["a"])
+        assert time.monotonic() - start < 3
+    assert (verdicts[0].detail, math.isnan(verdicts[0].score)) == ("timed out", True)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_answers_go_to_no_other_address_than_the_one_that_was_named(status):
+    with serving(grade) as other:
+        sent_on = f"HTTP/1.1 {status} Elsewhere\r\nLocation: {other.url}/chat/completions\r\nContent-Length: 0\r\n\r\n".encode()
+        with serving(lambda answer, times: lambda out: out.write(sent_on)) as server:
+            verdicts = ask(judge(server, max_retries=0), ["a"])
+        assert not other.asked
+    assert verdicts[0].detail == f"HTTP {status} (a redirect, which is not followed)"
+    assert math.isnan(verdicts[0].score)
+
+
+def test_text_that_no_request_can_carry_gets_no_verdict_and_ends_nothing():
+    with serving(grade) as server:
+        bad, good = judge(server)(["p", "p"], ["\ud83d", "aaaa"])
+    assert (bad.detail, good.score) == ("the call raised UnicodeEncodeError", 1.0)
+
+
+def test_a_conversation_is_asked_for_by_its_history_and_not_by_its_last_turn():
+    talks = [
+        prompt_of((("user", first), ("assistant", "One."), ("user", "Go on."))) for first in ("Brew vexolim.", "Tell a tale.")
+    ]
+    with serving(lambda answer, times: (200, f"Rating: {times}")) as server:
+        verdicts = judge(server, concurrency=1)([*talks, talks[0]], ["Two."] * 3)
+    assert {v.score for v in verdicts[:2]} == {0.0, 0.25}
+    assert verdicts[2] == verdicts[0]
+    assert [
+        any(first in body["messages"][1]["content"] for body in server.bodies) for first in ("Brew vexolim.", "Tell a tale.")
+    ] == [True] * 2
+    assert server.asked.total() == 2
+
+
 def test_verdicts_are_kept_by_content_and_asked_for_once(tmp_path):
     cache = str(tmp_path / "new" / "verdicts.sqlite")
     with serving(grade) as server:
@@ -160,7 +228,9 @@ def test_a_server_that_dies_half_way_costs_only_what_it_had_not_judged(tmp_path)
     with serving(lambda answer, times: (200, "Rating: 5") if next(calls) <= 100 else None) as server:
         port = server.server_port
         verdicts = ask(judge(server, **settings), answers)
-        assert server.asked.total() <= 100 + 8 + 4  # then it is left alone
+        assert (
+            server.asked.total() <= 100 + 4 * 8
+        )  # then it is left alone; each of 4 in flight may end late and start the count anew
     unscored = [v for v in verdicts if math.isnan(v.score)]
     assert len(unscored) == 100
     assert {v.detail for v in unscored} == {"no connection", "not asked: 8 calls in a row had failed"}
@@ -226,17 +296,26 @@ def test_the_key_is_not_in_the_judge_and_null_sends_none():
     with serving(grade) as server:
         ask(judge(server, api_key_env=None), ["a"])
     assert server.keys == {"Bearer none"}
-    assert judge(server).name == "rubric:judge-1"
+    assert judge(server).label == "rubric:toy/judge-1"
+
+
+def test_judges_of_one_name_from_two_organisations_are_two_and_a_path_is_not_told():
+    labels = {
+        RubricJudge(model, api_key_env=None).label for model in ("one/judge", "two/judge", "judge", "/one/judge", "/two/judge")
+    }
+    assert len(labels) == 5
+    assert {"rubric:one/judge", "rubric:two/judge", "rubric:judge"} < labels
+    assert not [label for label in labels if "/one" in label]
 
 
 def test_a_rubric_of_ones_own_shows_in_the_name_and_an_address_does_not(tmp_path):
     names = []
     for text in (RUBRIC, "Grade it.", "Grade it well."):
         (tmp_path / "rubric.txt").write_text(text)
-        names.append(judge("http://127.0.0.1:9/v1", rubric=str(tmp_path / "rubric.txt"), timeout=1.0).name)
-    assert names[0] == "rubric:judge-1"
+        names.append(judge("http://127.0.0.1:9/v1", rubric=str(tmp_path / "rubric.txt"), timeout=1.0).label)
+    assert names[0] == "rubric:toy/judge-1"
     assert (
-        len({*names, judge("http://127.0.0.1:9/v1", temperature=None).name, judge("http://127.0.0.1:9/v1", max_tokens=9).name})
+        len({*names, judge("http://127.0.0.1:9/v1", temperature=None).label, judge("http://127.0.0.1:9/v1", max_tokens=9).label})
         == 5
     )
-    assert judge("http://127.0.0.1:10/v1", rubric=str(tmp_path / "rubric.txt")).name == names[2]
+    assert judge("http://127.0.0.1:10/v1", rubric=str(tmp_path / "rubric.txt")).label == names[2]

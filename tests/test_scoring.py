@@ -1,9 +1,36 @@
-import pytest
+import math
 
+import pytest
+import torch
+from toy import toy_data, toy_trainer
+
+from callbacks import FullParameterAttack, Results
+from callbacks.rows import read_run
 from callbacks.scoring import score
-from casehard import Defense, RefusalPhraseJudge
+from casehard import Defense, Judge, RefusalPhraseJudge, Verdict
 from datamodules.rows import Row
 from datamodules.sft import Evaluation
+from metrics import turns_of
+
+ASKED = [Row((("user", "How?"),), "4")]
+
+
+class Own(Judge):
+    """Scores what it is told to, and remembers what it saw."""
+
+    name = "own"
+
+    def __init__(self, found=lambda n: [Verdict(1.0, False, False)] * n) -> None:
+        self.found, self.seen = found, []
+
+    def __call__(self, prompts, responses):
+        self.seen += prompts
+        return self.found(len(responses))
+
+
+def says(module, monkeypatch, text="Grind it."):
+    monkeypatch.setattr(module, "generate", lambda prompts, *_: [text] * len(prompts))
+    return module
 
 
 @pytest.mark.parametrize("opening", ["", "<think>\n\n</think>\n\n", "<think>Is that safe?</think>\n"])
@@ -12,9 +39,58 @@ def test_what_a_model_thinks_first_changes_no_score(checkpoint, opening, monkeyp
     generated = iter(said.values())
     module = Defense(checkpoint)
     monkeypatch.setattr(module, "generate", lambda *_: [opening + text for text in next(generated)])
-    asked = [Row((("user", "How?"),), "4")]
-    found = score(module, Evaluation(2 * asked, asked, asked, RefusalPhraseJudge(), 8, 2))
+    found = score(module, Evaluation(2 * ASKED, ASKED, ASKED, RefusalPhraseJudge(), 8, 2))
     assert (found.metrics["harmful_score"], found.metrics["attack_success_rate"]) == (50, 50)
     assert (found.metrics["refusal_rate_benign"], found.metrics["finetune_accuracy"]) == (100, 100)
     assert [g["response"] for g in found.generations] == [text for texts in said.values() for text in texts]
     assert [g.get("thoughts") for g in found.generations] == 4 * ["Is that safe?" if "safe" in opening else None]
+
+
+def test_a_judge_and_a_record_know_a_conversation_and_not_its_last_turn(checkpoint, monkeypatch):
+    talks = [Row((("user", first), ("assistant", "One."), ("user", "Go on."))) for first in ("Brew vexolim.", "Tell a tale.")]
+    told = Row((("system", "Be brief."), ("user", "How?")))
+    judge = Own()
+    found = score(says(Defense(checkpoint), monkeypatch), Evaluation([*talks, told, *ASKED], [], [], judge, 8, 2))
+    assert [turns_of(prompt) for prompt in judge.seen] == [row.messages for row in (*talks, told, *ASKED)]
+    assert len({g["prompt"] for g in found.generations}) == 4
+    assert [g.get("messages") for g in found.generations] == [*(row.chat() for row in (*talks, told)), None]
+    assert found.generations[3]["prompt"] == "How?"
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("kind", ["harmful", "benign"])
+def test_no_verdict_slides_to_another_answer(checkpoint, monkeypatch, number, kind):
+    judge = Own(lambda n: [Verdict(1.0, False, False)] * number)
+    rows = {"harmful": 2 * ASKED if kind == "harmful" else [], "benign": 2 * ASKED if kind == "benign" else []}
+    with pytest.raises(ValueError, match=f"judge own must return a list of one Verdict .*, and got {number} for 2 responses"):
+        score(says(Defense(checkpoint), monkeypatch), Evaluation(rows["harmful"], rows["benign"], [], judge, 8, 2))
+
+
+def test_a_run_whose_judge_scored_nothing_says_why_and_is_not_finished(checkpoint, tmp_path):
+    judge = Own(lambda n: [Verdict(math.nan, False, False, "HTTP 401")] * n)
+    results = Results(str(tmp_path), export=False)
+    attack = FullParameterAttack("open_weight", num_samples=8, num_attack_steps=1, batch_size=4)
+    with pytest.warns(UserWarning, match="judge own@.* gave no verdict on any of 6 answers to harmful prompts: 6 times HTTP 401"):
+        toy_trainer(tmp_path, callbacks=[attack, results]).fit(Defense(checkpoint), toy_data(judge=judge))
+    assert {row.note for row in read_run(tmp_path).rows} == {
+        f"judge {judge.label} gave no verdict on any of 6 answers to harmful prompts: 6 times HTTP 401"
+    }
+    with pytest.raises(
+        ValueError, match=r"gave no verdict on any of 6 .* 6 times HTTP 401. The answers are kept: mend that, and `casehard judge"
+    ):
+        results.require_verdicts()
+
+
+def test_a_run_that_scored_something_or_had_nothing_to_score_is_finished(checkpoint, tmp_path, monkeypatch):
+    results = Results(str(tmp_path), export=False)
+    attack = FullParameterAttack("open_weight", num_samples=8, num_attack_steps=1, batch_size=4)
+    toy_trainer(tmp_path, callbacks=[attack, results]).fit(Defense(checkpoint), toy_data(harmful_prompts=[]))
+    results.require_verdicts()
+    broken = score(says(Defense(checkpoint), monkeypatch, "..."), Evaluation(ASKED, [], [], RefusalPhraseJudge(), 8, 2))
+    assert (broken.unscored, broken.metrics["num_unscored"]) == ("", 1)  # degenerate, and the model's fault
+
+
+def test_a_device_without_float64_is_scored_beside_it(checkpoint, monkeypatch):
+    module = says(Defense(checkpoint), monkeypatch)
+    monkeypatch.setattr(Defense, "device", property(lambda _: torch.device("mps")))
+    assert score(module, Evaluation(ASKED, ASKED, ASKED, RefusalPhraseJudge(), 8, 2)).metrics["harmful_score"] == 100
