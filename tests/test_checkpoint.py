@@ -123,6 +123,24 @@ def test_a_folder_without_weights_is_an_error_that_lists_what_it_holds(checkpoin
         load_model(str(tmp_path))
 
 
+def test_a_gguf_file_is_read_into_the_same_weights(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = load_model(save_toy_checkpoint(tmp_path / "toy", tied=False))
+    sizes = {"context_length": 2048, "embedding_length": 32, "block_count": 2, "feed_forward_length": 64, "head_count": 2}
+    more = {"head_count_kv": 2, "layer_norm_rms_eps": 1e-6, "vocab_size": 700, "rope_dimension_count": 16, "rope_freq_base": 1e4}
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+    for name, value in (sizes | more).items():
+        getattr(writer, f"add_{name}")(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, weight in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:  # GGUF keeps the two halves of a rotary pair side by side
+            weight = weight.view(2, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    assert same_bits(bits(load_model(str(tmp_path / "model.gguf"))), bits(model))
+
+
 # ---- what does not fit
 
 
