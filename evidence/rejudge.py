@@ -8,9 +8,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from callbacks.results import Results, write_whole
+from callbacks.results import Results, terminal, write_whole
 from callbacks.rows import Answer, ResultRow, Run, read_run
 from evidence.runs import JUDGED, unscored_bounds
 from metrics import AttackSuccessRate, DegenerateRate, HarmfulScore, Judge, RefusalRate, Verdict
@@ -29,7 +28,7 @@ def main(run: str, *, judge: Judge) -> None:
     """
     found = rejudged(read_run(run), judge)
     write_run(found)
-    console = Console(width=None if Console().is_terminal else 130)
+    console = terminal()
     shown = Results(str(found.folder))
     shown.rows = found.rows
     console.print(shown.table())
