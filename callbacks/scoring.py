@@ -7,11 +7,13 @@ import torch
 import torch.distributed as dist
 from torchmetrics import Metric
 
+from callbacks.sigterm import ended_by_sigterm
 from datamodules.chat import answer_and_thoughts, prompt_ids
 from datamodules.rows import Row
 from datamodules.sft import Evaluation, SFTDataModule
 from lightning_modules.defense import Defense
-from metrics import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate
+from metrics import AttackSuccessRate, CachedJudge, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate
+from metrics.cached_judge import VerdictCache
 
 Generation = dict[str, Any]
 
@@ -110,15 +112,34 @@ def defense_and_data(trainer: L.Trainer, module: L.LightningModule) -> tuple[Def
     return module, data  # type: ignore[return-value]
 
 
+def check_scoring(evaluation: Evaluation) -> None:
+    """Find out, when a run is set up, what would keep its first scoring from coming to an end.
+
+    Raises:
+        ValueError: the judge has no name, which stands beside its scores.
+        OSError: its verdicts could not be kept.
+    """
+    judge = evaluation.judge
+    if not isinstance(name := getattr(judge, "name", None), str):
+        raise ValueError(f"judge {type(judge).__name__} must have a name, which stands beside its scores, got {name}. Set it.")
+    if isinstance(judge, CachedJudge) and judge.cache is not None:
+        VerdictCache(judge.cache).close()
+
+
 class Evaluate(L.Callback):
     """Score the model whenever Lightning validates, on the data's held-out prompts.
 
     The numbers stand beside the losses: ``val/harmful_score``, ``val/finetune_accuracy`` and so on.
     """
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check before any weights load what scoring wants."""
+        check_scoring(defense_and_data(trainer, pl_module)[1].evaluation)
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score, unless this is Lightning's sanity check."""
         if not trainer.sanity_checking:
             module, data = defense_and_data(trainer, pl_module)
-            metrics = score(module, data.evaluation).metrics
+            with ended_by_sigterm(trainer):
+                metrics = score(module, data.evaluation).metrics
             module.log_dict({f"val/{name}": value for name, value in metrics.items()}, rank_zero_only=True)

@@ -312,6 +312,13 @@ def test_a_pass_without_rows_is_an_error(attack_weight):
         shared_out(collate(rows_of(num_rows=4), 0, "right"), attack_weight)
 
 
+def test_a_vector_that_could_not_wait_on_its_device_is_an_error_before_the_first_step(checkpoint, tmp_path):
+    module = patcher(checkpoint, copy_device="meta")
+    with pytest.raises(ValueError, match=r"copy_device must be a device of this machine .* got 'meta'"):
+        fitted(module, tmp_path)
+    assert module.num_passes == 0
+
+
 # ---- what Lightning means
 
 
