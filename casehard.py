@@ -284,8 +284,8 @@ def _keep_metrics(folder: Path) -> None:
 class SaveConfig(SaveConfigCallback):
     """The resolved config in the run's folder, whatever loggers there are."""
 
-    def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
         self.folder = folder
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -370,7 +370,7 @@ class Cli(LightningCLI):
             ValueError: ``validate`` would end before it begins, as by the default config, which spares ``fit`` it; two defenses.
         """
         config = self.config[self.subcommand]
-        if named := self._parser(self.subcommand).defenses:
+        if named := self._parser(self.subcommand).defenses:  # type: ignore[attr-defined]
             check_one_defense([*named, ("the command line", _class_path(config, "model") or "none")])
         if config.weights_only is False:
             raise ValueError("weights_only must be true or left out, got false: a checkpoint's code would be run.")
@@ -432,7 +432,9 @@ class Cli(LightningCLI):
                 f"the run folder must have no finished run, and {self.folder} has one. "
                 f"Unset {RUN_FOLDER} for a folder of its own."
             )
-        if rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0":  # the run's other processes share it
+        if (
+            getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+        ):  # the run's other processes share it
             self.while_it_runs.enter_context(held(self.folder))
 
     def _loggers(self, config: Any) -> list[Logger]:

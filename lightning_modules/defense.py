@@ -322,7 +322,8 @@ class Defense(L.LightningModule):
             ValueError: an epoch that ends among the batches of a step; a number that changes.
         """
         number, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        if number > 1 and not self.trainer.fast_dev_run and math.isfinite(batches) and batches % number:
+        dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if number > 1 and not dry and math.isfinite(batches) and batches % number:
             raise ValueError(
                 f"trainer.accumulate_grad_batches must divide the batches of an epoch, {batches}, got {number}: a step of fewer "
                 "would weigh less. Set trainer.limit_train_batches to a multiple of it, or data.batch_size higher instead."

@@ -349,7 +349,7 @@ def test_ctrl_c_before_training_ends_without_a_traceback(call, tmp_path, monkeyp
 )
 def test_two_defenses_on_one_line_are_refused(call, tmp_path, args):
     quick = ["--config", "experiments/attack/none.yaml", "--run.root", str(tmp_path), *TINY]
-    error = call("fit", "--config", "experiments/sbr.yaml", *quick, *args, fails=True)
+    error = call("fit", "--config", "experiments/sbr.yaml", *args, *quick, fails=True)
     assert "model must be one defense, and sbr.yaml names lightning_modules.SBRModule while " in " ".join(error.split())
     assert not list(tmp_path.iterdir())
 
