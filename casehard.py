@@ -1,35 +1,42 @@
 """Casehard's front door: its public names, and ``main()``, the ``casehard`` (and ``lightning``) command."""
 
+import difflib
+import fcntl
 import io
 import itertools
 import json
 import os
 import platform
 import re
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import lightning as L
 import yaml
-from jsonargparse import CLI, ActionConfigFile, ArgumentParser
+from jsonargparse import CLI, ActionConfigFile, ArgumentParser, Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
 from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
 from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
 from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
+from lightning_modules.trained import read_notes
 from metrics import (
     AttackSuccessRate,
     FinetuneAccuracy,
@@ -124,6 +131,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Sharded ones are folders, which no rename makes whole: there ``last.ckpt`` links to the newest that was finished.
     """
 
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read numbers alone, whoever asks for more: Lightning would run what stands in a pickle from an address."""
+        return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write beside ``path``, reach the disk, then move in one step."""
         partial = Path(f"{path}.partial")
@@ -133,25 +144,128 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(partial, path)
 
 
+class Refused(BaseException):
+    """What a constructor raised (its cause), on the way past jsonargparse, which would bury it in a dump of all settings."""
+
+
+def _built(kind: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    try:
+        return kind(*args, **settings)
+    except Exception as error:
+        raise Refused from error
+
+
+NOISE = re.compile(r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but")
+
+
+def plain(message: str) -> str:
+    """jsonargparse's message in one line, without the types that it tried and the values, which may be all settings and texts."""
+    lines: list[str] = []
+    in_value = False
+    for line in (line.strip() for line in message.splitlines()):
+        in_value = line.startswith("Given value") or (in_value and not line.startswith("- "))
+        text = re.sub(r"\. Got value: (.{60,}|\W.*|.*\(.*)", "", line.removeprefix("- "))
+        if text.startswith("Not a valid subclass") and any("class_path" in said for said in lines):
+            break  # that class was found, and this is what else might have stood there
+        if text and not in_value and not NOISE.match(text):
+            lines.append(re.sub(r"<class '([\w.]+)'>", r"\1", text))
+    return "; ".join(lines).replace(":; ", ": ") + _meant(message)
+
+
+def _meant(message: str) -> str:
+    """The class that a misspelt one may stand for."""
+    found = re.search(r"module '([\w.]+)' has no attribute '(\w+)'|import path string: ()(\w+)", message)
+    if found is None:
+        return ""
+    module, name = found[1], found[2] or found[4]
+    names = [key for key, value in vars(sys.modules[module]).items() if isinstance(value, type)] if module else __all__
+    near = difflib.get_close_matches(name, names, n=1)
+    return f". Did you mean {near[0]}?" if near else ""
+
+
+class PlainErrors:
+    """For a parser of jsonargparse's: what goes wrong is said in one sentence, without the usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_instantiator(_built, object)  # type: ignore[attr-defined]
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the sentence and leave; parsers of the classes within raise, as they do."""
+        if not self.exit_on_error:  # type: ignore[attr-defined]
+            super().error(message, ex)  # type: ignore[misc]
+        prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
+        sys.stderr.write(f"error: {plain(message)}\n{prog} --help lists the settings.\n")
+        sys.exit(2)
+
+
+class TrainingParser(PlainErrors, LightningArgumentParser):
+    """Of ``fit``, ``validate`` and ``test``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.defenses: list[tuple[str, str]] = []  # files of the command line that name a model's class, and which
+
+
+class CommandParser(PlainErrors, ArgumentParser):
+    """Of the other commands."""
+
+
 class ConfigFile(ActionConfigFile):
-    """A config file whose lists replace those before it. jsonargparse merges two of the same length entry by entry."""
+    """A config file whose lists and classes replace those before it, where jsonargparse merges: lists of the same length entry by
+    entry, and into a class what another was given under the same names. Two files that name different defenses are refused.
+    """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Forget what the file's lists replace, then apply it."""
+        """Forget what the file replaces, then apply it."""
         text = Path(values).read_text(encoding="utf-8") if os.path.isfile(values) else values  # a text may be too long for a name
         with suppress(yaml.YAMLError):  # which is then said below
-            for key in _lists(yaml.safe_load(text)):
+            config = yaml.safe_load(text)
+            for key in _replaced(config, cfg):
                 if cfg.get(key) is not None:
                     cfg[key] = None
+            if (model := _class_path(config, "model")) is not None:
+                parser.defenses.append((Path(values).name if text != values else "a config's text", model))
+        check_one_defense(parser.defenses)
         super().__call__(parser, cfg, values, option_string)
 
 
-def _lists(config: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all lists in a config."""
+def _replaced(config: Any, before: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all lists in a config, and of classes that are others than before (the model's: `check_one_defense`)."""
     for key, value in config.items() if isinstance(config, dict) else ():
-        if isinstance(value, list):
-            yield f"{prefix}{key}"
-        yield from _lists(value, f"{prefix}{key}.")
+        name = f"{prefix}{key}"
+        was, now = _class_path(before, name), _class_path(config, key)
+        if isinstance(value, list) or (name != "model" and was and now and not _same_class(was, now)):
+            yield name
+        yield from _replaced(value, before, f"{name}.")
+
+
+def _class_path(config: Any, key: str) -> str | None:
+    """The class that a config names under ``key``, if any."""
+    value = config.get(key) if isinstance(config, dict | Namespace) else None
+    path = value.get("class_path") if isinstance(value, dict | Namespace) else None
+    return path if isinstance(path, str) else None
+
+
+def _same_class(one: str, other: str) -> bool:
+    """Whether two names are of one class: a short one, or one of two modules that have it."""
+    (module, _, name), (other_module, _, other_name) = one.rpartition("."), other.rpartition(".")
+    if name != other_name or not (module and other_module):
+        return name == other_name
+    try:
+        return getattr(import_module(module), name) is getattr(import_module(other_module), name)
+    except (ImportError, AttributeError):  # which is then said below
+        return one == other
+
+
+def check_one_defense(named: list[tuple[str, str]]) -> None:
+    """Raise a ValueError where two places name different defenses, which would mix the settings of both."""
+    for (first, one), (other, two) in itertools.pairwise(named):
+        if not _same_class(one, two):
+            raise ValueError(
+                f"model must be one defense, and {first} names {one} while {other} names {two}: the settings of both "
+                "would be mixed. Leave out one of them."
+            )
 
 
 def wandb_settings() -> "Settings":
@@ -169,8 +283,46 @@ def _keep_metrics(folder: Path) -> None:
         (folder / "metrics.csv").rename(folder / f"metrics_{number}.csv")
 
 
+class SaveConfig(SaveConfigCallback):
+    """The resolved config in the run's folder, whatever loggers there are."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, folder: Path) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder = folder
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write it; a run that goes on writes its own."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a run's folder for this process, to which a lock belongs as long as it lives.
+
+    Raises:
+        FileExistsError: another run is under way in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"the run folder must have no other run under way, and {folder} has one. Unset {RUN_FOLDER} for a folder of its "
+                "own, or wait until that run has ended."
+            ) from error
+        except OSError as error:
+            rank_zero_warn(f"{folder} cannot be locked ({error.strerror}): see to it that no other run goes on in it.")
+        yield
+
+
 class Cli(LightningCLI):
     """``fit``, ``validate`` and ``test`` of a defense on data, with everything a run leaves in a folder of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self.while_it_runs:
+            super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -210,9 +362,20 @@ class Cli(LightningCLI):
             help="also send generated answers to W&B, a table an evaluation; with real data they are harmful texts",
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would take settings from a checkpoint here."""
+
     def before_instantiate_classes(self) -> None:
-        """Raise a ValueError where ``validate`` would end before it begins, as by the default config, which spares ``fit`` it."""
+        """Check what can be known from the settings alone.
+
+        Raises:
+            ValueError: ``validate`` would end before it begins, as by the default config, which spares ``fit`` it; two defenses.
+        """
         config = self.config[self.subcommand]
+        if named := self._parser(self.subcommand).defenses:  # type: ignore[attr-defined]
+            check_one_defense([*named, ("the command line", _class_path(config, "model") or "none")])
+        if config.weights_only is False:
+            raise ValueError("weights_only must be true or left out, got false: a checkpoint's code would be run.")
         if self.subcommand == "validate" and config.trainer.limit_val_batches == 0 and not config.trainer.fast_dev_run:
             raise ValueError(
                 "trainer.limit_val_batches must be > 0 for validate, got 0: nothing would be validated. Set it to 1.0, and add "
@@ -231,6 +394,8 @@ class Cli(LightningCLI):
         config = self.config[self.subcommand]
         dry = bool(config.trainer.fast_dev_run)
         root, experiment, version = config.run.root, self._experiment(config), config.run.version
+        if config.ckpt_path is not None:
+            self.model.check_made_by(read_notes(config.ckpt_path))
         if RUN_FOLDER not in os.environ and not dry:
             os.environ[RUN_FOLDER] = str(claim_run_folder(root, experiment, version))
         self.folder = Path(os.environ.get(RUN_FOLDER, Path(root, experiment, "dry")))
@@ -239,6 +404,9 @@ class Cli(LightningCLI):
                 f"run.version must be left out where {RUN_FOLDER} names the run's folder, and it is {version} while {RUN_FOLDER} "
                 f"is {self.folder}. Unset one of the two."
             )
+        if RUN_FOLDER in os.environ:
+            self._take_folder()
+        self.save_config_kwargs = {"folder": self.folder}
         export = config.run.export and self.subcommand == "fit" and not dry
         extra: list[Any] = [Results(str(self.folder), export, config.run.generations, config.run.wandb_generations)]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
@@ -254,6 +422,22 @@ class Cli(LightningCLI):
         if trainer_config.get("logger") is None:
             trainer_config["logger"] = self._loggers(config)
         return self._instantiate_trainer(trainer_config, extra)
+
+    def _take_folder(self) -> None:
+        """Keep other runs out of the folder while this one goes on.
+
+        Raises:
+            FileExistsError: a run has ended there, or another is under way.
+        """
+        if (self.folder / DONE).exists():
+            raise FileExistsError(
+                f"the run folder must have no finished run, and {self.folder} has one. "
+                f"Unset {RUN_FOLDER} for a folder of its own."
+            )
+        if (
+            getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
+        ):  # the run's other processes share it
+            self.while_it_runs.enter_context(held(self.folder))
 
     def _loggers(self, config: Any) -> list[Logger]:
         folder = self.folder
@@ -317,11 +501,20 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     inherited = RUN_FOLDER in os.environ
     try:
-        _run(args)
-    except (ValueError, OSError, DivergedError) as error:
+        try:
+            _run(args)
+        except Refused as refused:
+            raise refused.__cause__ or refused from None
+    except (ValueError, OSError, DivergedError, MisconfigurationException) as error:
         if os.environ.get("CASEHARD_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # Lightning ends a run of its own accord
+        sys.stderr.write("interrupted\n")
+        sys.exit(128 + signal.SIGINT)
+    except SIGTERMException:  # from an attack, or from Lightning's training loop between two batches
+        sys.stderr.write("ended by SIGTERM; `fit` goes on from RUN/checkpoints/last.ckpt by --ckpt_path\n")
+        sys.exit(128 + signal.SIGTERM)
     finally:
         if not inherited:  # it was for this run's processes; another run of this process gets a folder of its own
             os.environ.pop(RUN_FOLDER, None)
@@ -369,7 +562,7 @@ def study(
 
 def report(args: list[str]) -> None:
     """``casehard report RUN ...``: one self-contained page, with the CSV and PNG files that it is made of."""
-    parser = ArgumentParser(prog="casehard report", description="Write one page on runs, with the CSV and PNG files behind it.")
+    parser = CommandParser(prog="casehard report", description="Write one page on runs, with the CSV and PNG files behind it.")
     parser.add_argument("runs", nargs="+", type=str, help="run folders (also RUN/judged/JUDGE), or a study's")
     parser.add_argument("--out", type=str, default="report", help="folder of the report")
     parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
@@ -381,7 +574,7 @@ def report(args: list[str]) -> None:
 
 def card(args: list[str]) -> None:
     """``casehard card RUN ...``: the model card of what a run exported."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="casehard card", description="Write RUN/model/README.md: what the model was made from, and how hard it was to break."
     )
     parser.add_argument("run", type=str, help="folder of a finished `fit` that exported its model")
@@ -394,7 +587,7 @@ def card(args: list[str]) -> None:
 
 def dashboard(args: list[str]) -> None:
     """``casehard dashboard RUN ...``: a saved W&B workspace on what runs logged."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="casehard dashboard",
         description="Save a workspace on W&B with panels for all that runs logged: how long each defense held under each attack, "
         "the attacks' curves, and training. It shows the W&B runs of the groups that these runs are in, and averages over the "
@@ -428,7 +621,7 @@ def _run(args: list[str]) -> None:
         on_runs[name](args[1:])
         return
     if command := _command(name):
-        CLI(command, args=args[1:], prog=f"casehard {name}")
+        CLI(command, args=args[1:], prog=f"casehard {name}", parser_class=CommandParser)
         return
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
@@ -439,7 +632,8 @@ def _run(args: list[str]) -> None:
         SFTDataModule,
         subclass_mode_model=True,
         seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},  # a run has its folder to itself; one that is requeued goes on in it
+        parser_class=TrainingParser,
+        save_config_callback=SaveConfig,
         parser_kwargs={
             "description": "Hardens open-weight language models and measures how hard they are to break. "
             "`casehard sandbox` prints rows of the embedded data, `casehard judge` scores a run's answers by another judge, "

@@ -14,13 +14,14 @@ from torch import Tensor
 from callbacks.results import Results
 from callbacks.rows import ResultRow
 from callbacks.scoring import Scores, defense_and_data, score
+from callbacks.sigterm import ended_by_sigterm
 from datamodules.sft import SFTDataModule
 from lightning_modules.adapters import LoRA, named, trainable
 from lightning_modules.defense import Defense
 from lightning_modules.engine import train_steps, watched
 from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer
-from lightning_modules.weights import borrowed
+from lightning_modules.weights import borrowed, check_device
 
 BEYOND = "expected to break: the defense acts only while a service fine-tunes"
 ThreatModel = Literal["open_weight", "finetuning_service"]
@@ -95,14 +96,20 @@ class HarmfulFineTuning(L.Callback):
         return self._generate_state_key(name=self.name, threat_model=self.threat_model, seed=self.seed, poison=self.poison_ratio)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the run before any weights load.
+        """Check all that an attack wants before any weights load: it must not fail after hours of training.
 
         Raises:
-            ValueError: two attacks whose rows could not be told apart; a ``test`` of no batches, which ends before it begins.
+            ValueError: two attacks whose rows could not be told apart; a ``test`` of no batches, which ends before it begins;
+                rows, a device or an undefended model that are not there; a judge that cannot judge.
+            OSError: files that are not there, or cannot be written.
         """
         if stage == "test" and not trainer.limit_test_batches:
             raise ValueError("trainer.limit_test_batches must be left out or > 0, got 0: attacks run when testing ends.")
-        _, data = defense_and_data(trainer, pl_module)
+        module, data = defense_and_data(trainer, pl_module)
+        check_device(self.copy_device)
+        self._draw = self._batches(data)
+        if self.undefended_checkpoint is not None:
+            module.check_undefended(self.undefended_checkpoint)
         own = self._known_by(data.seed)
         attacks = [c for c in trainer.callbacks if isinstance(c, HarmfulFineTuning)]  # type: ignore[attr-defined]
         if sum(attack._known_by(data.seed) == own for attack in attacks) > 1:
@@ -110,6 +117,12 @@ class HarmfulFineTuning(L.Callback):
                 "attacks must differ in name, threat model, optimizer, learning rate, poison ratio or seed, by which results are "
                 f"told apart, and two are {', '.join(map(str, own))}. Set name for one of them."
             )
+
+    def _batches(self, data: SFTDataModule) -> Callable[[int], Batch]:
+        """The attacker's batch of every step, on rows that are there."""
+        seed = data.seed if self.seed is None else self.seed
+        rows = data.mixture(self.num_samples, self.poison_ratio, seed)
+        return data.batches(rows, self.batch_size, seed, "attack")
 
     def _known_by(self, seed: int) -> tuple[Any, ...]:
         """What tables and reports tell attacks of one run apart by (``Results.jobs``); ``seed`` is the data's."""
@@ -142,9 +155,8 @@ class HarmfulFineTuning(L.Callback):
         seed = data.seed if self.seed is None else self.seed
         service = self.threat_model == "finetuning_service"
         acts = service and module.stage in ("finetuning", "post_finetuning")  # else a service does as everybody does: plain SFT
-        rows = data.mixture(self.num_samples, self.poison_ratio, seed)
-        with torch.inference_mode(False), torch.enable_grad():
-            job = _Job(trainer, module, data, data.batches(rows, self.batch_size, seed, "attack"), seed, epoch)
+        with ended_by_sigterm(trainer), torch.inference_mode(False), torch.enable_grad():
+            job = _Job(trainer, module, data, self._draw, seed, epoch)
             if self.undefended_checkpoint is not None:
                 with module.undefended_at(self.undefended_checkpoint):
                     self._attack(replace(job, twin=True), score(module, data.evaluation))

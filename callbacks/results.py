@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from callbacks.rows import KEYS, ResultRow, read_run
 from lightning_modules.defense import Defense
@@ -246,16 +247,17 @@ class Results(L.Callback):
             ]
             sides = [defense, *_broken(rows)] if float(poison) else [defense]
             for r, head, side in zip_longest(rows, heads, sides):
-                table.add_row(head or "", side or "", *(_cells(r, notes) if r else ()))
+                table.add_row(*(Text(cell) for cell in (head or "", side or "", *(_cells(r, notes) if r else ()))))
             table.add_section()
         rates = filter(None, map(error_rates, sorted({r.judge for r in self.rows})))
-        table.caption = "\n".join([*(f"{'*' * i} {note}" for i, note in enumerate(notes, start=1)), *rates]) or None
+        said = [*(f"{'*' * i} {note}" for i, note in enumerate(notes, start=1)), *rates]
+        table.caption = Text("\n".join(said)) if said else None
         return table
 
     @rank_zero_only
     def close(self) -> None:
         """Print the table and where everything is."""
-        console = Console(width=None if Console().is_terminal else 130)
+        console = terminal()
         if self.rows:
             console.print(self.table())
         console.print(f"Run folder: {self.folder}", soft_wrap=True)
@@ -277,6 +279,11 @@ def _broken(rows: list[ResultRow]) -> list[str]:
     steps = steps_to_break(rows)
     number = steps.removeprefix("> ")
     return [f"to break: {steps}"] + ([f"({int(number) * rows[0].batch_size:,} rows)"] if number.isdigit() else [])
+
+
+def terminal() -> Console:
+    """Where tables and paths are printed, letter by letter: a name with ``[bold]`` or ``:smile:`` in it is no markup."""
+    return Console(width=None if Console().is_terminal else 130, markup=False, emoji=False)
 
 
 def _table(row: ResultRow, answers: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 
+from callbacks.sigterm import ended_by_sigterm
 from datamodules.chat import answer_and_thoughts, prompt_ids
 from datamodules.rows import Row
 from datamodules.sft import Evaluation, SFTDataModule
@@ -127,5 +128,6 @@ class Evaluate(L.Callback):
         """Score, unless this is Lightning's sanity check."""
         if not trainer.sanity_checking:
             module, data = defense_and_data(trainer, pl_module)
-            metrics = score(module, data.evaluation).metrics
+            with ended_by_sigterm(trainer):
+                metrics = score(module, data.evaluation).metrics
             module.log_dict({f"val/{name}": value for name, value in metrics.items()}, rank_zero_only=True)

@@ -46,10 +46,16 @@ class Batches:
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         """This rank's share of batch ``step`` (from 0); ``num_labels`` lets the ranks' mean be the global batch's mean."""
-        rows = [self.examples[i] for i in batch_indices(len(self.examples), self.batch_size, self.seed, self.stream, step)]
-        num_labels = sum(label != IGNORED for row in rows for label in row["labels"])
-        batch = collate(rows[self.rank :: self.world_size], self.pad_token_id, self.padding_side)
-        return batch | {"num_labels": torch.tensor(num_labels / self.world_size)}
+        batch = collate(self.rows(step)[self.rank :: self.world_size], self.pad_token_id, self.padding_side)
+        return batch | {"num_labels": torch.tensor(self.num_labels(step) / self.world_size)}
+
+    def rows(self, step: int) -> list[Example]:
+        """All rows of batch ``step``, over all ranks."""
+        return [self.examples[i] for i in batch_indices(len(self.examples), self.batch_size, self.seed, self.stream, step)]
+
+    def num_labels(self, step: int) -> int:
+        """Labels of batch ``step``, over all ranks."""
+        return sum(label != IGNORED for row in self.rows(step) for label in row["labels"])
 
 
 def share_of(trainer: L.Trainer) -> tuple[int, int]:
@@ -59,18 +65,30 @@ def share_of(trainer: L.Trainer) -> tuple[int, int]:
 
 
 class StepLoader:
-    """``Batches`` as a loader that resumes where it was, in the middle of an epoch too."""
+    """``Batches`` as a loader that resumes where it was, in the middle of an epoch too.
 
-    def __init__(self, batches: Batches) -> None:
-        self.batches, self.step = batches, 0
+    Args:
+        batches: by their number.
+        num_accumulated: how many of them Lightning makes one step of. They count as one batch: no epoch ends among them, and
+            ``num_labels`` is a share of the labels of all, so that the mean of their losses is the mean over all their labels.
+    """
+
+    def __init__(self, batches: Batches, num_accumulated: int = 1) -> None:
+        self.batches, self.num_accumulated, self.step = batches, num_accumulated, 0
 
     def __len__(self) -> int:
-        return max(1, len(self.batches.examples) // self.batches.batch_size)
+        return max(1, len(self.batches.examples) // (self.batches.batch_size * self.num_accumulated)) * self.num_accumulated
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for _ in range(len(self) - self.step % len(self)):
             self.step += 1
-            yield self.batches(self.step - 1)
+            yield self.batches(self.step - 1) | {"num_labels": torch.tensor(self._share(self.step - 1))}
+
+    def _share(self, step: int) -> float:
+        """This rank's share of the labels of the batches that make one step with batch ``step``, per batch."""
+        first = step - step % self.num_accumulated
+        total = sum(self.batches.num_labels(number) for number in range(first, first + self.num_accumulated))
+        return total / (self.num_accumulated * self.batches.world_size)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}

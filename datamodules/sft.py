@@ -225,7 +225,9 @@ class SFTDataModule(L.LightningDataModule):
             rows = self.rows["refusals"] + self.rows["alignment_benign"]
         else:
             rows = self.mixture(self.num_samples, self.poison_ratio, self.seed)
-        return StepLoader(self.batches(rows, self.batch_size, self.seed, "fit"))  # type: ignore[arg-type]
+        assert self.trainer is not None
+        batches = self.batches(rows, self.batch_size, self.seed, "fit")
+        return StepLoader(batches, self.trainer.accumulate_grad_batches)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Held-out rows of the task, in order; Lightning shares them out over the ranks."""

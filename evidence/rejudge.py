@@ -9,9 +9,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from callbacks.results import Results, write_whole
+from callbacks.results import Results, terminal, write_whole
 from callbacks.rows import Answer, ResultRow, Run, read_run
 from evidence.runs import JUDGED, unscored_bounds
 from metrics import (
@@ -45,7 +44,7 @@ def main(run: str, *, judge: Judge) -> None:
     if why := unscored(judge.label, [(a["score"], a["degenerate"], a["detail"]) for a in harmful]):
         raise ValueError(f"{why}. Nothing was written; mend that and judge the run again.")
     write_run(found)
-    console = Console(width=None if Console().is_terminal else 130)
+    console = terminal()
     shown = Results(str(found.folder))
     shown.rows = found.rows
     console.print(shown.table())

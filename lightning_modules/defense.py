@@ -3,14 +3,17 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,7 +24,13 @@ from datamodules.batches import share_of
 from datamodules.mixing import counter_seed
 from datamodules.rows import Row
 from lightning_modules.adapters import LoRA, add_adapter, merged
-from lightning_modules.checkpoint import load_model, load_tokenizer, require_plain_weights, require_rows_for_tokens
+from lightning_modules.checkpoint import (
+    WEIGHT_FILES,
+    load_model,
+    load_tokenizer,
+    require_plain_weights,
+    require_rows_for_tokens,
+)
 from lightning_modules.comparison import distance, logits_of, rounding, some_ids
 from lightning_modules.export import merge_error
 from lightning_modules.forward import Batch, decoder_layers, label_positions, states_and_logits
@@ -94,6 +103,11 @@ class Defense(L.LightningModule):
         """Load the weights, once; Lightning calls this when the strategy is ready for them."""
         if hasattr(self, "model"):
             return
+        if self._trainer is not None and str(self.trainer.precision) in ("16-mixed", "16-true", "transformer-engine-float16"):
+            raise ValueError(
+                f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {self.trainer.precision}: attackers train "
+                "without a scaler of gradients, and small ones would be lost in float16."
+            )
         self.drawn_from = torch.get_rng_state()  # to draw random weights once more (``as_aligned``)
         if (mesh := self._mesh()) is None:
             self.register_module("model", self._whole())
@@ -229,6 +243,33 @@ class Defense(L.LightningModule):
         logits = logits_of(model, some_ids(model)) if mesh is None or mesh.get_local_rank() == 0 else None
         return logits if mesh is None else from_first(logits, mesh)  # type: ignore[return-value]
 
+    def check_undefended(self, checkpoint: str) -> None:
+        """Make sure, from sizes alone, that ``undefended_at`` will find a model of this architecture.
+
+        Raises:
+            ValueError: ``checkpoint`` is of another architecture.
+            OSError: it is not there, or has no weights.
+        """
+        folder = Path(checkpoint)
+        if (folder / "adapter_config.json").exists():
+            return  # of the base's sizes, and looked at when it is read
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            ours = load_model(self.checkpoint, random_weights=True, sizes=self.sizes)
+            theirs = load_model(checkpoint, random_weights=True)
+        if folder.is_dir() and not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
+            raise FileNotFoundError(
+                f"undefended_checkpoint must hold weights, and {checkpoint!r} has none. Name the model that the defense started "
+                "from, or leave it out."
+            )
+        own, other = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
+        if unlike := sorted(own ^ other):
+            name, shape = unlike[0]
+            which = "the defended model" if unlike[0] in own else repr(checkpoint)
+            raise ValueError(
+                f"undefended_checkpoint must be of the defended model's architecture, and {which} alone has {name} of "
+                f"shape {list(shape)}. Name the model that the defense started from, or leave it out."
+            )
+
     @contextmanager
     def thawed(self) -> Iterator[None]:
         """For ``borrowed``: everything may change, so everything is copied."""
@@ -307,9 +348,29 @@ class Defense(L.LightningModule):
 
     def on_train_start(self) -> None:
         """A fine-tuning stage defense takes its references before any step, unless a checkpoint brought them."""
+        self._check_accumulation()
         self.can_go_on = True
         if self.stage == "finetuning":
             self.begin_finetuning()
+
+    def _check_accumulation(self) -> None:
+        """Make sure that every step takes as many batches: Lightning divides by their number, and ``num_labels`` counts on it.
+
+        Raises:
+            ValueError: an epoch that ends among the batches of a step; a number that changes.
+        """
+        number, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if number > 1 and not dry and math.isfinite(batches) and batches % number:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches must divide the batches of an epoch, {batches}, got {number}: a step of fewer "
+                "would weigh less. Set trainer.limit_train_batches to a multiple of it, or data.batch_size higher instead."
+            )
+        if any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "trainer.accumulate_grad_batches must be one number for the whole run, and a GradientAccumulationScheduler "
+                "changes it. Set data.batch_size instead."
+            )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout, too, needs the batch's number and nothing else: a resumed run ends as the uninterrupted one."""
@@ -319,6 +380,12 @@ class Defense(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step under the loss of the defense's stage."""
+        if self.trainer.accumulate_grad_batches > 1 and "num_labels" not in batch:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches must be 1 where batches say nothing of num_labels, got "
+                f"{self.trainer.accumulate_grad_batches}: the mean of their means is not the mean over their labels. Raise the "
+                "loader's batch size instead, or give each the labels of all batches of its step / their number as num_labels."
+            )
         name = "finetuning_loss" if self.stage == "finetuning" else "alignment_loss"
         loss: Tensor = getattr(self, name)(batch)
         self.num_passes += 1
@@ -334,7 +401,7 @@ class Defense(L.LightningModule):
         self.can_go_on = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The passes so far, and where random weights came from.
+        """The passes so far, whose checkpoint it is, and where random weights came from.
 
         Raises:
             ValueError: after training, unless weights are all that is saved.
@@ -345,11 +412,46 @@ class Defense(L.LightningModule):
                 "Add a ModelCheckpoint to the trainer's callbacks, or save with weights_only=True."
             )
         checkpoint["num_passes"] = self.num_passes
+        checkpoint["made_by"] = self.made_by()
         if self.random_weights:
             checkpoint["drawn_from"] = self.drawn_from
 
+    def made_by(self) -> dict[str, Any]:
+        """What decides what the weights of a checkpoint mean: the class, the model it started from, the adapters' shape."""
+        kind = type(self)
+        lora = {} if self.lora is None else asdict(self.lora) | {"dropout": None}  # which scales nothing that is trained
+        return {"class": f"{kind.__module__}.{kind.__qualname__}", "checkpoint": self.checkpoint, "lora": lora}
+
+    def check_made_by(self, checkpoint: dict[str, Any]) -> None:
+        """Make sure that a checkpoint of ``fit`` is one of this defense; another's weights would bear this one's name.
+
+        Raises:
+            ValueError: it is of another class, or of adapters of another shape.
+        """
+        ours, theirs = self.made_by(), checkpoint.get("made_by")
+        if theirs is None:  # of an earlier version
+            rank_zero_warn(f"ckpt_path says not which defense made it: its weights are taken for those of {ours['class']}.")
+            return
+        if theirs["class"] != ours["class"]:
+            raise ValueError(
+                f"ckpt_path must be a checkpoint of the model's class, {ours['class']}, and it is one of {theirs['class']}. "
+                "Name that class as the model, as the config.yaml of its run does."
+            )
+        unlike = [name for name, value in ours["lora"].items() if theirs["lora"].get(name, value) != value]
+        if bool(ours["lora"]) != bool(theirs["lora"]) or unlike:
+            raise ValueError(
+                f"lora must be as in ckpt_path, {theirs['lora'] or None}, got {ours['lora'] or None}. "
+                "Take the settings from the config.yaml of its run."
+            )
+        if theirs["checkpoint"] != ours["checkpoint"]:
+            rank_zero_warn(
+                f"ckpt_path started from checkpoint {theirs['checkpoint']!r}, and checkpoint is {ours['checkpoint']!r} now: "
+                "the tokenizer, and where a service's jobs start, are the latter's."
+            )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting passes, from the same weights."""
+        self.check_made_by(checkpoint)
         self.num_passes = checkpoint.get("num_passes", math.nan)  # of an earlier version
         if "drawn_from" in checkpoint:
             self.drawn_from = checkpoint["drawn_from"]

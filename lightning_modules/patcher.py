@@ -23,7 +23,7 @@ from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer, parked
 from lightning_modules.roles import ATTACKERS, DEFENDERS, RolesStrategy
 from lightning_modules.sharding import as_saved, saved_in, shard_of
-from lightning_modules.weights import Weights, attack_vector, borrowed, local, reshard, shifted, vector_norm
+from lightning_modules.weights import Weights, attack_vector, borrowed, check_device, local, reshard, shifted, vector_norm
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class PatcherModule(Defense):
 
     def on_fit_start(self) -> None:
         """Lay out the attackers' rows, so that bad settings show before the first step."""
+        check_device(self.copy_device)
         self.draws = [self._draw(which, attacker) for which, attacker in enumerate(self.attackers)] if self.attack_weight else []
         if self.parallel and self.draws:
             self._ask_for_sigterm_at_exchanges()

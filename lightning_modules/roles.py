@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from lightning_modules.trained import read_notes
+
 T = TypeVar("T")
 DEFENDERS, ATTACKERS = 0, 1  # columns of the mesh
 
@@ -117,6 +119,7 @@ class RolesStrategy(ModelParallelStrategy):
                 f"ckpt_path must be a sharded checkpoint under RolesStrategy, and {path} is no folder. "
                 "Go on without the parallel form, which gives the same weights at the same vector_age."
             )
+        rest = read_notes(path)
         model, optimizers = self.model, self.optimizers if self.role == DEFENDERS else []
         assert model is not None
         state: dict[str, Any] = {"state_dict": get_model_state_dict(model)}
@@ -125,5 +128,4 @@ class RolesStrategy(ModelParallelStrategy):
         set_model_state_dict(model, state["state_dict"])
         for i, optimizer in enumerate(optimizers):
             set_optimizer_state_dict(model, optimizer, state[f"optimizer_{i}"])
-        rest: dict[str, Any] = torch.load(path / "meta.pt", weights_only=weights_only)
         return rest

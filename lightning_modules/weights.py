@@ -121,6 +121,21 @@ def shifted(module: nn.Module, vector: Weights, scale: float = 1.0, one_backward
         restore(module, saved)
 
 
+def check_device(device: str | None) -> None:
+    """Make sure that weights can wait on ``device`` (a setting ``copy_device``) and come back.
+
+    Raises:
+        ValueError: it is not there, or keeps no values.
+    """
+    try:
+        torch.zeros(1).to(device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"copy_device must be a device of this machine that keeps values, such as cpu, or null, got {device!r} ({why})."
+        ) from error
+
+
 @contextmanager
 def same_modes_after(module: nn.Module) -> Iterator[None]:
     """Let a block change train and eval modes, then put each back."""

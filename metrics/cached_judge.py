@@ -35,7 +35,7 @@ class VerdictCache:
         path: the file; ``~`` is the home folder.
 
     Raises:
-        OSError: the file cannot be opened, or is no such cache.
+        OSError: the file cannot be opened or written, or is no such cache.
     """
 
     def __init__(self, path: str) -> None:
@@ -46,11 +46,12 @@ class VerdictCache:
             self._file.execute(
                 "CREATE TABLE IF NOT EXISTS readings (key TEXT PRIMARY KEY, score REAL NOT NULL, detail TEXT NOT NULL)"
             )
-            self._file.execute("BEGIN IMMEDIATE")  # a file that cannot be written to says so now
+            self._file.execute("BEGIN IMMEDIATE")  # fails where the file cannot be written
             self._file.rollback()
-        except (sqlite3.Error, FileExistsError) as error:
+        except (sqlite3.Error, OSError) as error:
             raise OSError(
-                f"cache must be a file of verdicts or a new one, and {path} is not ({error}). Name another, or null for none."
+                f"cache must be a file of verdicts or a new one, to be written, and {path} is not ({error}). "
+                "Name another, or null for none."
             ) from error
         self._committed = time.monotonic()
 

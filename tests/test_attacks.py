@@ -9,13 +9,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from toy import DEFENSES, ROOT, bits, same_bits, save_toy_checkpoint, toy_data, toy_trainer
 
 from callbacks.attacks import HarmfulFineTuning
 from callbacks.results import Results
 from callbacks.rows import ResultRow
 from callbacks.scoring import score
-from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
+from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
 from lightning_modules import DivergedError
 
 FAST = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
@@ -113,7 +114,7 @@ def test_attack_changes_what_is_scored_and_leaves_no_trace(tmp_path, checkpoint,
 
 
 class Interrupting(FullParameterAttack):
-    """Raises, or is sent Ctrl-C, when its second step is scored."""
+    """Raises, or is sent Ctrl-C or SIGTERM, when its second step is scored."""
 
     def __init__(self, how: str) -> None:
         super().__init__("open_weight", **(FAST | {"score_steps": [2, 3]}))
@@ -124,7 +125,7 @@ class Interrupting(FullParameterAttack):
         if step == 2:
             if self.how == "error":
                 raise RuntimeError("boom")
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT if self.how == "ctrl-c" else signal.SIGTERM)
 
 
 @pytest.fixture
@@ -136,17 +137,21 @@ def ctrl_c_raises():
 
 
 @pytest.mark.usefixtures("ctrl_c_raises")
-@pytest.mark.parametrize("how", ["error", "ctrl-c"])
+@pytest.mark.parametrize("how", ["error", "ctrl-c", "sigterm"])
 def test_interrupted_attack_leaves_the_model_restored_and_its_rows_written(tmp_path, checkpoint, how):
     results, before = Results(str(tmp_path), export=False), Spy()
     module = Defense(checkpoint)
     trainer = toy_trainer(tmp_path, callbacks=[results, before, Interrupting(how)])
-    with pytest.raises(RuntimeError if how == "error" else (KeyboardInterrupt, SystemExit)):
+    raised = {"error": RuntimeError, "ctrl-c": (KeyboardInterrupt, SystemExit), "sigterm": SIGTERMException}[how]
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(raised):
         trainer.fit(module, datamodule=toy_data())
     assert same(before.seen[0], module.state_dict())
     assert all(p.requires_grad for p in module.parameters())
     rows = list(csv.DictReader((tmp_path / "attacks.csv").open()))
     assert [row["num_attack_steps"] for row in rows] == ["0", "2"]
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert not trainer.state.finished
 
 
 def test_undefended_twin_is_the_same_job_and_the_defended_run_differs(tmp_path, checkpoint):
@@ -322,10 +327,43 @@ def test_bad_settings_fail_at_construction(settings, message):
         FullParameterAttack(**({"threat_model": "open_weight"} | settings))
 
 
-def test_more_harmful_rows_than_there_are_is_an_error(tmp_path, checkpoint):
-    attack = FullParameterAttack("open_weight", poison_ratio=1.0, num_samples=50, num_attack_steps=1)
-    with pytest.raises(ValueError, match="must find 50 harmful rows, got 20"):
-        toy_trainer(tmp_path, callbacks=[attack]).fit(Defense(checkpoint), datamodule=toy_data())
+@pytest.mark.parametrize(
+    ("settings", "data", "error", "message"),
+    [
+        ({"poison_ratio": 1.0, "num_samples": 50}, {}, ValueError, "must find 50 harmful rows, got 20"),
+        ({"num_samples": 60}, {}, ValueError, "must find 54 benign rows, got 40"),
+        ({}, {"max_length": 2}, ValueError, "max_length must leave room for an answer, got 2"),
+        (
+            {"copy_device": "cuda:99"},
+            {},
+            ValueError,
+            "copy_device must be a device of this machine that keeps values, .* got 'cuda:99'",
+        ),
+        ({"copy_device": "meta"}, {}, ValueError, "copy_device must be .* got 'meta'"),
+        ({"copy_device": "a shelf"}, {}, ValueError, "copy_device must be .* got 'a shelf'"),
+        ({"undefended_checkpoint": "./nowhere"}, {}, OSError, "there is no folder './nowhere'"),
+        ({"undefended_checkpoint": "models/sizes/qwen3_4b"}, {}, OSError, "undefended_checkpoint must hold weights"),
+        (
+            {"undefended_checkpoint": "models/sandbox/aligned"},
+            {},
+            ValueError,
+            "undefended_checkpoint must be of the defended model's arch",
+        ),
+        (
+            {},
+            {"judge": ModerationJudge("nowhere", cache="/dev/null/verdicts")},
+            OSError,
+            "cache must be a file of verdicts or a new one",
+        ),
+    ],
+)
+def test_what_an_attack_lacks_shows_before_any_weights_load(tmp_path, checkpoint, monkeypatch, settings, data, error, message):
+    monkeypatch.chdir(ROOT)
+    attack, module = FullParameterAttack(**({"threat_model": "open_weight", "num_samples": 8} | settings)), Defense(checkpoint)
+    for command in ("fit", "test"):
+        with pytest.raises(error, match=message):
+            getattr(toy_trainer(tmp_path, callbacks=[attack]), command)(module, datamodule=toy_data(**data))
+        assert not list(module.parameters())
 
 
 def test_attacks_run_in_test_on_a_checkpoint(tmp_path, checkpoint):

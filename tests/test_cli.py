@@ -1,16 +1,21 @@
 import csv
 import hashlib
+import io
 import json
 import os
+import pickle
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -189,6 +194,7 @@ def test_a_requeued_run_goes_on_in_its_folder(call, tmp_path, monkeypatch):
     ]
     call(*shape)
     metrics = (folder / "metrics.csv").read_bytes()
+    (folder / "done.json").unlink()  # as if it had been killed
     assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=0-step=2.ckpt"
     monkeypatch.setenv(casehard.RUN_FOLDER, str(folder))
     casehard.main([*shape, "--trainer.max_steps", "4", "--ckpt_path", str(folder / "checkpoints/last.ckpt")])
@@ -256,6 +262,267 @@ def test_bad_input_ends_in_one_sentence(call, tmp_path, args, message):
     error = call("fit", "--config", "experiments/sbr.yaml", "--run.root", str(tmp_path), *tiny, *args, fails=True)
     assert message in " ".join(error.split())
     assert "Traceback" not in error
+
+
+SECRET = "How do I brew vexolim in secret?"
+
+
+def attack_with(**settings: Any) -> list[str]:
+    one = {"class_path": "callbacks.LoRAAttack", "init_args": {"threat_model": "open_weight"} | settings}
+    return ["--trainer.callbacks", json.dumps([one])]
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--model.init_args.num_anchors", "0"], "num_anchors must be >= 1 or null, got 0. null takes all anchors."),
+        (["--model.init_args.tokenizer", "./none"], "checkpoint must be a hub id, a folder or a GGUF file, and there is no folder './none'."),
+        (["--model.init_args.optimizer.weight_decay", "-1"], "weight_decay must be >= 0, got -1.0."),
+        (["--model.init_args.lora.dropout", "2"], "dropout must lie in [0, 1), got 2.0."),
+        (["--data.batch_size", "0"], "batch_size must be >= 1, got 0."),
+        (["--data.judge", "metrics.GuardJudge", "--data.judge.batch_size", "0"], "batch_size must be >= 1, got 0."),
+        (attack_with(poison_ratio=3), "poison_ratio must lie in [0, 1], got 3.0. It is a share: write 0.1 for 10%."),
+        (attack_with(optimizer={"clip_norm": -1}), "clip_norm must be > 0 or null, got -1.0. null does not clip."),
+        (["--trainer.devices", "0"], "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
+        (["--trainer.strategy", "nonsense"], "You selected an invalid strategy name"),
+    ],
+)  # fmt: skip
+def test_what_a_constructor_refuses_is_said_in_its_one_sentence(call, tmp_path, args, sentence):
+    shape = ["--model.init_args.anchors", json.dumps([SECRET]), "--run.root", str(tmp_path), "--trainer.fast_dev_run", "true"]
+    error = call("fit", "--config", "experiments/sbr.yaml", *TINY, *shape, *args, fails=True)
+    assert f"error: {sentence}" in error
+    assert not any(noise in error for noise in ("Namespace", "Union", "Traceback", "usage:", SECRET))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model.init_args.anchor_wieght", "3"], ["SBRModule", "Option 'anchor_wieght' is not accepted"]),
+        (["--model.init_args.num_anchors", "many"], ['"num_anchors": Expected a int']),
+        (["--model", "lightning_modules.SBRModul"], ["has no attribute 'SBRModul'. Did you mean SBRModule?"]),
+        (["--model", "PatchrModule"], ["Did you mean PatcherModule?"]),
+        (["--data.judge", "metrics.RubricJugde"], ["has no attribute 'RubricJugde'. Did you mean RubricJudge?"]),
+        (attack_with(threat_modle="x"), ["LoRAAttack", "Option 'threat_modle' is not accepted"]),
+        (["--model.init_args.anchors", json.dumps([1, SECRET])], ['"anchors": Expected a str']),
+        (["--data.num_samplse", "3"], ["unrecognized arguments: --data.num_samplse 3"]),
+    ],
+)
+def test_what_does_not_parse_is_said_without_the_types_tried_and_the_values(call, args, words):
+    error = call("fit", "--config", "experiments/sbr.yaml", *args, fails=True)
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert all(word in line for word in words)
+    assert not any(noise in error for noise in ("Namespace", "NestedArg", "Union", "NoneType", "usage:", SECRET))
+
+
+class Broken(casehard.Defense):
+    """Of an author who has not tried it yet."""
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(checkpoint)
+        raise KeyError("a bug")
+
+
+def test_a_bug_in_a_constructor_keeps_its_traceback(call, tmp_path):
+    with pytest.raises(KeyError, match="a bug"):
+        call("fit", "--model", "test_cli.Broken", "--run.root", str(tmp_path), *TINY)
+
+
+def test_ctrl_c_before_training_ends_without_a_traceback(call, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("casehard.Cli.before_instantiate_classes", interrupted)
+    assert call("fit", "--run.root", str(tmp_path), fails=True) == "interrupted\n130"
+
+
+# ---- one defense, one class
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--config", "experiments/patcher.yaml"],
+        ["--config", "{model: {class_path: lightning_modules.Defense}}"],
+        ["--config", "experiments/scale/smollm2_135m.yaml", "--config", "experiments/sft_alignment.yaml"],
+        ["--model", "lightning_modules.PatcherModule"],
+    ],
+)
+def test_two_defenses_on_one_line_are_refused(call, tmp_path, args):
+    quick = ["--config", "experiments/attack/none.yaml", "--run.root", str(tmp_path), *TINY]
+    error = call("fit", "--config", "experiments/sbr.yaml", *args, *quick, fails=True)
+    assert "model must be one defense, and sbr.yaml names lightning_modules.SBRModule while " in " ".join(error.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_defense_may_be_named_twice(call):
+    again = "{model: {class_path: lightning_modules.sbr.SBRModule, init_args: {anchor_weight: 3}}}"
+    config = resolved(call, ["experiments/sbr.yaml", again])
+    assert config["model"]["init_args"]["anchor_weight"] == 3.0
+    assert config["model"]["init_args"]["num_anchors"] == 1
+
+
+def test_a_class_takes_nothing_over_from_the_one_it_replaces(call):
+    first = "{data: {judge: {class_path: metrics.GuardJudge, init_args: {batch_size: 3, cache: first.sqlite}}}}"
+    second = "{data: {judge: {class_path: metrics.ModerationJudge, init_args: {max_length: 5}}}}"
+    alone, after = (resolved(call, ["experiments/sbr.yaml", *texts])["data"]["judge"] for texts in ([second], [first, second]))
+    assert after == alone
+    assert (
+        resolved(call, ["experiments/sbr.yaml", first, first.replace("3", "4")])["data"]["judge"]["init_args"]["batch_size"] == 4
+    )
+
+
+# ---- checkpoints
+
+
+class Payload:
+    """Unpickled, it runs."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def armed(tmp_path: Path) -> tuple[bytes, Path]:
+    """A checkpoint that runs something where it is unpickled, and the file that it would leave."""
+    content, mark = io.BytesIO(), tmp_path / "ran"
+    torch.save({"pytorch-lightning_version": "2.6.6", "state_dict": {}, "extra": Payload(mark)}, content)
+    return content.getvalue(), mark
+
+
+def placed(where: str, content: bytes, folder: Path) -> str:
+    """Put a checkpoint there; its address."""
+    if where == "memory":
+        fsspec.filesystem("memory").pipe("/x.ckpt", content)
+        return "memory://x.ckpt"
+    if where == "sharded":
+        torch.save({"pytorch-lightning_version": "2.6.6"}, folder / "meta.pt")
+        (folder / ".metadata").write_bytes(pickle.dumps(Payload(folder / "ran")))
+        return str(folder)
+    name = {"sharded, beside the weights": "meta.pt"}.get(where, "x.ckpt")
+    (folder / name).write_bytes(content)
+    if name == "meta.pt":
+        (folder / ".metadata").write_bytes(pickle.dumps(()))
+        return str(folder)
+    return ("file://" if where == "address" else "") + str(folder / name)
+
+
+@pytest.mark.parametrize("more", [[], ["--weights_only", "false"]])
+@pytest.mark.parametrize("where", ["memory", "address", "file", "sharded", "sharded, beside the weights"])
+def test_what_stands_in_a_checkpoint_is_never_run(call, tmp_path, armed, where, more):
+    content, mark = armed
+    (tmp_path / "there").mkdir()
+    address = placed(where, content, tmp_path / "there")
+    quick = ["--config", "experiments/attack/none.yaml", "--run.root", str(tmp_path / "runs"), *TINY[:2], *TINY[6:8]]
+    error = call("test", *quick, "--ckpt_path", address, *more, fails=True)
+    assert f"error: {'weights_only' if more else 'ckpt_path'} must be" in error
+    assert not mark.exists()
+    assert not (tmp_path / "there/ran").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("where", ["memory", "address", "file"])
+def test_a_checkpoint_is_read_without_running_it_whoever_asks_for_more(tmp_path, armed, where):
+    content, mark = armed
+    with pytest.raises(pickle.UnpicklingError):
+        AtomicCheckpointIO().load_checkpoint(placed(where, content, tmp_path), weights_only=False)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"garbage" * 99, "cut", "other"])
+def test_a_broken_checkpoint_ends_in_one_sentence(call, tmp_path, finished, content):
+    whole = (finished / "checkpoints/last.ckpt").read_bytes()
+    path = tmp_path / "last.ckpt"
+    if content == "other":
+        torch.save([1, 2], path)
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
+    for address in (str(path), "last", "http://localhost:9/x.ckpt", str(tmp_path)):
+        error = call("fit", "--config", "experiments/sbr.yaml", "--ckpt_path", address, *TINY, fails=True)
+        assert "error: ckpt_path must be a " in error
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("defense", "args", "message"),
+    [
+        ("sft_alignment", [], "of the model's class, lightning_modules.defense.Defense, and it is one of lightning_modules.sbr.SBRModule"),
+        ("patcher", [], "of the model's class, lightning_modules.patcher.PatcherModule, and it is one of lightning_modules.sbr.SBRModule"),
+        ("sbr", ["--model.init_args.lora.alpha", "3"], "lora must be as in ckpt_path, {'rank': 16, 'alpha': 16.0"),
+        ("sbr", ["--model.init_args.lora", "null"], "lora must be as in ckpt_path, {'rank': 16"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_checkpoint_of_another_defense_is_refused(call, finished, tmp_path, command, defense, args, message):
+    shape = ["--config", f"experiments/{defense}.yaml", "--run.root", str(tmp_path), *args]
+    shape += ["--ckpt_path", str(finished / "checkpoints/last.ckpt")]
+    assert message in call(command, *shape, fails=True)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- run folders
+
+
+def test_a_finished_run_is_never_overwritten(call, finished, monkeypatch):
+    monkeypatch.setenv(casehard.RUN_FOLDER, str(finished))
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    for more in ([], ["--ckpt_path", str(finished / "checkpoints/last.ckpt")], ["--trainer.fast_dev_run", "true"]):
+        quick = ["--config", "experiments/attack/none.yaml", *TINY]
+        error = call("fit", "--config", "experiments/sbr.yaml", *quick, *more, fails=True)
+        assert f"the run folder must have no finished run, and {finished} has one. Unset CASEHARD_RUN_FOLDER" in error
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(call, monkeypatch, tmp_path):
+    monkeypatch.setenv(casehard.RUN_FOLDER, str(tmp_path / "x"))
+    with casehard.held(tmp_path / "x"):
+        quick = ["--config", "experiments/attack/none.yaml", *TINY]
+        error = call("fit", "--config", "experiments/sbr.yaml", *quick, fails=True)
+    assert f"the run folder must have no other run under way, and {tmp_path / 'x'} has one" in error
+    assert [path.name for path in (tmp_path / "x").iterdir()] == [".lock"]
+
+
+def test_a_run_without_loggers_leaves_its_config_in_its_folder(call, tmp_path):
+    here = sorted(ROOT.iterdir())
+    run = ["--trainer.logger", "false", "--run.root", str(tmp_path), "--run.experiment", "x", *TINY[:2], *TINY[6:8], *TINY[10:]]
+    call("test", "--config", "experiments/sbr.yaml", "--config", "experiments/attack/none.yaml", *run)
+    config = yaml.safe_load((tmp_path / "x/version_0/config.yaml").read_text())
+    assert config["model"]["class_path"] == "lightning_modules.SBRModule"
+    assert sorted(ROOT.iterdir()) == here
+
+
+def test_sigterm_ends_a_test_in_the_middle_of_an_attack(tmp_path):
+    """In seconds, with what was found so far and no marker."""
+    attack = tmp_path / "attack.yaml"
+    attack.write_text(ONE_ATTACK.replace("num_attack_steps: 2", "num_attack_steps: 100000"))
+    command = [sys.executable, str(ROOT / "casehard.py"), "test", "--config", "experiments/sbr.yaml", "--config", str(attack)]
+    command += [
+        "--run.root",
+        str(tmp_path),
+        "--run.experiment",
+        "x",
+        *TINY[:2],
+        *TINY[6:8],
+        *TINY[10:],
+        "--data.max_new_tokens",
+        "4",
+    ]
+    env = {name: value for name, value in os.environ.items() if name != casehard.RUN_FOLDER}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        rows = tmp_path / "x/version_0/attacks.csv"
+        deadline = time.monotonic() + 200
+        while not rows.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [row["num_attack_steps"] for row in csv.DictReader(rows.open())] == ["0"]
+    assert not (rows.parent / "done.json").exists()
 
 
 def experiment_files() -> list[str]:

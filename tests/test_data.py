@@ -169,3 +169,15 @@ def test_a_system_prompt_stands_before_every_row_that_has_none_trained_on_and_sc
     assert all(turns == {("system", "Answer as asked.")} for turns in first.values())
     with pytest.raises(ValueError, match="system_prompt must hold text or be null, got an empty text"):
         toy_data(system_prompt=" ")
+
+
+def test_accumulated_batches_are_divided_by_the_labels_of_all_and_none_is_left_over():
+    large = StepLoader(Batches(EXAMPLES, 6, 0, "s", 9))
+    small = [StepLoader(Batches(EXAMPLES, 2, 0, "s", 9, rank=r, world_size=2), 3) for r in range(2)]
+    assert (len(large), *map(len, small)) == (1, 3, 3)  # of seven rows
+    for _ in range(4):
+        (whole,) = large
+        parts = [batch for loader in small for batch in loader]
+        assert sum((part["labels"] != IGNORED).sum() for part in parts) == whole["num_labels"]
+        for part in parts:  # three of them on each of two ranks, of whose losses a mean is taken
+            torch.testing.assert_close(part["num_labels"] * 3 * 2, whole["num_labels"])

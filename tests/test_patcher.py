@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from test_sbr import reference_sft, rows_of
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
 from toy import ROOT, bits, same_bits, toy_data, toy_trainer
 
 from casehard import Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, SFTDataModule
+from datamodules.batches import Batches, StepLoader
 from datamodules.chat import collate
 from lightning_modules.forward import Batch
 from lightning_modules.patcher import shared_out
@@ -312,19 +312,26 @@ def test_a_pass_without_rows_is_an_error(attack_weight):
         shared_out(collate(rows_of(num_rows=4), 0, "right"), attack_weight)
 
 
+def test_a_vector_that_could_not_wait_on_its_device_is_an_error_before_the_first_step(checkpoint, tmp_path):
+    module = patcher(checkpoint, copy_device="meta")
+    with pytest.raises(ValueError, match=r"copy_device must be a device of this machine .* got 'meta'"):
+        fitted(module, tmp_path)
+    assert module.num_passes == 0
+
+
 # ---- what Lightning means
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
 def test_four_small_batches_are_one_large(checkpoint, tmp_path, clip_norm):
-    rows = [row for seed in range(12) for row in rows_of(seed, num_rows=2, num_labels=3)]
+    rows = [row for seed in range(12) for row in rows_of(seed, num_rows=2, num_labels=1 + seed % 7)]
     ends = []
     for size, accumulate_grad_batches in ((2, 4), (8, 1)):
-        batches = [collate(rows[i : i + size], 0, "right") for i in range(0, 24, size)]
+        batches = StepLoader(Batches(rows, size, 0, "fit", 0), accumulate_grad_batches)
 
         class Fixed(SFTDataModule):
             def train_dataloader(self, batches=batches):
-                return DataLoader(batches, batch_size=None)
+                return batches
 
         settings = data()
         settings.__class__ = Fixed

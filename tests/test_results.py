@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from toy import toy_data, toy_trainer
 from transformers import AutoModelForCausalLM
 
@@ -163,3 +164,17 @@ def test_closing_table_tells_jobs_apart_that_differ_in_any_setting(tmp_path, cap
     assert shown.count(f"({5 * ROW.batch_size} rows)") == 5
     assert "sgd 0.001, poison 0.1" in shown
     assert "seed 8" in shown
+
+
+def test_names_and_paths_are_printed_letter_by_letter(tmp_path, capsys):
+    folder = tmp_path / "[bold red]x" / ":smile:"
+    results = Results(str(folder))
+    names = ["[/x]", "[bold]b", ":smile:", "[link=x]"]
+    results.rows = [replace(ROW, attack=name, defense=f"D{name}", note=f"note {name}", seed=i) for i, name in enumerate(names)]
+    results.close()
+    shown = capsys.readouterr().out
+    assert f"Run folder: {folder}" in shown
+    for name in names:
+        assert shown.count(name) >= 3
+    Console().print(results.table())  # whoever prints it
+    assert "D[/x]" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -13,6 +13,7 @@ from toy import bits, same_bits, save_toy_checkpoint, toy_data, toy_trainer
 from transformers import AutoModelForCausalLM
 
 from casehard import Defense, LoRA, Optimizer, SBRModule
+from datamodules.batches import Batches, StepLoader
 from datamodules.chat import collate
 from lightning_modules.forward import Batch
 
@@ -288,14 +289,14 @@ def test_every_anchor_has_its_turn(checkpoint, anchors_per_step, num_steps, turn
 
 
 def test_gradient_accumulation_leaves_the_meaning_of_anchor_weight_alone(checkpoint, tmp_path):
-    rows = [row for seed in range(12) for row in rows_of(seed, num_rows=2, num_labels=3)]
-    small, large = ([collate(rows[i : i + size], 0, "right") for i in range(0, 24, size)] for size in (2, 8))
+    rows = [row for seed in range(12) for row in rows_of(seed, num_rows=2, num_labels=1 + seed % 7)]
     ends, drifts = [], []
-    for batches, accumulate_grad_batches in ((small, 4), (large, 1)):
+    for size, accumulate_grad_batches in ((2, 4), (8, 1)):
+        batches = StepLoader(Batches(rows, size, 0, "fit", 0), accumulate_grad_batches)
         module = SBRModule(checkpoint, ANCHORS, anchor_weight=5.0, optimizer=Optimizer(0.05, "sgd", clip_norm=None))
         seen = Drifts()
         trainer = toy_trainer(tmp_path, accumulate_grad_batches=accumulate_grad_batches, callbacks=[seen])
-        trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))
+        trainer.fit(module, train_dataloaders=batches)
         assert trainer.global_step == 3
         ends.append({name: p.detach() for name, p in module.named_parameters()})
         drifts.append(seen.seen[-1])
@@ -303,6 +304,30 @@ def test_gradient_accumulation_leaves_the_meaning_of_anchor_weight_alone(checkpo
     assert drifts[0] == pytest.approx(drifts[1], rel=1e-3)
     for name, p in ends[1].items():
         assert_close(ends[0][name], p, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"limit_train_batches": 3}, "accumulate_grad_batches must divide the batches of an epoch, 3, got 2"),
+        (
+            {"callbacks": [GradientAccumulationScheduler({1: 2})], "accumulate_grad_batches": 1},
+            "a GradientAccumulationScheduler changes",
+        ),
+        ({"precision": "16-true"}, "trainer.precision must be 32-true, bf16-mixed or bf16-true, got 16-true"),
+    ],
+)
+def test_a_mean_of_means_and_unscaled_half_precision_are_refused(checkpoint, tmp_path, settings, message):
+    trainer = toy_trainer(tmp_path, **({"accumulate_grad_batches": 2} | settings))
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(SBRModule(checkpoint, ANCHORS), datamodule=toy_data())
+
+
+def test_own_batches_are_accumulated_only_if_they_know_the_labels_of_a_step(checkpoint, tmp_path):
+    batches = [collate(rows_of(seed), 0, "right") for seed in range(4)]
+    trainer = toy_trainer(tmp_path, accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match="accumulate_grad_batches must be 1 where batches say nothing of num_labels, got 2"):
+        trainer.fit(SBRModule(checkpoint, ANCHORS), train_dataloaders=DataLoader(batches, batch_size=None))
 
 
 # ---- the unembedding

@@ -1,0 +1,73 @@
+"""Checkpoints of ``fit``: what they say beside their weights, read without running anything that stands in them."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHARDED_NOTES, SHARDED_INDEX = "meta.pt", ".metadata"  # in the folder of a sharded checkpoint
+HARMLESS = {  # all that torch writes into the index
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+
+
+class _Index(pickle.Unpickler):
+    """Reads the index of a sharded checkpoint, which torch unpickles, and refuses what it would run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in HARMLESS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_notes(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint of ``fit`` holds; its tensors are mapped from the disk, so that none is read before it is used.
+
+    Args:
+        path: a file, or the folder of a sharded one.
+
+    Raises:
+        ValueError: nothing of this machine, or no such checkpoint.
+    """
+    where = Path(path)
+    if not where.exists():
+        raise ValueError(
+            f"ckpt_path must be a checkpoint of `fit` on this machine, and there is none at {str(path)!r}. "
+            "Name RUN/checkpoints/last.ckpt; one that is elsewhere must be fetched first."
+        )
+    file = where / SHARDED_NOTES if where.is_dir() else where
+    try:
+        if where.is_dir():
+            with (where / SHARDED_INDEX).open("rb") as index:
+                _Index(index).load()
+        notes = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever broken bytes lead to
+        raise _unreadable(where, type(error).__name__) from error
+    if not isinstance(notes, dict) or "pytorch-lightning_version" not in notes:
+        raise _unreadable(where, "it is something else")
+    return notes
+
+
+def _unreadable(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"ckpt_path must be a whole checkpoint of `fit` that holds numbers and no code, and {str(path)!r} is none ({why}). "
+        "Name another, such as an earlier one of that run."
+    )
