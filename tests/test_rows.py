@@ -241,14 +241,14 @@ def test_a_conversation_that_ends_in_a_question_keeps_its_turns():
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     (row,) = read_rows(jsonl({"messages": turns}), needs_response=False)
     assert row == Row((("user", "a"), ("assistant", "b"), ("user", "c")), None)
-    assert row.prompt == "c"
+    assert row.prompt.endswith("User: c")  # the whole conversation
     assert row.chat() == turns
 
 
 def test_a_row_is_hashable_and_gives_its_turns_to_a_template():
     row = Row((("system", "be"), ("user", "a"), ("assistant", "b"), ("user", "c")), "d")
     assert len({row, Row(row.messages, "d"), Row(row.messages, "e")}) == 2
-    assert row.prompt == "c"
+    assert row.prompt.endswith("User: c")  # the whole conversation
     assert [turn["role"] for turn in row.chat()] == ["system", "user", "assistant", "user"]
     assert row.chat(answered=True) == [*row.chat(), {"role": "assistant", "content": "d"}]
 
