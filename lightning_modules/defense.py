@@ -20,7 +20,7 @@ from datamodules.batches import share_of
 from datamodules.mixing import counter_seed
 from datamodules.rows import Row
 from lightning_modules.adapters import LoRA, add_adapter, merged
-from lightning_modules.checkpoint import load_model, load_tokenizer
+from lightning_modules.checkpoint import load_model, load_tokenizer, num_positions
 from lightning_modules.forward import Batch, decoder_layers, label_positions, states_and_logits
 from lightning_modules.generation import generate
 from lightning_modules.optimizer import Optimizer
@@ -109,6 +109,11 @@ class Defense(L.LightningModule):
         if self.lora is not None:
             add_adapter(model, self.lora, "defense")
         return model
+
+    @property
+    def num_positions(self) -> int | None:
+        """How many tokens a prompt and its answer may have; None where the model does not say. No weights are loaded for it."""
+        return num_positions(self.checkpoint, self.sizes)
 
     @property
     def row_group(self) -> dist.ProcessGroup | None:
