@@ -22,6 +22,7 @@ from lightning_modules.optimizer import Optimizer
 from lightning_modules.weights import borrowed
 
 ThreatModel = Literal["open_weight", "finetuning_service"]
+BEYOND = "expected to break: the defense acts only while a service fine-tunes"
 
 
 class HarmfulFineTuning(L.Callback):
@@ -218,7 +219,7 @@ class HarmfulFineTuning(L.Callback):
             batch_size=self.batch_size,
             judge=job.data.judge.name,
             epoch="" if job.epoch is None else str(job.epoch),
-            note="expected to break: the defense acts only while a service fine-tunes" if beyond else "",
+            note="; ".join(filter(None, [BEYOND if beyond else "", scores.note])),
         )
         for callback in job.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):
