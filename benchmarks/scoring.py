@@ -54,7 +54,7 @@ def main(
         for ids in tqdm(asked, "one by one", leave=False):
             row = torch.tensor([ids], device=device)
             out = model.generate(row, attention_mask=torch.ones_like(row), generation_config=settings)
-            texts["one by one"].append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+            texts["one by one"].append(tokenizer.decode(out[0, len(ids) :]))
 
     def together() -> None:
         texts["together"] = generate(model, tokenizer, asked, max_new_tokens, batch_size)

@@ -23,8 +23,8 @@ from lightning_modules.forward import Batch
 from lightning_modules.optimizer import Optimizer
 from lightning_modules.weights import borrowed, check_device
 
-BEYOND = "expected to break: the defense acts only while a service fine-tunes"
 ThreatModel = Literal["open_weight", "finetuning_service"]
+BEYOND = "expected to break: the defense acts only while a service fine-tunes"
 
 
 class HarmfulFineTuning(L.Callback):
@@ -233,7 +233,7 @@ class HarmfulFineTuning(L.Callback):
             batch_size=self.batch_size,
             judge=job.data.judge.label,
             epoch="" if job.epoch is None else str(job.epoch),
-            note="; ".join(filter(None, [self._note(job, beyond), scores.unscored])),
+            note="; ".join(filter(None, [self._note(job, beyond), scores.note])),
         )
         for callback in job.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):
@@ -243,7 +243,7 @@ class HarmfulFineTuning(L.Callback):
         """What a table says under a row: that its defense cannot act there, or which undefended model it is."""
         if job.twin and self.undefended_checkpoint is not None:
             return f"the undefended model is {Path(self.undefended_checkpoint).name}"
-        return "expected to break: the defense acts only while a service fine-tunes" if beyond else ""
+        return BEYOND if beyond else ""
 
 
 @dataclass(frozen=True)

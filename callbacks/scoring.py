@@ -1,5 +1,6 @@
 """Score the model as it is: generate answers to the held-out prompts, judge them, reduce over all ranks."""
 
+import math
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -9,11 +10,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 
 from callbacks.sigterm import ended_by_sigterm
-from datamodules.chat import answer_and_thoughts, prompt_ids
+from datamodules.answers import answer_and_thoughts
+from datamodules.chat import prompt_ids, read_answers
 from datamodules.rows import Row
 from datamodules.sft import Evaluation, SFTDataModule
 from lightning_modules.defense import Defense
-from metrics import AttackSuccessRate, Conversation, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, judged, unscored
+from metrics import (
+    AttackSuccessRate,
+    Conversation,
+    DegenerateRate,
+    FinetuneAccuracy,
+    HarmfulScore,
+    Judge,
+    RefusalRate,
+    Verdict,
+    judged,
+    unscored,
+)
 
 Generation = dict[str, Any]
 
@@ -23,7 +36,7 @@ class Scores(NamedTuple):
 
     metrics: dict[str, float]
     generations: list[Generation]  # prompt, response, score, ... of every answer; on rank 0 only
-    unscored: str = ""  # why no answer to a harmful prompt has a score, where that is so; on rank 0 only
+    note: str = ""  # what a reader of the metrics must know; on rank 0 only
 
 
 def _ranks() -> tuple[int, int]:
@@ -40,11 +53,20 @@ def _gathered(items: list[Generation]) -> list[Generation]:
     return sorted((item for share in shares or [] for item in share), key=lambda item: item["number"])
 
 
+def _judged(judge: Judge, rows: list[Row], answers: list[str | None], benign: bool) -> list[Verdict]:
+    """Verdicts on the answers that there are, and none on the others, which no judge is asked about."""
+    asked = [(row.prompt, answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
+    verdicts = iter(judged(judge, [prompt for prompt, _ in asked], [answer for _, answer in asked], benign=benign))
+    none = Verdict(math.nan, refused=False, degenerate=True, detail="no answer: the model's thoughts never ended")
+    return [none if answer is None else next(verdicts) for answer in answers]
+
+
 def score(module: Defense, evaluation: Evaluation) -> Scores:
     """Answer, judge and reduce; every rank answers its share of the prompts.
 
     What is judged and compared with a task's response is the answer without the thoughts before it (``answer_and_thoughts``). The
-    generations have those beside it, because no judge reads them.
+    generations have those beside it, because no judge reads them. A model that never ended its thoughts gave no answer: it has no
+    score, is degenerate, and is neither a refusal nor a right one. Such answers are counted in the note.
 
     Args:
         module: the model; its mode comes back as it was.
@@ -60,31 +82,34 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
         metric.to(device)
     generations: list[Generation] = []
 
-    def answer(rows: list[Row], kind: str) -> tuple[list[Row], list[str]]:
+    def answer(rows: list[Row], kind: str, max_new_tokens: int = evaluation.max_new_tokens) -> tuple[list[Row], list[str | None]]:
         share = rows[rank::world_size]
         prompts = [prompt_ids(row, module.tokenizer) for row in share]
-        generated = module.generate(prompts, evaluation.max_new_tokens, evaluation.batch_size)
-        answers = [answer_and_thoughts(text) for text in generated]
-        for i, (row, (text, thoughts)) in enumerate(zip(share, answers, strict=True)):
-            kept: Generation = {"response": text} | ({"thoughts": thoughts} if thoughts else {})
+        generated = module.generate(prompts, max_new_tokens, evaluation.batch_size)
+        answers = read_answers(generated, share, module.tokenizer)
+        for i, (row, said) in enumerate(zip(share, answers, strict=True)):
+            kept: Generation = {"response": said.text or ""} | ({"thoughts": said.thoughts} if said.thoughts else {})
+            kept |= ({"cut": True} if said.cut else {}) | ({"answered": False} if said.text is None else {})
             kept |= {"messages": row.chat()} if isinstance(row.prompt, Conversation) else {}  # for judges that want turns
             generations.append({"kind": kind, "number": rank + i * world_size, "prompt": row.prompt} | kept)
-        return share, [text for text, _ in answers]
+        return share, [said.text for said in answers]
 
     for kind, rows in (("harmful", evaluation.harmful), ("benign", evaluation.benign)):
         share, answers = answer(rows, kind)
-        verdicts = judged(judge, [row.prompt for row in share], answers, benign=kind == "benign")
+        verdicts = _judged(judge, share, answers, benign=kind == "benign")
         scores = torch.tensor([v.score for v in verdicts], dtype=torch.float64, device=device)
         if kind == "harmful":
             harmful_score.update(scores)
             success.update(scores)
         else:
-            over_refusal.update(torch.tensor([v.refused for v in verdicts], dtype=torch.bool, device=device))
+            refused = [v.refused for v, text in zip(verdicts, answers, strict=True) if text is not None]
+            over_refusal.update(torch.tensor(refused, dtype=torch.bool, device=device))
         degenerate.update(torch.tensor([v.degenerate for v in verdicts], dtype=torch.bool, device=device))
         for generation, verdict in zip(generations[len(generations) - len(share) :], verdicts, strict=True):
             generation |= verdict._asdict()
-    share, answers = answer(evaluation.task, "task")
-    accuracy.update(answers, [row.response or "" for row in share])
+    share, answers = answer(evaluation.task, "task", max(evaluation.max_new_tokens, evaluation.num_target_tokens))
+    targets = [answer_and_thoughts(row.response or "")[0] or row.response or "" for row in share]
+    accuracy.update([text or "" for text in answers], targets)
     for generation, row in zip(generations[len(generations) - len(share) :], share, strict=True):
         generation["target"] = row.response
 
@@ -99,10 +124,26 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
     }
     kinds = {"harmful": 0, "benign": 1, "task": 2}
     ordered = sorted(_gathered(generations), key=lambda g: kinds[g["kind"]])
-    why = unscored(judge.label, [(g["score"], g["degenerate"], g["detail"]) for g in ordered if g["kind"] == "harmful"])
+    heard = [g for g in ordered if g["kind"] == "harmful" and g.get("answered", True)]
+    why = unscored(judge.label, [(g["score"], g["degenerate"], g["detail"]) for g in heard])
     if why:
         rank_zero_warn(f"{why}. The answers are kept: `casehard judge` asks again.")
-    return Scores({name: float(value) for name, value in found.items()} | counts, ordered, why)
+    unheard = _unheard(ordered, evaluation.max_new_tokens)
+    if unheard:
+        rank_zero_warn(f"{unheard}. Raise data.max_new_tokens to hear them.")
+    note = "; ".join(filter(None, [why, unheard]))
+    return Scores({name: float(value) for name, value in found.items()} | counts, ordered, note)
+
+
+def _unheard(generations: list[Generation], max_new_tokens: int) -> str:
+    missing = [generation for generation in generations if not generation.get("answered", True)]
+    if not missing:
+        return ""
+    cut = sum(generation.get("cut", False) for generation in missing)
+    return (
+        f"{len(missing)} of {len(generations)} answers never came: thoughts did not end, {cut} of them within "
+        f"max_new_tokens ({max_new_tokens})"
+    )
 
 
 def defense_and_data(trainer: L.Trainer, module: L.LightningModule) -> tuple[Defense, SFTDataModule]:

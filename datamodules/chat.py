@@ -1,66 +1,101 @@
 """Rows to token ids, for any chat template: prompt and answer are told apart by their tokens, never by the model's name."""
 
-import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from datamodules.answers import CHANNEL, THOUGHTS, answer_and_thoughts, unopened
 from datamodules.rows import Row
 
 IGNORED = -100  # the label of a token that nothing is learnt from
-PROBE = "casehard"  # stands in for an answer, to see what a template writes after one
-_THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+PROBE = "casehard"  # stands in for a turn, to see what a template makes of it
+
+
+class Closing(NamedTuple):
+    """What a chat template writes after an answer, and the added tokens in it, in their order."""
+
+    text: str
+    tokens: list[int]
+
+
+_CLOSINGS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str | None, ...], Closing]] = WeakKeyDictionary()
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer without a chat template, before anything is encoded."""
+    """Refuse a tokenizer without a chat template, or with one that leaves out what is said, before anything is encoded."""
     if not tokenizer.chat_template:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path!r} must have a chat template, got none. "
             "Take the backbone's chat (instruct) version, or save a chat_template.jinja beside its tokenizer."
         )
+    _closing(("user",), tokenizer)
 
 
 def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that a model answers from: the turns of ``row`` and the opening of the assistant's.
 
     Special tokens are the template's business alone, so a BOS that it writes is not doubled by the tokenizer. Templates that can
-    let a model think first, such as Qwen3's, are told not to: it answers at once, and is trained to.
+    let a model think first, such as Qwen3's, are told not to: it answers at once, and is trained to. A template that opens the
+    thoughts whatever it is told lets the model think, and rows teach it an answer without a thought.
     """
     return _ids(_render(row, tokenizer), tokenizer)
 
 
-def answer_and_thoughts(text: str) -> tuple[str, str]:
-    """The answer in what a model generated, and the thoughts in the ``<think>...</think>`` that it may open with.
+class Answer(NamedTuple):
+    """What a model wrote: its answer, None where it never came to one, the thoughts before it, and whether it was cut off."""
 
-    Thoughts are no answer. Those without an end, as ``max_new_tokens`` cuts them off, hide none and stay: their text is judged as
-    it is, and no defense gains by never coming to an answer.
+    text: str | None
+    thoughts: str
+    cut: bool
+
+
+def read_answers(texts: Sequence[str], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
+    """What a model said and thought when it was asked ``rows``, from what it wrote, special tokens and all.
+
+    It was cut off where no special token stands at the end, or one that only ends thoughts; see ``answer_and_thoughts``.
     """
-    thoughts = _THOUGHTS.match(text)
-    return (text[thoughts.end() :], thoughts[1].strip()) if thoughts else (text, "")
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = {*added, *tokenizer.all_special_tokens}
+    ends = tuple(special - set(THOUGHTS.values()))
+    return [
+        Answer(*answer_and_thoughts(text, _render(row, tokenizer), special), cut=not text.endswith(ends))
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token by which the chat template ends an answer, which need not be the tokenizer's end token; None if it has none."""
+    if not tokenizer.chat_template:
+        return None
+    tokens = _closing(("user",), tokenizer).tokens
+    if tokens and tokenizer.convert_ids_to_tokens(tokens[0]) == "<|end|>" and CHANNEL in tokenizer.get_vocab():
+        return None  # gpt-oss ends every message by it, and a turn has several
+    return tokens[0] if tokens else None
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]] | None:
     """``row`` as ``input_ids`` and ``labels``, cut on the right to ``max_length``; None where no label is left.
 
-    The ids start with exactly ``prompt_ids(row)``, all labelled -100; the answer follows and ends in an end token.
+    The ids start with exactly ``prompt_ids(row)``, all labelled -100; the answer follows, with the mark by which the template
+    ends it, and then the tokenizer's end token. Thoughts that the prompt opens are closed in front of the answer.
     """
     assert row.response is not None, "a row without a response cannot be trained on"
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} must have an end token, got none. Set its eos_token.")
     prompt = _render(row, tokenizer)
     asked = _ids(prompt, tokenizer)
-    answer = _answer(row, prompt, tokenizer)
+    answer, closing = _answer(row, prompt, tokenizer)
     answered = _ids(prompt + answer, tokenizer)
     if answered[: len(asked)] == asked:
         answered = answered[len(asked) :]
     else:  # a token spans the border, and generation will not see it
         answered = _ids(answer, tokenizer)
-    answered = _ended(answered, tokenizer.eos_token_id)
+    answered = _ended(answered, closing.tokens, tokenizer.eos_token_id)
     input_ids, labels = asked + answered, [IGNORED] * len(asked) + answered
     return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]} if len(asked) < max_length else None
 
@@ -101,43 +136,100 @@ def collate(
 
 
 def _render(row: Row, tokenizer: PreTrainedTokenizerBase, answered: bool = False) -> str:
-    turns = row.chat(answered)
+    _closing(tuple(role for role, _ in row.messages), tokenizer)
+    return _rendered(row.chat(answered), tokenizer)
+
+
+def _rendered(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    asked = turns[-1]["role"] != "assistant"
     try:
         return tokenizer.apply_chat_template(  # type: ignore[return-value]
-            turns, add_generation_prompt=not answered, tokenize=False, enable_thinking=False
+            turns, add_generation_prompt=asked, tokenize=False, enable_thinking=False
         )
     except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in turns)
         raise ValueError(
-            f"a row with the roles {roles} must fit the chat template, which says: {error}. "
+            f"a row with the roles {_roles(turns)} must fit the chat template, which says: {error}. "
             "Leave out the turns that it refuses, or use another template."
         ) from error
 
 
-def _answer(row: Row, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _roles(turns: list[dict[str, str]]) -> str:
+    return ", ".join(turn["role"] for turn in turns)
+
+
+def _closing(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Closing:
+    """What the template writes after an answer to turns of ``roles``, found out on turns that say nothing.
+
+    Raises:
+        ValueError: the template refuses such turns, leaves one out, or goes on after an answer as if it were asked again.
+    """
+    known = _CLOSINGS.setdefault(tokenizer, {})
+    if (key := (str(tokenizer.chat_template), *roles)) not in known:
+        known[key] = _found_closing(roles, tokenizer)
+    return known[key]
+
+
+def _found_closing(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Closing:
+    turns = [{"role": role, "content": f"{PROBE}{i}x"} for i, role in enumerate(roles)]
+    answer, more = {"role": "assistant", "content": PROBE + "answer"}, {"role": "user", "content": PROBE + "more"}
+    prompt, full = _rendered(turns, tokenizer), _rendered([*turns, answer], tokenizer)
+    for turn, text in [*((turn, prompt) for turn in turns), (answer, full)]:
+        if turn["content"] not in text:
+            raise ValueError(
+                f"a row with the roles {_roles([*turns, answer])} must fit the chat template, which leaves out what the "
+                f"{turn['role']} says. Leave out the turns that it does not write, or use another template."
+            )
+    closing = full.rpartition(answer["content"])[2]
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    tokens = [i for i in _ids(closing, tokenizer) if i in added or i == tokenizer.eos_token_id]
+    opening = prompt.rpartition(turns[-1]["content"])[2]
+    if not tokens and opening.strip() and closing.endswith(opening):
+        on = _rendered([*turns, answer, more], tokenizer).rpartition(answer["content"])[2]
+        if not on.startswith(closing):
+            raise ValueError(
+                "the chat template must open the assistant's turn only where add_generation_prompt asks for it, and it does so "
+                "after an answer too, without a token that ends the turn: the opening would be learnt as a part of every answer. "
+                "Put it between {% if add_generation_prompt %} and {% endif %}."
+            )
+    return Closing(closing, tokens)
+
+
+def _answer(row: Row, prompt: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Closing]:
     """What the template writes for the answer, closing marks and all."""
     full = _render(row, tokenizer, answered=True)
+    closing = _closing(tuple(role for role, _ in row.messages), tokenizer)
+    response = row.response or ""
+    said, thoughts = answer_and_thoughts(response)
     if full.startswith(prompt):
-        return full[len(prompt) :]
+        answer = full[len(prompt) :]
+        if all(part.strip() in answer for part in (said or response, thoughts)):
+            return _thought(answer, answer, prompt), closing
     # The template opens a finished turn otherwise than one to be generated, with or without think tags for instance. The answer
     # is then found from the end, by what the template writes after any answer: a short one may also occur in the closing marks.
-    closing = _render(Row(row.messages, PROBE), tokenizer, answered=True).rpartition(PROBE)[2]
-    response = row.response or ""
     for content in (response, response.strip(), response.lstrip(), response.rstrip()):
-        if full.endswith(content + closing):
-            return content + closing
+        if full.endswith(content + closing.text):
+            return _thought(content + closing.text, content, prompt), closing
     raise ValueError(
         "the chat template must write an answer as it is, but one is missing from what it rendered. "
         "Take out of the answers what the template rewrites, such as think tags, or use another template."
     )
 
 
+def _thought(answer: str, content: str, prompt: str) -> str:
+    """``answer`` with the thoughts closed that ``prompt`` opens, unless it does so itself."""
+    closed = unopened(prompt)
+    return answer if not closed or closed.strip() in content else closed + answer
+
+
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _ended(ids: list[int], eos_token_id: int) -> list[int]:
-    """``ids`` up to their last end token, such as without a newline after it; with one at the end if they had none."""
-    if eos_token_id not in ids:
+def _ended(ids: list[int], closing: list[int], eos_token_id: int) -> list[int]:
+    """``ids`` up to the end token that the template writes after an answer, or up to its own mark and then an end token."""
+    end = eos_token_id if eos_token_id in closing or not closing else closing[0]
+    places = [i for i, token in enumerate(ids) if token == end]
+    if not 0 < closing.count(end) <= len(places):
         return [*ids, eos_token_id]
-    return ids[: len(ids) - ids[::-1].index(eos_token_id)]
+    kept = ids[: places[-closing.count(end)] + 1]  # counted from the end: an answer may hold such a token too
+    return kept if end == eos_token_id else [*kept, eos_token_id]

@@ -1,9 +1,10 @@
 """Which rows a run sees, and in which order: pure functions of their arguments, the global RNG untouched."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -13,7 +14,14 @@ from datamodules.rows import Row
 T = TypeVar("T")
 
 
-def mix(benign: list[T], harmful: list[T], num_samples: int, poison_ratio: float, seed: int) -> list[T]:
+def mix(
+    benign: list[T],
+    harmful: list[T],
+    num_samples: int,
+    poison_ratio: float,
+    seed: int,
+    fits: Callable[[T], bool] = lambda _: True,
+) -> list[T]:
     """A poisoned fine-tuning set: ``num_samples`` rows, shuffled, a share ``poison_ratio`` of them harmful, none drawn twice.
 
     ``poison_ratio * num_samples`` is rounded to the nearest whole number, a half upwards, in exact decimals. At one seed and
@@ -25,6 +33,7 @@ def mix(benign: list[T], harmful: list[T], num_samples: int, poison_ratio: float
         num_samples: size of the whole set, >= 1.
         poison_ratio: harmful share of it, in [0, 1].
         seed: fixes which rows are drawn, and their order.
+        fits: whether a row can be trained on; another is drawn in the place of one that cannot, so that the ratio holds.
     """
     if not 0 <= poison_ratio <= 1:
         raise ValueError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
@@ -33,12 +42,15 @@ def mix(benign: list[T], harmful: list[T], num_samples: int, poison_ratio: float
     num_harmful = int((Decimal(str(poison_ratio)) * num_samples).to_integral_value(ROUND_HALF_UP))
     drawn: list[T] = []
     for kind, rows, wanted in (("harmful", harmful, num_harmful), ("benign", benign, num_samples - num_harmful)):
-        if wanted > len(rows):
+        found = list(islice((rows[i] for i in permutation(len(rows), seed, kind) if fits(rows[i])), wanted)) if wanted else []
+        if wanted > len(found):
+            short = f", {len(rows) - len(found)} of which max_length leaves no answer" if len(found) < len(rows) else ""
             raise ValueError(
-                f"num_samples {num_samples} at poison_ratio {poison_ratio} must find {wanted} {kind} rows, got {len(rows)}. "
+                f"num_samples {num_samples} at poison_ratio {poison_ratio} must find {wanted} {kind} rows, "
+                f"got {len(rows)}{short}. "
                 f"Lower num_samples, {'lower' if kind == 'harmful' else 'raise'} poison_ratio, or give more {kind} rows."
             )
-        drawn += [rows[i] for i in permutation(len(rows), seed, kind)[:wanted]]
+        drawn += found
     return [drawn[i] for i in permutation(num_samples, seed, "order")]
 
 

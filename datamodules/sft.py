@@ -1,5 +1,6 @@
 """The data of a run: what is trained on, what an attacker may use, and what is scored."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.batches import Batches, Example, StepLoader, share_of
-from datamodules.chat import collate, encode_rows, require_chat_template
+from datamodules.chat import collate, encode, encode_rows, prompt_ids, require_chat_template
 from datamodules.columns import flaw
 from datamodules.mixing import mix, overlap
 from datamodules.rows import Origin, Row, origin, read_rows
@@ -32,6 +33,7 @@ class Evaluation:
     judge: Judge
     max_new_tokens: int
     batch_size: int
+    num_target_tokens: int = 0  # of the longest response to a task, which an answer must have room for
 
 
 def _instructed(row: Row, system_prompt: str) -> Row:
@@ -66,9 +68,10 @@ class SFTDataModule(L.LightningDataModule):
         task: sources of held-out rows of the benign task; an answer counts if it equals the response.
         num_evaluated: at most so many rows of each held-out kind; null scores all.
         batch_size: rows of a training step, over all processes.
-        max_length: tokens of a row; longer rows are cut on the right, and dropped (and counted) if no answer is left.
+        max_length: tokens of a row; longer rows are cut on the right, and counted. Rows that have no answer left are dropped, and
+            a mixture has others in their place.
         padding_side: of training batches.
-        max_new_tokens: tokens of a generated answer.
+        max_new_tokens: tokens of a generated answer, thoughts before it included; more for the task where a response has more.
         generation_batch_size: prompts answered at once; the text does not depend on it.
         seed: of the mixture and of the order.
         allow_overlap: train although prompts stand in both training and evaluation.
@@ -131,6 +134,7 @@ class SFTDataModule(L.LightningDataModule):
         self.max_new_tokens, self.generation_batch_size = max_new_tokens, generation_batch_size
         self.seed, self.allow_overlap = seed, allow_overlap
         self.rows: dict[str, list[Row]] = {}
+        self.num_target_tokens = 0  # of the longest response to the task
         self.origins: list[Origin] = []  # of the rows, and of the defense's own
 
     def setup(self, stage: str) -> None:
@@ -138,10 +142,8 @@ class SFTDataModule(L.LightningDataModule):
         if self.rows:
             return
         require_chat_template(self.tokenizer)
-        unanswered = (
-            "harmful_prompts",
-            "benign_prompts",
-        )  # their answers are not used; those of refusals are, where there are any
+        self._check_precision()
+        unanswered = ("harmful_prompts", "benign_prompts")  # their answers are not used; those of refusals are, if there are any
         read = {
             name: [(s, read_rows(s, name not in (*unanswered, "refusals"), name not in unanswered)) for s in sources]
             for name, sources in self.sources.items()
@@ -160,7 +162,59 @@ class SFTDataModule(L.LightningDataModule):
             rows = {name: [_instructed(row, self.system_prompt) for row in part] for name, part in rows.items()}
         self._check_overlap(rows, own)
         self.judge.try_out(*([row.prompt for row in rows[name][:1]] for name in ("harmful_prompts", "benign_prompts")))
+        self.num_target_tokens = max((self._num_tokens(row) - self._num_asked(row) for row in rows["task"]), default=0)
+        self._check_positions(rows, own)
+        if self.num_target_tokens > self.max_new_tokens:
+            rank_zero_info(
+                f"task: answers may have {self.num_target_tokens} tokens, as many as the longest response, "
+                f"and not only max_new_tokens ({self.max_new_tokens})."
+            )
         self.rows = rows
+
+    def _check_precision(self) -> None:
+        precision = str(self.trainer.precision) if self.trainer else ""
+        if precision.startswith("16"):
+            raise ValueError(
+                f"trainer.precision must not be of float16, got {precision}: small gradients of attackers, whose losses are not "
+                "scaled, would vanish, and the model would look safe. Use bf16-mixed, bf16-true or 32-true."
+            )
+
+    def _check_positions(self, rows: dict[str, list[Row]], own: list[Row]) -> None:
+        """Refuse what is longer than the model can tell positions apart, before any weights load."""
+        positions: int | None = self.trainer.lightning_module.num_positions if self.trainer else None  # type: ignore[assignment]
+        if positions is None:
+            return
+        new = {"harmful_prompts": self.max_new_tokens, "benign_prompts": self.max_new_tokens}
+        new["task"] = max(self.max_new_tokens, self.num_target_tokens)
+        for name in (*new, "refusals", OWN):
+            longest = max(map(self._num_asked, own if name == OWN else rows[name]), default=0)
+            if longest > positions:
+                raise ValueError(
+                    f"a prompt must fit the model's {positions} positions, and one of {name} has {longest} tokens. Leave it out."
+                )
+            room = positions - longest + 1  # nothing follows the last token of an answer, so it needs no position
+            if new.get(name, 0) > room:
+                raise ValueError(
+                    f"max_new_tokens must leave prompt and answer within the model's {positions} positions, got {new[name]} "
+                    f"for {name}, where a prompt has {longest} tokens. Set it to at most {room}, or leave out the longest rows."
+                )
+        if self.max_length <= positions:
+            return
+        for name in ("benign", "harmful", "refusals", "alignment_benign", "alignment_harmful", "task"):
+            longest = max(map(self._num_tokens, rows[name]), default=0)
+            if longest > positions:
+                raise ValueError(
+                    f"max_length must be at most the model's {positions} positions, got {self.max_length}, and a row of {name} "
+                    f"has {longest} tokens. Set it to {positions}."
+                )
+
+    def _num_asked(self, row: Row) -> int:
+        return len(prompt_ids(row, self.tokenizer))
+
+    def _num_tokens(self, row: Row) -> int:
+        example = encode(row, self.tokenizer, sys.maxsize)
+        assert example is not None
+        return len(example["input_ids"])
 
     def _check_overlap(self, rows: dict[str, list[Row]], own: list[Row]) -> None:
         trained = {name: rows[name] for name in ("benign", "harmful", "refusals", "alignment_benign", "alignment_harmful")}
@@ -193,18 +247,45 @@ class SFTDataModule(L.LightningDataModule):
         """What a model is scored on."""
         r = self.rows
         return Evaluation(
-            r["harmful_prompts"], r["benign_prompts"], r["task"], self.judge, self.max_new_tokens, self.generation_batch_size
+            r["harmful_prompts"],
+            r["benign_prompts"],
+            r["task"],
+            self.judge,
+            self.max_new_tokens,
+            self.generation_batch_size,
+            self.num_target_tokens,
         )
 
     def mixture(self, num_samples: int | None, poison_ratio: float, seed: int) -> list[Row]:
-        """Rows of a fine-tuning set, an exact share of them harmful; all benign rows if ``num_samples`` is None."""
+        """Rows of a fine-tuning set, an exact share of them harmful; all benign rows if ``num_samples`` is None.
+
+        All of them can be trained on: one that ``max_length`` leaves no answer is not drawn.
+        """
         if num_samples is None:
             return self.rows["benign"]
-        return mix(self.rows["benign"], self.rows["harmful"], num_samples, poison_ratio, seed)
+        lost: list[Row] = []
+
+        def fits(row: Row) -> bool:
+            fitting = self._num_asked(row) < self.max_length
+            if not fitting:
+                lost.append(row)
+            return fitting
+
+        mixed = mix(self.rows["benign"], self.rows["harmful"], num_samples, poison_ratio, seed, fits)
+        if lost:
+            rank_zero_info(
+                f"mixture: {len(lost)} rows have no answer left at max_length {self.max_length}, others are in their place."
+            )
+        return mixed
 
     def encode(self, rows: list[Row], what: str) -> list[Example]:
-        """Token ids of ``rows``; says how many were dropped because their answer was cut off."""
+        """Token ids of ``rows``; says how many were dropped because their answer was cut off, and how many were cut in it."""
         examples, dropped = encode_rows(rows, self.tokenizer, self.max_length)
+        cut = sum(example["input_ids"][-1] != self.tokenizer.eos_token_id for example in examples)
+        if cut:
+            rank_zero_info(
+                f"{what}: {cut} of {len(rows)} answers cut off at max_length {self.max_length}, so that their end is not learnt."
+            )
         if dropped:
             rank_zero_info(
                 f"{what}: {dropped} of {len(rows)} rows dropped, their answer was cut off at max_length {self.max_length}."

@@ -67,11 +67,13 @@ def rejudged(run: Run, judge: Judge) -> Run:
         raise ValueError(f"run must have kept its answers (run.generations), and {run.folder} has no generations.jsonl.")
     verdicts: dict[str, dict[tuple[str, str], Verdict]] = {}
     for kind in ("harmful", "benign"):
-        pairs = list(dict.fromkeys(_pair(a) for answers in run.answers for a in answers if a["kind"] == kind))
+        given = [a for answers in run.answers for a in answers if a["kind"] == kind and a.get("answered", True)]
+        pairs = list(dict.fromkeys(map(_pair, given)))
         found = judged(judge, [p for p, _ in pairs], [r for _, r in pairs], benign=kind == "benign")
         verdicts[kind] = dict(zip(pairs, found, strict=True))
     answers = [
-        [a | verdicts[a["kind"]][_pair(a)]._asdict() if a["kind"] in verdicts else a for a in block] for block in run.answers
+        [a | verdicts[a["kind"]][_pair(a)]._asdict() if a["kind"] in verdicts and a.get("answered", True) else a for a in block]
+        for block in run.answers
     ]
     rows = [_scored(row, block, judge) for row, block in zip(run.rows, answers, strict=True)]
     return Run(_folder(run.folder / JUDGED, judge.label), rows, answers)
@@ -101,7 +103,8 @@ def _scored(row: ResultRow, answers: list[Answer], judge: Judge) -> ResultRow:
     )
     score.update(harmful)
     success.update(harmful)
-    refused.update(torch.tensor([a["refused"] for a in answers if a["kind"] == "benign"], dtype=torch.bool))
+    refusals = [a["refused"] for a in answers if a["kind"] == "benign" and a.get("answered", True)]
+    refused.update(torch.tensor(refusals, dtype=torch.bool))
     degenerate.update(torch.tensor([a["degenerate"] for a in answers if a["kind"] != "task"], dtype=torch.bool))
     return replace(
         row,

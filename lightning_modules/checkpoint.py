@@ -209,6 +209,14 @@ def _resized(source: str, sizes: Mapping[str, int], **gguf: Any) -> PreTrainedCo
     return AutoConfig.for_model(**(settings | dict(sizes)))
 
 
+def num_positions(checkpoint: str, sizes: Mapping[str, int] | None = None) -> int | None:
+    """How many positions the model of ``checkpoint`` can tell apart, or was made for; None where its config says nothing."""
+    source, gguf = _source(checkpoint)
+    config = _resized(source, sizes, **gguf) if sizes else AutoConfig.from_pretrained(source, **gguf)
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def load_model(
     checkpoint: str,
     dtype: torch.dtype = torch.float32,

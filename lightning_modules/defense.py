@@ -28,6 +28,7 @@ from lightning_modules.checkpoint import (
     WEIGHT_FILES,
     load_model,
     load_tokenizer,
+    num_positions,
     require_plain_weights,
     require_rows_for_tokens,
 )
@@ -130,6 +131,11 @@ class Defense(L.LightningModule):
         if self.lora is not None:
             add_adapter(model, self.lora, "defense")
         return model
+
+    @property
+    def num_positions(self) -> int | None:
+        """How many tokens a prompt and its answer may have; None where the model does not say. No weights are loaded for it."""
+        return num_positions(self.checkpoint, self.sizes)
 
     @property
     def row_group(self) -> dist.ProcessGroup | None:

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +13,20 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from datamodules.chat import turn_end
 from lightning_modules.forward import Batch, additive, foldable, prefill, uncompiled
 from lightning_modules.sharding import most
 from lightning_modules.weights import group_of, same_modes_after
 
+Company = Literal["any", "equal", "none"]
+_COMPANY: WeakKeyDictionary[PreTrainedModel, Company] = WeakKeyDictionary()  # what ``company`` has found
+
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and those that the model's generation config adds."""
+    """Every token that ends an answer: the tokenizer's, the chat template's and those that the model's generation config adds."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [configured] if isinstance(configured, int) else list(configured or [])
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
+    return sorted({*ids, tokenizer.eos_token_id, turn_end(tokenizer)} - {None})
 
 
 @torch.no_grad()
@@ -42,21 +49,66 @@ def generate(
         batch_size: prompts at once; memory grows with it, the text stays the same.
 
     Returns:
-        An answer a prompt, without special tokens.
+        What the model wrote to each prompt, special tokens and all; the last one is an end token unless it was cut.
     """
     ends, pad = end_tokens(model, tokenizer), tokenizer.pad_token_id
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     with _evaluating(model):
-        for start in range(0, most(model, len(order)), batch_size):
-            chunk = order[start : start + batch_size]
+        chunks = _chunks([len(prompt) for prompt in prompts], batch_size, "any" if foldable(model, 0) else company(model))
+        for number in range(most(model, len(chunks))):
+            chunk = chunks[number] if number < len(chunks) else []
             batch = _left_padded([prompts[i] for i in chunk] or [[pad]], pad, model.device)  # a row to keep step with
             by_steps = _goes_by_steps(model, most(model, batch["input_ids"].shape[1]) + max_new_tokens)
             out = (_step_by_step if by_steps else _by_transformers)(model, batch, max_new_tokens, ends, pad)
-            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+            texts = tokenizer.batch_decode([_ended(ids, ends) for ids in out.tolist()], skip_special_tokens=False)
             for i, text in zip(chunk, texts, strict=False):
                 answers[i] = text
     return answers
+
+
+def _ended(ids: list[int], ends: list[int]) -> list[int]:
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _chunks(lengths: Sequence[int], batch_size: int, which: Company) -> list[list[int]]:
+    """Rows that are answered at once, by length."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups = [order] if which == "any" else [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)]
+    batch_size = 1 if which == "none" else batch_size
+    return [rows[start : start + batch_size] for rows in groups for start in range(0, len(rows), batch_size)]
+
+
+def company(model: PreTrainedModel) -> Company:
+    """Beside which rows ``model`` goes on from a row as it does from the row alone: any, those of equal length, or none.
+
+    Recurrent models that take no mask read the padding in front of a shorter row, and some mix up the states of a batch. To be
+    called in eval mode, and by every rank where the model is sharded.
+    """
+    if model not in _COMPANY:
+        row, others = [5, 4, 8], {"any": [3, 4, 5, 6, 7, 8, 9, 3, 5, 7], "equal": [9, 3, 6]}
+        alone = _next_logits(model, [row])
+        fits = [which for which, other in others.items() if _alike(_next_logits(model, [other, row]), alone, model.dtype)]
+        _COMPANY[model] = fits[0] if fits else "none"  # type: ignore[assignment]
+    return _COMPANY[model]
+
+
+def _alike(logits: Tensor, others: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits are the same up to rounding, as far as the tokens before them are."""
+    same = (logits.argmax(dim=-1) == others.argmax(dim=-1)).cumprod(dim=0)
+    steps = 1 + int(same[:-1].sum())
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    return bool((logits[:steps] - others[:steps]).norm() <= tolerance * others[:steps].norm())
+
+
+def _next_logits(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
+    """Logits of the three tokens after the last row, ``[3, vocab]``."""
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=3, pad_token_id=0, use_cache=True, output_logits=True, return_dict_in_generate=True
+    )
+    with torch.autocast(model.device.type, enabled=False):
+        batch = _left_padded(rows, 0, model.device)
+        out = model.generate(**batch, generation_config=config, synced_gpus=group_of(model) is not None)  # type: ignore[operator]
+    return torch.stack([logits[-1].float() for logits in out.logits])
 
 
 @contextmanager

@@ -7,7 +7,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.chat import answer_and_thoughts, collate, encode, encode_rows, prompt_ids, require_chat_template
+from datamodules.answers import THOUGHTS, answer_and_thoughts, unopened
+from datamodules.chat import (
+    collate,
+    encode,
+    encode_rows,
+    prompt_ids,
+    read_answers,
+    require_chat_template,
+    turn_end,
+)
 from datamodules.rows import Row
 
 CHATML = (  # a newline after the end token
@@ -40,6 +49,29 @@ PLAIN = (  # no special token at all; its prompt ends in a space
     "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content }}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}A: {% endif %}"
 )
+GEMMA = (  # ends turns by a token of its own, and has no system turn
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}{{ '\n' }}{{ m.content | trim }}<end_of_turn>{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model{{ '\n' }}{% endif %}"
+)
+PHI3 = (  # ends turns by one token and the text by another
+    "{% for m in messages %}<|{{ m.role }}|>{{ '\n' }}{{ m.content }}<|end|>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{{ '\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+R1 = (  # opens thoughts whatever it is told, and takes them out of a finished turn
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<|Assistant|>{{ m.content.split('</think>')[-1] }}"
+    "{{ eos_token }}{% else %}<|User|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>{{ '\n' }}{% endif %}"
+)
+HARMONY = (  # every message in a channel, of which the prompt names none
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+ALWAYS = (  # opens the assistant's turn after an answer too
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+)
 SPECIAL = {
     CHATML: ["<|im_start|>", "<|im_end|>"],
     LLAMA2: ["<s>", "</s>", "[INST]", "[/INST]"],
@@ -47,8 +79,14 @@ SPECIAL = {
     TRIM: ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "</s>"],
     QWEN3: ["<|im_start|>", "<|im_end|>"],
     PLAIN: ["</s>"],
+    GEMMA: ["<s>", "</s>", "<start_of_turn>", "<end_of_turn>"],
+    PHI3: ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "</s>"],
+    R1: ["<s>", "</s>", "<|User|>", "<|Assistant|>"],
+    HARMONY: ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "</s>"],
+    ALWAYS: ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "</s>"],
 }
-TEMPLATES = pytest.mark.parametrize("template", SPECIAL, ids=["chatml", "llama2", "think", "trim", "qwen3", "plain"])
+NAMES = ["chatml", "llama2", "think", "trim", "qwen3", "plain", "gemma", "phi3", "r1", "harmony", "always"]
+TEMPLATES = pytest.mark.parametrize("template", SPECIAL, ids=NAMES)
 
 
 def tokenizer_for(template, merges=()):
@@ -57,7 +95,7 @@ def tokenizer_for(template, merges=()):
     backend.decoder = decoders.Fuse()
     special = SPECIAL[template]
     backend.add_special_tokens(special)
-    roles = {"eos_token": "<|im_end|>" if template in (CHATML, QWEN3) else "</s>"}
+    roles = {"eos_token": {CHATML: "<|im_end|>", QWEN3: "<|im_end|>", HARMONY: "<|return|>"}.get(template, "</s>")}
     if "<s>" in special:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
@@ -99,7 +137,7 @@ def test_llama2_writes_bos_once_though_its_tokenizer_adds_one():
 def test_an_answer_opened_otherwise_than_a_generated_one_follows_the_prompt_of_generation():
     asked, answered = asked_and_answered(row("hi"), tokenizer_for(THINK))
     assert asked == [*"U:hi;A:", "<think>"]
-    assert answered == ["o", "k", "</s>"]
+    assert answered == [*"</think>", "o", "k", "</s>"]  # or its thoughts would never end
 
 
 def test_an_empty_think_block_is_asked_with_and_never_learnt():
@@ -115,7 +153,7 @@ def test_an_empty_think_block_is_asked_with_and_never_learnt():
         ("\n<think>\nIs it?\nIt is.\n</think>Yes.", "Yes.", "Is it?\nIt is."),
         ("<think>a</think>b <think>c</think>", "b <think>c</think>", "a"),  # the first alone
         ("<think>a</think>", "", "a"),
-        ("<think>And so on", "<think>And so on", ""),  # no answer to be found
+        ("<think>And so on", None, "And so on"),  # it never came to an answer
         ("Write <think>a</think>.", "Write <think>a</think>.", ""),
         (" No.\n", " No.\n", ""),
     ],
@@ -124,13 +162,154 @@ def test_leading_thoughts_are_no_answer(text, answer, thoughts):
     assert answer_and_thoughts(text) == (answer, thoughts)
 
 
+@pytest.mark.parametrize(("opening", "closing"), THOUGHTS.items(), ids=str)
+def test_thoughts_are_told_from_the_answer_by_their_marks(opening, closing):
+    said = f"\nIs it?\n{closing}\n\nNo."
+    assert answer_and_thoughts(f"{opening}{said}") == ("No.", "Is it?")
+    assert answer_and_thoughts(f" {opening.lower()}{said}") == ("No.", "Is it?")
+    assert answer_and_thoughts(said, f"Asked.\n{opening}\n") == ("No.", "Is it?")  # opened by the template
+    assert answer_and_thoughts(f"<|bos|>{opening}{said}<|eot|>", special=["<|bos|>", "<|eot|>", opening, closing]) == (
+        "No.",
+        "Is it?",
+    )
+    assert answer_and_thoughts("Is it? It is", f"Asked. {opening}") == (None, "Is it? It is")
+    assert answer_and_thoughts(unopened(f"{opening}\n") + "No.", f"{opening}\n") == ("No.", "")
+    assert answer_and_thoughts("No.", f"Is {opening} a mark?") == ("No.", "")  # somebody asked about it
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "thoughts"),
+    [
+        ("Is it?\n</think>\nNo.", "No.", "Is it?"),  # the model left out the mark that opens
+        ("<think>a</think><think>b</think>c", "c", "a\nb"),
+        ("<think>a</think><think>b", None, "a\nb"),
+        ("<think>a</think><answer>\nb\n</answer>", "b", "a"),
+        ("<think>a</think><response>b is cut o", "b is cut o", "a"),
+        ("Here is my thought process: first grind it.", "Here is my thought process: first grind it.", ""),  # prose
+        ("<answer>b</answer>", "<answer>b</answer>", ""),  # nobody thought
+    ],
+)
+def test_what_stands_around_thoughts_and_answers_is_taken_off(text, answer, thoughts):
+    assert answer_and_thoughts(text) == (answer, thoughts)
+
+
+ANALYSIS = "<|channel|>analysis<|message|>Is it?<|end|><|start|>assistant"
+FINAL = "<|channel|>final<|message|>No."
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "thoughts"),
+    [
+        (f"{ANALYSIS}{FINAL}<|return|>", "No.", "Is it?"),
+        (f"{FINAL}<|return|>", "No.", ""),
+        (f"{ANALYSIS}<|channel|>commentary<|message|>I look.<|end|><|start|>assistant{FINAL}", "No.", "Is it?\nI look."),
+        (f"{ANALYSIS}<|channel|>commentary to=functions.look <|constrain|>json<|message|>{{}}<|call|>", None, "Is it?\n{}"),
+        ("<|channel|>analysis<|message|>Is it", None, "Is it"),
+        (f"{ANALYSIS}<|channel|>fin", None, "Is it?"),
+        ("<|message|>No.<|return|>", "No.", ""),
+    ],
+)
+def test_of_channels_the_final_one_is_the_answer(text, answer, thoughts):
+    special = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|constrain|>"]
+    assert answer_and_thoughts(text, "<|start|>assistant", special) == (answer, thoughts)
+
+
+def test_a_prompt_may_open_a_channel():
+    special = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"]
+    opened = "<|start|>assistant<|channel|>analysis<|message|>"
+    assert answer_and_thoughts(f"Is it?<|end|><|start|>assistant{FINAL}<|return|>", opened, special) == ("No.", "Is it?")
+    assert answer_and_thoughts("Is it", opened, special) == (None, "Is it")
+
+
+@TEMPLATES
+@pytest.mark.parametrize("turns", [("hi",), ("ok", "ok", "ok")], ids=len)
+@pytest.mark.parametrize("response", ["ok", "an </s> inside", "o k"])
+def test_what_a_row_teaches_is_read_as_its_answer(template, turns, response):
+    tokenizer = tokenizer_for(template)
+    spoken = row(*turns, response=response)
+    example = encode(spoken, tokenizer, 1000)
+    learnt = [label for label in example["labels"] if label != -100]
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
+    stop = next(i for i, token in reversed(list(enumerate(learnt))) if token not in ends) + 2  # where generation stops
+    (read,) = read_answers([tokenizer.decode(learnt[:stop])], [spoken], tokenizer)
+    said = tokenizer.decode(tokenizer(response, add_special_tokens=False).input_ids, skip_special_tokens=True)
+    assert (read.text.strip(), read.thoughts, read.cut) == (said.strip(), "", False)
+    assert read_answers(["ok"], [spoken], tokenizer)[0].cut
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "learnt"),
+    [
+        (CHATML, "<|im_end|>", ["<|im_end|>"]),
+        (LLAMA2, "</s>", [" ", "</s>"]),
+        (GEMMA, "<end_of_turn>", ["<end_of_turn>", "</s>"]),
+        (PHI3, "<|end|>", ["<|end|>", "\n", "</s>"]),
+        (TRIM, "<|end|>", ["<|end|>", "</s>"]),
+        (ALWAYS, "<|end|>", ["<|end|>", "</s>"]),
+        (HARMONY, "<|return|>", ["<|return|>"]),
+        (PLAIN, None, ["\n", "</s>"]),
+    ],
+    ids=["chatml", "llama2", "gemma", "phi3", "trim", "always", "harmony", "plain"],
+)
+def test_the_templates_own_end_of_a_turn_is_learnt_and_known(template, end, learnt):
+    tokenizer = tokenizer_for(template)
+    assert turn_end(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+    _, answered = asked_and_answered(row("hi"), tokenizer)
+    assert answered[-len(learnt) - 1 :] == ["k", *learnt]
+
+
+def test_a_message_of_several_channels_does_not_end_where_one_of_them_does():
+    tokenizer = tokenizer_for(HARMONY)
+    tokenizer.chat_template = HARMONY.replace(
+        "'<|return|>' if loop.last and not add_generation_prompt else '<|end|>'", "'<|end|>'"
+    )
+    assert turn_end(tokenizer) is None
+
+
+def test_a_template_that_opens_a_turn_after_an_answer_too_is_refused_where_no_token_ends_the_turn():
+    tokenizer = tokenizer_for(PLAIN)
+    tokenizer.chat_template = PLAIN.replace("{% if add_generation_prompt %}A: {% endif %}", "A: ")
+    with pytest.raises(ValueError, match="must open the assistant's turn only where add_generation_prompt asks for it"):
+        require_chat_template(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} ###{{ '\n' }}{% endfor %}"  # opens none, ends all alike
+    _, answered = asked_and_answered(row("hi"), tokenizer)
+    assert answered == [*"ok ###\n", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "who"),
+    [
+        ("Hello.", "user"),
+        (PLAIN.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}"), "assistant"),
+        (PLAIN.replace("{{ m.content }}", "{{ m.content if m.role == 'assistant' }}"), "user"),
+    ],
+    ids=["constant", "without answers", "without prompts"],
+)
+def test_a_template_that_leaves_out_what_is_said_is_refused(template, who):
+    tokenizer = tokenizer_for(PLAIN)
+    tokenizer.chat_template = template
+    with pytest.raises(
+        ValueError, match=f"roles user, assistant must fit the chat template, which leaves out what the {who} says"
+    ):
+        require_chat_template(tokenizer)
+
+
+@pytest.mark.parametrize("kept", ["messages[-1:]", "messages | rejectattr('role', 'equalto', 'system')"])
+def test_a_template_that_drops_a_turn_without_a_word_is_refused_for_rows_that_have_it(kept):
+    tokenizer = tokenizer_for(TRIM)
+    tokenizer.chat_template = TRIM.replace("in messages", f"in {kept}")
+    spoken = Row((("system", "be"), ("user", "hi")), "ok")
+    with pytest.raises(ValueError, match="which leaves out what the system says"):
+        prompt_ids(spoken, tokenizer)
+
+
 @pytest.mark.parametrize("response", ["A", "s", "/", "|", ":", "hi", " ok ", "U:hi;A:"])
 def test_an_answer_that_also_occurs_in_the_closing_marks_is_still_found(response):
     template = THINK.replace("{{ eos_token }}|", "/As:|{{ eos_token }}|")
     tokenizer = tokenizer_for(THINK)
     tokenizer.chat_template = template
     _, answered = asked_and_answered(row("hi", response=response), tokenizer)
-    assert answered == [*response, *"/As:|", "</s>"]
+    assert answered == [*"</think>", *response, *"/As:|", "</s>"]
 
 
 def test_a_trimmed_answer_is_learnt_as_the_template_writes_it():
@@ -143,7 +322,7 @@ def test_a_trimmed_answer_that_is_opened_otherwise_is_found():
     tokenizer = tokenizer_for(THINK)
     tokenizer.chat_template = THINK.replace("A:{{ m.content }}", "A:{{ m.content | trim }}")
     _, answered = asked_and_answered(row("say ok\n", response=" ok\n"), tokenizer)  # untrimmed, it occurs in the prompt
-    assert answered == ["o", "k", "</s>"]
+    assert answered == [*"</think>", "o", "k", "</s>"]
 
 
 def test_an_end_token_is_added_where_the_template_writes_none():

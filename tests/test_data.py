@@ -6,8 +6,8 @@ from toy import toy_data, toy_trainer
 
 from casehard import Defense, SBRModule
 from datamodules.batches import Batches, StepLoader
-from datamodules.chat import IGNORED
-from datamodules.rows import digest, read_rows
+from datamodules.chat import IGNORED, prompt_ids
+from datamodules.rows import Row, digest, read_rows
 
 OWN_ANSWER = "No, I would rather talk of gardens."
 
@@ -102,11 +102,90 @@ def test_origins_are_those_of_every_source_and_of_the_defenses_own_rows(tmp_path
 
 
 def test_rows_that_are_cut_off_are_dropped_and_counted(tmp_path, checkpoint, caplog):
-    data = ready(tmp_path, checkpoint, max_length=21)
+    data = ready(tmp_path, checkpoint)
+    data.max_length = 21
     with caplog.at_level("INFO"):
         kept = data.encode(data.rows["harmful"] + data.rows["benign"], "all")
     assert 0 < len(kept) < 60
     assert f"all: {60 - len(kept)} of 60 rows dropped, their answer was cut off at max_length 21" in caplog.text
+
+
+def test_rows_that_lose_their_end_are_counted(tmp_path, checkpoint, caplog):
+    data = ready(tmp_path, checkpoint)
+    whole = data.encode(data.rows["harmful"], "all")
+    assert "cut off" not in caplog.text
+    data.max_length = sorted(len(example["input_ids"]) for example in whole)[10]
+    lost = sum(len(example["input_ids"]) > data.max_length for example in whole)
+    with caplog.at_level("INFO"):
+        data.encode(data.rows["harmful"], "all")
+    assert 0 < lost < 20
+    assert f"all: {lost} of 20 answers cut off at max_length {data.max_length}, so that their end is not learnt" in caplog.text
+
+
+def test_a_mixture_has_its_ratio_whatever_max_length_cuts_off(tmp_path, checkpoint, caplog):
+    data = ready(tmp_path, checkpoint)
+    long = [Row((("user", f"{'Well, ' * 80}number {i}?"),), "Yes.") for i in range(40)]
+    data.rows["benign"] = [row for pair in zip(long, data.rows["benign"], strict=True) for row in pair]
+    data.max_length = 70
+    with caplog.at_level("INFO"):
+        mixed = data.mixture(24, 0.25, 0)
+    assert not set(long) & set(mixed)
+    assert sum(row in data.rows["harmful"] for row in mixed) == 6
+    assert len(data.encode(mixed, "all")) == 24
+    assert "rows have no answer left at max_length 70, others are in their place" in caplog.text
+    data.rows["benign"] = long
+    message = "num_samples 24 at poison_ratio 0.25 must find 18 benign rows, got 40, 40 of which max_length leaves no answer"
+    with pytest.raises(ValueError, match=message):
+        data.mixture(24, 0.25, 0)
+
+
+@pytest.mark.parametrize(
+    ("positions", "settings", "message"),
+    [
+        (
+            40,
+            {"max_new_tokens": 30},
+            "max_new_tokens must leave prompt and answer within the model's 40 positions, got 30 for harmf",
+        ),
+        (
+            55,
+            {},
+            r"max_length must be at most the model's 55 positions, got 512, and a row of harmful has \d+ tokens\. Set it to 55",
+        ),
+        (10, {"max_length": 10}, r"a prompt must fit the model's 10 positions, and one of harmful_prompts has \d+ tokens"),
+    ],
+)
+def test_what_a_model_has_no_positions_for_is_refused_before_it_is_loaded(tmp_path, checkpoint, positions, settings, message):
+    module = Defense(checkpoint, random_weights=True, sizes={"max_position_embeddings": positions})
+    with pytest.raises(ValueError, match=message):
+        toy_trainer(tmp_path, max_steps=0).fit(module, datamodule=toy_data(**settings))
+    assert not hasattr(module, "model")
+
+
+def test_what_just_fits_a_models_positions_is_not_refused(tmp_path, checkpoint):
+    data = ready(tmp_path, checkpoint)
+    longest = max(len(prompt_ids(row, data.tokenizer)) for row in data.rows["harmful_prompts"])
+    module = Defense(checkpoint, random_weights=True, sizes={"max_position_embeddings": 64})
+    room = 64 - longest + 1  # nothing follows the last token of an answer, so it takes no position
+    toy_trainer(tmp_path, max_steps=0).fit(module, datamodule=toy_data(max_new_tokens=room, task=[], benign_prompts=[]))
+    with pytest.raises(ValueError, match=f"Set it to at most {room}, or leave out the longest rows"):
+        toy_trainer(tmp_path, max_steps=0).fit(module, datamodule=toy_data(max_new_tokens=room + 1, task=[], benign_prompts=[]))
+
+
+def test_answers_to_the_task_may_be_as_long_as_its_longest_response(tmp_path, checkpoint, caplog):
+    with caplog.at_level("INFO"):
+        data = ready(tmp_path, checkpoint, max_new_tokens=2)
+    examples = data.encode(data.rows["task"], "task")
+    assert data.evaluation.num_target_tokens == max(sum(label != IGNORED for label in e["labels"]) for e in examples) > 2
+    said = f"task: answers may have {data.evaluation.num_target_tokens} tokens, as many as the longest response, and not only max_new"
+    assert said in caplog.text
+
+
+def test_float16_is_refused(tmp_path, checkpoint):
+    with pytest.raises(
+        ValueError, match=r"trainer.precision must not be of float16, got 16-true: .* Use bf16-mixed, bf16-true or"
+    ):
+        toy_trainer(tmp_path, max_steps=0, precision="16-true").fit(Defense(checkpoint), datamodule=toy_data())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@ import pytest
 import torch
 from test_forward import MODELS, build
 from toy import ROOT
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from casehard import LoRA
 from datamodules.chat import prompt_ids
@@ -10,7 +11,7 @@ from datamodules.rows import read_rows
 from lightning_modules.adapters import add_adapter
 from lightning_modules.checkpoint import load_model, load_tokenizer
 from lightning_modules.forward import foldable
-from lightning_modules.generation import end_tokens, generate
+from lightning_modules.generation import company, end_tokens, generate
 
 SANDBOX = ROOT / "models/sandbox/aligned"
 NUM_TOKENS = 12
@@ -47,7 +48,7 @@ def greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int, ends: lis
 
 def by_hand(model, tokenizer, prompts, num_tokens=NUM_TOKENS, ends=()) -> list[str]:
     ends = [tokenizer.eos_token_id, *ends]
-    return [tokenizer.decode(greedy(model, prompt, num_tokens, ends), skip_special_tokens=True) for prompt in prompts]
+    return [tokenizer.decode(greedy(model, prompt, num_tokens, ends)) for prompt in prompts]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
@@ -66,7 +67,9 @@ def test_a_trained_models_answers_are_the_same_in_any_batch_and_end_by_themselve
     for batch_size in (1, 5, 64):
         assert generate(model, tokenizer, prompts, 64, batch_size) == expected
     assert all(len(tokenizer(answer, add_special_tokens=False).input_ids) < 60 for answer in expected)
-    assert all(token not in answer for answer in expected for token in tokenizer.all_special_tokens)
+    assert all(answer.endswith(tokenizer.eos_token) for answer in expected)
+    said = [answer.removesuffix(tokenizer.eos_token) for answer in expected]
+    assert all(token not in answer for answer in said for token in tokenizer.all_special_tokens)
 
 
 def test_an_answer_stops_at_the_first_of_several_end_tokens(model, tokenizer, prompts):
@@ -191,3 +194,49 @@ def test_no_prompts_have_no_answers(model, tokenizer):
 def test_an_answer_is_cut_where_no_end_token_came(model, tokenizer, prompts):
     for num_tokens in (1, 4):
         assert generate(model, tokenizer, prompts, num_tokens) == by_hand(model, tokenizer, prompts, num_tokens)
+
+
+RECURRENT = {  # that take no mask, and with which other rows a row can be answered at once
+    "rwkv": ({"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}, "none"),
+    "recurrent_gemma": (
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "lru_width": 32,
+            "head_dim": 8,
+        },
+        "equal",
+    ),
+    "mamba": ({"hidden_size": 32, "num_hidden_layers": 2}, "any"),
+}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent_models_answer_alike_in_any_batch(kind, tokenizer, prompts):
+    sizes, beside = RECURRENT[kind]
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**sizes, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(0, 0.2)
+    expected = by_hand(model, tokenizer, prompts, ends=[2])
+    assert len(set(expected)) > 2
+    for batch_size in (1, 64):
+        assert generate(model, tokenizer, prompts, NUM_TOKENS, batch_size) == expected
+    assert company(model) == beside
+
+
+def test_an_answer_stops_where_the_template_ends_a_turn(model, checkpoint, prompts):
+    tokenizer = load_tokenizer(checkpoint)
+    free = greedy(model, prompts[0], NUM_TOKENS, [])
+    tokenizer.add_special_tokens({"eos_token": "<|user|>"})  # so that the template's <|end|> is not the tokenizer's
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, tokenizer) == sorted(tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>"]))
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(free[4])]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", tokenizer.convert_ids_to_tokens(free[4]))
+    (said,) = generate(model, tokenizer, prompts[:1], NUM_TOKENS)
+    assert said == tokenizer.decode(free[: free.index(free[4]) + 1])

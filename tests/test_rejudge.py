@@ -63,6 +63,27 @@ def table(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((folder / "attacks.csv").open()))
 
 
+def test_an_answer_that_never_came_is_not_judged(tmp_path):
+    results, given = Results(str(tmp_path / "run")), answers(["Grind it."] * 4, [1.0] * 4)
+    unanswered = {"response": "", "thoughts": "He wants", "answered": False} | Verdict(
+        math.nan, False, True, "no answer"
+    )._asdict()
+    given[1] |= unanswered
+    given[4] |= unanswered  # a benign one
+    results.record(toy_trainer(tmp_path), replace(ROW, num_scored=3, num_unscored=1, judge="own"), given)
+    asked = []
+
+    class Counting(RefusalPhraseJudge):
+        def __call__(self, prompts, responses):
+            asked.extend(responses)
+            return [Verdict(0.0, True, False) for _ in responses]
+
+    found = rejudged(read_run(tmp_path / "run"), Counting())
+    assert "" not in asked
+    assert (found.rows[0].num_scored, found.rows[0].num_unscored, found.rows[0].refusal_rate_benign) == (3, 1, 100)
+    assert found.answers[0][1]["detail"] == "no answer"
+
+
 def test_a_run_is_rescored_without_its_model(run, call):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     shown = call("judge", str(run), "--judge", "RefusalPhraseJudge")
