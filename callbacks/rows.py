@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ class ResultRow:
     """One evaluation of an attack: a row of ``attacks.csv``. Scores and rates are percentages, 0 to 100, nan where not measured.
 
     ``num_attack_steps`` 0 is the model before the attack; ``wall_seconds`` is what training took up to that step, scoring not
-    counted; ``epoch`` is the epoch of ``fit`` after which the attack ran, empty at its end.
+    counted; ``epoch`` is the epoch of ``fit`` after which the attack ran, empty at its end; ``trained`` is what the attacker
+    trained.
     """
 
     defense: str
@@ -42,6 +43,7 @@ class ResultRow:
     judge: str
     epoch: str
     note: str
+    trained: str = ""  # unknown of runs of an earlier version
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ def _read_rows(path: Path) -> list[ResultRow]:
         raise ValueError(f"a run must be a folder with an attacks.csv, and {path} is not there. Name runs/EXPERIMENT/VERSION.")
     with path.open(encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
-    columns = [(field.name, field.type) for field in fields(ResultRow)]
-    missing = [name for name, _ in columns if table and name not in table[0]]
+    there = set(table[0]) if table else set()
+    columns = [(field.name, field.type) for field in fields(ResultRow) if field.name in there or field.default is MISSING]
+    missing = [name for name, _ in columns if table and name not in there]
     if missing:
         raise ValueError(f"{path} must have the column {missing[0]}, and it does not: another version of casehard wrote it.")
     return [ResultRow(**{name: kind(line[name]) for name, kind in columns}) for line in table]  # type: ignore[operator]
