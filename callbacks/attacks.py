@@ -16,7 +16,7 @@ from callbacks.rows import ResultRow
 from callbacks.scoring import Scores, defense_and_data, score
 from callbacks.sigterm import ended_by_sigterm
 from datamodules.sft import SFTDataModule
-from lightning_modules.adapters import LoRA, named, trainable
+from lightning_modules.adapters import LoRA, coverage, named, targets, trainable, what_trains
 from lightning_modules.defense import Defense
 from lightning_modules.engine import train_steps, watched
 from lightning_modules.forward import Batch
@@ -25,6 +25,7 @@ from lightning_modules.weights import borrowed, check_device
 
 ThreatModel = Literal["open_weight", "finetuning_service"]
 BEYOND = "expected to break: the defense acts only while a service fine-tunes"
+MOST = 90.0  # percent of the decoder's weights: a LoRA attack that reaches less by default is noted as weaker than its name says
 
 
 class HarmfulFineTuning(L.Callback):
@@ -131,6 +132,22 @@ class HarmfulFineTuning(L.Callback):
 
     # ---- when it runs
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check what needs the model, before it is trained."""
+        self._check(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same, before anything is scored."""
+        self._check(trainer, pl_module)
+
+    def _check(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Raise a ValueError where the settings of what trains do not fit the model."""
+        model = defense_and_data(trainer, module)[0].model
+        if self.lora is not None:
+            targets(model, self.lora)
+        if self.train_only is not None:
+            named(model, self.train_only)
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The trained model is exported and its checkpoint saved: attack it."""
         if not trainer.interrupted:
@@ -172,9 +189,10 @@ class HarmfulFineTuning(L.Callback):
         def batches(step: int) -> dict[str, Tensor]:
             return {name: tensor.to(module.device) for name, tensor in job.draw(step).items()}
 
-        self._record(job, 0, before, 0.0)
         shown = f"{self.name} ({self.threat_model}, {'undefended' if job.twin else module.label})"
         with borrowed(module, self._prepared(job), self.copy_device):
+            job = replace(job, trained=what_trains(module, module.model, self.lora), note=self._note(job))
+            self._record(job, 0, before, 0.0)
             loss = module.finetuning_loss if job.defended else module.sft_loss
             how = (self.optimizer, module.forward_context, module.row_group)
             steps = train_steps(module, loss, batches, self.num_attack_steps, *how)
@@ -208,9 +226,21 @@ class HarmfulFineTuning(L.Callback):
             module.recover()
             yield
 
+    def _note(self, job: "_Job") -> str:
+        """What a reader of the rows must know, "" if nothing."""
+        notes, module = [], job.module
+        if self.threat_model == "open_weight" and module.stage in ("finetuning", "post_finetuning") and not job.twin:
+            notes.append(BEYOND)
+        if job.twin and self.undefended_checkpoint is not None:
+            notes.append(f"the undefended model is {Path(self.undefended_checkpoint).name}")
+        if self.lora is not None and self.lora.target_modules is None:
+            share, still = coverage(module.model)
+            if share < MOST:
+                notes.append(f"LoRA reaches {share:g}% of the decoder's weights: no adapter can act on {', '.join(still)}")
+        return "; ".join(notes)
+
     def _record(self, job: "_Job", step: int, scores: Scores, seconds: float) -> None:
         module, m = job.module, scores.metrics
-        beyond = self.threat_model == "open_weight" and module.stage in ("finetuning", "post_finetuning") and not job.twin
         row = ResultRow(
             defense="none" if job.twin else module.label,
             stage="none" if job.twin else module.stage,
@@ -233,22 +263,19 @@ class HarmfulFineTuning(L.Callback):
             batch_size=self.batch_size,
             judge=job.data.judge.label,
             epoch="" if job.epoch is None else str(job.epoch),
-            note="; ".join(filter(None, [self._note(job, beyond), scores.note])),
+            note="; ".join(filter(None, [job.note, scores.note])),
+            trained=job.trained,
         )
         for callback in job.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):
                 callback.record(job.trainer, row, scores.generations)
 
-    def _note(self, job: "_Job", beyond: bool) -> str:
-        """What a table says under a row: that its defense cannot act there, or which undefended model it is."""
-        if job.twin and self.undefended_checkpoint is not None:
-            return f"the undefended model is {Path(self.undefended_checkpoint).name}"
-        return BEYOND if beyond else ""
-
 
 @dataclass(frozen=True)
 class _Job:
-    """One run of an attack. ``defended``: under the defense's own loss; ``twin``: the undefended model beside it."""
+    """One run of an attack. ``defended``: under the defense's own loss; ``twin``: the undefended model beside it; ``trained`` and
+    ``note``: as its rows have them.
+    """
 
     trainer: L.Trainer
     module: Defense
@@ -258,6 +285,8 @@ class _Job:
     epoch: int | None
     defended: bool = False
     twin: bool = False
+    trained: str = ""
+    note: str = ""
 
 
 class FullParameterAttack(HarmfulFineTuning):
@@ -276,15 +305,6 @@ class FullParameterAttack(HarmfulFineTuning):
             raise ValueError("train_only must hold patterns of parameters or be null, got an empty list. null trains all.")
         super().__init__(threat_model, **settings)  # type: ignore[arg-type]
         self.train_only = train_only
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The weights are there, and no step was taken: a pattern without a parameter is an error now."""
-        if self.train_only is not None:
-            named(pl_module.model, self.train_only)  # type: ignore[arg-type]
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As for ``fit``."""
-        self.on_fit_start(trainer, pl_module)
 
 
 class LoRAAttack(HarmfulFineTuning):

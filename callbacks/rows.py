@@ -4,7 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ class ResultRow:
     """One evaluation of an attack: a row of ``attacks.csv``. Scores and rates are percentages, 0 to 100, nan where not measured.
 
     ``num_attack_steps`` 0 is the model before the attack; ``wall_seconds`` is what training took up to that step, scoring not
-    counted; ``epoch`` is the epoch of ``fit`` after which the attack ran, empty at its end.
+    counted; ``epoch`` is the epoch of ``fit`` after which the attack ran, empty at its end; ``trained`` is what the attacker
+    trained.
     """
 
     defense: str
@@ -44,6 +45,7 @@ class ResultRow:
     judge: str
     epoch: str
     note: str
+    trained: str = ""  # unknown of runs of an earlier version
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _read_rows(path: Path) -> list[ResultRow]:
             lines = [(table.line_num, line) for line in table]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be CSV in UTF-8, and it is not ({error}). {AGAIN}") from error
-    missing = [field.name for field in fields(ResultRow) if field.name not in columns]
+    missing = [field.name for field in fields(ResultRow) if field.name not in columns and field.default is MISSING]
     if missing:
         raise ValueError(f"{path} must have the column {missing[0]}, and it does not: another version of casehard wrote it.")
     if not lines:
@@ -103,6 +105,8 @@ def _row(line: dict[str | None, Any], where: str) -> ResultRow:
         raise ValueError(f"{where} must have a value a column, and it has not. {AGAIN}")
     values: dict[str, Any] = {}
     for field in fields(ResultRow):
+        if field.name not in line:  # of an earlier version, which did not say
+            continue
         try:
             values[field.name] = field.type(line[field.name])  # type: ignore[operator]
         except ValueError as error:

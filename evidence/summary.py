@@ -1,6 +1,7 @@
 """What runs say together: one series an attack and defense, over seeds, with intervals and comparisons."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,6 +209,7 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
     read = [(read_run(folder), defense, attack) for folder, defense, attack in named]
     several = len({row.judge for run, _, _ in read for row in run.rows}) > 1
     series: dict[tuple[str, str, str], Series] = {}
+    reached: dict[tuple[str, str], Entry] = {}
     for run, defense, attack in read:
         for row, answers in zip(run.rows, run.answers, strict=True):
             if row.epoch:
@@ -217,8 +219,15 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
                 (attack or settings) + (f" ({row.judge})" if several else ""),
                 defense or (UNDEFENDED if row.defense == "none" else row.defense),
             )
-            one = series.setdefault((row.threat_model, *labels), Series(row.threat_model, *labels, named=bool(attack)))
             entry = Entry(row, answers, run.folder)
+            known = reached.setdefault((row.threat_model, labels[0]), entry)
+            if _reach_apart(known.row, row):
+                raise ValueError(
+                    f"runs must attack alike to stand in one table, and {known.folder} and {run.folder} differ in what "
+                    f"{labels[0]} trained: {known.row.trained}, and {row.trained}. "
+                    "Leave one out, or give the attacks names of their own."
+                )
+            one = series.setdefault((row.threat_model, *labels), Series(row.threat_model, *labels, named=bool(attack)))
             if one.entries and (setting := _unlike(one.first, entry)):
                 raise ValueError(
                     f"runs must have the same settings to be seeds of one series, and {one.first.folder} and {run.folder} differ "
@@ -252,10 +261,25 @@ def unlike(ours: Series, theirs: Series) -> str:
     return next((name for name in shared if mine[name] != others[name]), "")
 
 
+def _reach_apart(ours: ResultRow, theirs: ResultRow) -> bool:
+    """Whether two attacks by LoRA of one name differ in rank, or by more than a point in the share of the weights they are on.
+
+    A point is what routers and the like make between architectures; what else a defense freezes is the defense's own.
+    """
+    found = [re.match(r"LoRA r(\S+) .*\(([\d.]+)% of the decoder\)", row.trained) for row in (ours, theirs)]
+    if not (found[0] and found[1]):
+        return False
+    (rank, share), (other, others) = (match.groups() for match in found if match)
+    return rank != other or abs(float(share) - float(others)) > 1
+
+
 def _unlike(ours: Entry, theirs: Entry) -> str:
     """A setting that the rows rest on and in which their runs differ, "" where none is known."""
     if ours.folder == theirs.folder:
         return ""
+    trained = (ours.row.trained, theirs.row.trained)
+    if all(trained) and trained[0] != trained[1]:
+        return f"what was trained: {trained[0]}, and {trained[1]}"
     mine, others = _settings(ours), _settings(theirs)
     return next((name for name in mine if name in others and mine[name] != others[name]), "")
 

@@ -2,12 +2,19 @@
 
 import copy
 import fnmatch
+import inspect
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from peft import LoraConfig
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,14 +22,15 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters (arXiv:2106.09685) on the linear layers of the decoder.
+    """Low-rank adapters (arXiv:2106.09685) on the weight matrices of the decoder.
 
     Args:
-        rank: of every adapter, >= 1.
+        rank: of every adapter, of every expert's too, >= 1.
         alpha: scale of the adapter's output: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rslora.
         rslora: rank-stabilised scaling (arXiv:2312.03732).
-        dropout: on the adapter's input, in [0, 1).
-        target_modules: names of layers, such as ``q_proj``; by default every linear layer but the unembedding.
+        dropout: on the adapter's input, in [0, 1); 0 where experts are adapted.
+        target_modules: names of layers, or ends of names, such as ``q_proj``, ``experts.down_proj`` or
+            ``model.layers.0.mlp.down_proj``; by default every linear layer but the unembedding, and all experts.
     """
 
     rank: int = 16
@@ -40,54 +48,212 @@ class LoRA:
             raise ValueError("target_modules must name layers or be null, got an empty list. null adapts every linear layer.")
 
 
-def linear_layers(model: PreTrainedModel) -> set[str]:
-    """Last name of every linear layer but the unembedding, adapted or not: what LoRA may target."""
-    head = model.get_output_embeddings()
-    inside = {id(m) for layer in model.modules() if isinstance(layer, LoraLayer) for m in layer.modules() if m is not layer}
-    return {
-        name.rpartition(".")[2]
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D | LoraLayer) and m is not head and id(m) not in inside
-    }
+# ---- what can be adapted
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix of the decoder, or an experts' stack of them.
+
+    ``name`` is the layer's, in the plain model; that of the parameter where the layer is no linear one. ``still`` says why no
+    adapter can act on it, "" where one can.
+    """
+
+    name: str
+    layer: nn.Module
+    parameter: str
+    still: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter itself."""
+        return getattr(self.layer, self.parameter)  # type: ignore[no-any-return]
+
+    @property
+    def short(self) -> str:
+        """The end of the name by which all layers of the decoder have it; a number alone says nothing."""
+        last = self.name.split(".")
+        return ".".join(last[-2:] if last[-1].isdigit() or not is_linear(self.layer) else last[-1:])
+
+    def named(self, name: str) -> bool:
+        """Whether ``name`` is its name or the end of it."""
+        return f".{self.name}".endswith(f".{name}")
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it does what a linear layer does: a router, which also chooses, may be a subclass of one."""
+    return type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def matrices(model: PreTrainedModel) -> list[Matrix]:
+    """Every weight matrix of the decoder, adapted or not: all parameters of two dimensions and more but the (un)embeddings'."""
+    head, above, found = model.get_output_embeddings(), _above(model), []
+    for full_name, layer in model.named_modules():
+        if layer is head or isinstance(layer, nn.Embedding) or "lora_" in full_name:
+            continue
+        name = full_name.replace(".base_layer", "")
+        for parameter, weight in layer.named_parameters(recurse=False):
+            if weight.ndim >= 2 and "bias" not in parameter:
+                own = name if is_linear(layer) else f"{name}.{parameter}"
+                found.append(Matrix(own, layer, parameter, _why_still(layer, weight, *_outside(layer, above))))
+    return found
+
+
+def _above(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    """By the ``id`` of a module: its parent, and its name there."""
+    return {id(child): (parent, name) for parent in model.modules() for name, child in parent.named_children()}
+
+
+def _outside(layer: nn.Module, above: dict[int, tuple[nn.Module, str]]) -> tuple[nn.Module, str]:
+    """The parent of a layer, and its name there, around all wrappers of its adapters."""
+    parent, name = above.get(id(layer), (layer, ""))  # the model itself may hold a parameter
+    while isinstance(parent, LoraLayer):
+        parent, name = above[id(parent)]
+    return parent, name
+
+
+def _why_still(layer: nn.Module, weight: Tensor, parent: nn.Module, name: str) -> str:
+    if name in _read_past_forward(type(parent)):  # type: ignore[arg-type]  # mypy finds a class without a hash
+        return f"{type(parent).__name__} reads its weight past its forward pass"
+    stack = "Experts" in type(layer).__name__ and weight.ndim == 3 and len(weight) > 1
+    return "" if stack or is_linear(layer) else f"{type(layer).__name__} is no linear layer"
+
+
+@cache
+def _read_past_forward(kind: type[nn.Module]) -> frozenset[str]:
+    """Names of a module's layers whose weight its code reads by itself, e.g. for a fused kernel: an adapter there does nothing.
+
+    Reading a slice is left to ``pretraining_tp`` above 1, which nothing here sets.
+    """
+    found: set[str] = set()
+    for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        try:
+            code = inspect.getsource(cls)
+        except (OSError, TypeError):  # made while running, such as FSDP2's; what it is made from follows
+            continue
+        code = re.sub(r"init\.\w+\(.*|isinstance\(.*?\)", "", code)
+        found |= set(re.findall(r"self\.(\w+)\.weight\b(?!\[|\.(?:data|device|dtype|ndim|requires_grad|shape|size)\b)", code))
+    return frozenset(found)
+
+
+def targets(model: PreTrainedModel, settings: LoRA) -> list[Matrix]:
+    """What LoRA of these settings adapts.
+
+    Raises:
+        ValueError: a target module that the model does not have or that cannot be adapted; dropout on experts.
+    """
+    every = matrices(model)
+    able = [m for m in every if not m.still]
+    names = settings.target_modules
+    for name in names or []:
+        if any(m.named(name) for m in able):
+            continue
+        if why := next((m.still for m in every if m.named(name)), ""):
+            raise ValueError(
+                f"target_modules must name layers that an adapter can act on, got {name!r}: {why}. "
+                f"Leave it out, or attack with every parameter. {_has(able)}"
+            )
+    if unknown := [name for name in sorted(set(names or [])) if not any(m.named(name) for m in able)]:
+        raise ValueError(
+            f"target_modules must name linear layers of the model, and it has no {', '.join(map(repr, unknown))}. {_has(able)}"
+        )
+    chosen = able if names is None else [m for m in able if any(m.named(name) for name in names)]
+    if not chosen:
+        raise ValueError("lora must be null for a model without linear layers, got a rank. null trains every parameter.")
+    if settings.dropout and (stacks := sorted({m.short for m in chosen if not is_linear(m.layer)})):
+        raise ValueError(
+            f"dropout of lora must be 0 where experts are adapted, got {settings.dropout}: {', '.join(stacks)} are one parameter "
+            "a layer, whose input an adapter does not see. Set it to 0, or name other layers in target_modules."
+        )
+    return chosen
+
+
+def _has(able: list[Matrix]) -> str:
+    return f"It has {', '.join(sorted({m.short for m in able}))}."
+
+
+# ---- in and out
+
+
+class StackWrapper(ParamWrapper):
+    """peft's adapter of experts that are one parameter. It takes that out of their layer for every pass, and puts it back last.
+
+    Here it keeps its place, and ``torch.compile`` stays out: it would compile the taking out and putting back anew every time.
+    """
+
+    @torch.compiler.disable
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As peft's."""
+        own = self.get_base_layer()._parameters
+        names = list(own)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for name in names:
+                own[name] = own.pop(name)
 
 
 def add_adapter(model: PreTrainedModel, settings: LoRA, name: str) -> None:
     """Add an adapter, starting at zero, beside those that are there; all of them act, only the new one trains.
 
     Raises:
-        ValueError: a target module that the model does not have.
+        ValueError: as ``targets`` does.
     """
-    layers = linear_layers(model)
-    if unknown := sorted(set(settings.target_modules or []) - layers):
-        raise ValueError(
-            f"target_modules must name linear layers of the model, and it has no {', '.join(map(repr, unknown))}. "
-            f"It has {', '.join(sorted(layers))}."
+    chosen, above = targets(model, settings), _above(model)
+    for matrix in chosen:  # by hand: peft's own injection renames targets as transformers 4 had them, and doubles some ranks
+        transposed = isinstance(matrix.layer, Conv1D)
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft says int and computes with floats
+            use_rslora=settings.rslora,
+            lora_dropout=settings.dropout,
+            fan_in_fan_out=transposed,
         )
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft says int and computes with floats
-        use_rslora=settings.rslora,
-        lora_dropout=settings.dropout,
-        target_modules=sorted(settings.target_modules or layers),
-    )
-    known = model.__dict__.pop("peft_config", None)  # peft's notes on the model, nothing here reads them: they stay as they were
-    inject_adapter_in_model(config, model, adapter_name=name)
-    model.__dict__.pop("peft_config", None)
-    if known is not None:
-        model.peft_config = known
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.set_adapter(list(layer.lora_A))
+        inner, (parent, place) = matrix.layer, above[id(matrix.layer)]
+        while isinstance(parent, LoraLayer) and getattr(parent, "parameter_name", "weight") != matrix.parameter:
+            inner, (parent, place) = parent, above[id(parent)]  # around the wrappers of other parameters of one layer
+        rank, alpha = config.r, config.lora_alpha
+        if isinstance(parent, LoraLayer):
+            parent.update_layer(name, rank, lora_alpha=alpha, config=config)  # type: ignore[operator]
+            continue
+        wrapper = (
+            Linear(inner, name, config, rank, alpha, is_target_conv_1d_layer=transposed)
+            if is_linear(matrix.layer)
+            else StackWrapper(inner, name, matrix.parameter, config, rank, alpha)
+        )
+        setattr(parent, place, wrapper)
+        above |= {id(wrapper): (parent, place), id(inner): (wrapper, "base_layer")}
+    for layer in _lora_layers(model):
+        layer.set_adapter(_names(layer))
     for parameter_name, p in model.named_parameters():
         p.requires_grad_(f".{name}." in parameter_name)
+    _say(f"Adapter {name!r}: {adapted(model, name)}.")
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+
+
+def _names(layer: LoraLayer) -> list[str]:
+    """Of the adapters on a layer."""
+    return [*layer.lora_A, *layer.lora_embedding_A]
+
+
+@cache
+def _say(text: str) -> None:
+    """Once a run."""
+    rank_zero_info(text)
 
 
 def _unwrap(model: nn.Module) -> None:
     """Put back the plain layer wherever a wrapper holds no adapter any more."""
     for parent in list(model.modules()):
         for child_name, child in list(parent.named_children()):
-            if isinstance(child, LoraLayer) and not child.lora_A:
-                setattr(parent, child_name, child.get_base_layer())
+            plain = child
+            while isinstance(plain, LoraLayer) and not _names(plain):
+                plain = plain.base_layer
+            if plain is not child:
+                setattr(parent, child_name, plain)
 
 
 @contextmanager
@@ -97,10 +263,10 @@ def temporary_adapter(model: PreTrainedModel, settings: LoRA, name: str = "attac
         add_adapter(model, settings, name)
         yield
     finally:
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer) and name in layer.lora_A:
+        for layer in _lora_layers(model):
+            if name in _names(layer):
                 layer.delete_adapter(name)
-                layer.set_adapter(list(layer.lora_A))
+                layer.set_adapter(_names(layer))
         _unwrap(model)
 
 
@@ -120,44 +286,101 @@ def named(model: PreTrainedModel, patterns: list[str]) -> dict[str, nn.Parameter
 
 
 @contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Let the adapters that are there act as if they were merged: the model that is released drops nothing of them."""
+    held = [(layer.lora_dropout, name, drop) for layer in _lora_layers(model) for name, drop in layer.lora_dropout.items()]
+    try:
+        for dropouts, name, _ in held:
+            dropouts[name] = nn.Identity()
+        yield
+    finally:
+        for dropouts, name, drop in held:
+            dropouts[name] = drop
+
+
+@contextmanager
 def trainable(
     module: nn.Module, model: PreTrainedModel, lora: LoRA | None, train_only: list[str] | None = None
 ) -> Iterator[None]:
     """For a block, what an attacker trains is the only thing that requires a gradient.
 
+    The adapters that the model has stand still then, and drop nothing of their input, so that the weights move as the exported
+    model's do, into which they are merged.
+
     Args:
         module: all of what could train.
         model: the language model in it.
-        lora: shape of a new adapter, on top of whatever adapters the model has; None for every parameter of the model itself. Its
-            adapters stand still then, so that the weights move as the exported model's do, into which they are merged.
+        lora: shape of a new adapter, on top of whatever adapters the model has; None for every parameter of the model itself.
         train_only: patterns of the only parameters of the model that train, where ``lora`` is None; None trains all.
     """
+    with _without_dropout(model):
+        if lora is not None:
+            with temporary_adapter(model, lora):
+                yield
+            return
+        chosen = None if train_only is None else {id(p) for p in named(model, train_only).values()}
+        for name, p in module.named_parameters():
+            p.requires_grad_("lora_" not in name and (chosen is None or id(p) in chosen))
+        yield
+
+
+# ---- what it comes to
+
+
+def adapted(model: PreTrainedModel, name: str = "attack") -> str:
+    """What an adapter is on, in one line: matrices, their share of the decoder's weights, parameters, and what stands still."""
+    share, still = coverage(model, name)
+    layers = [layer for layer in _lora_layers(model) if name in layer.lora_A]
+    ranks = sorted({layer.r[name] for layer in layers})
+    trained = sum(p.numel() for n, p in model.named_parameters() if f".{name}." in n)
+    return (
+        f"LoRA r{'/'.join(map(str, ranks))} on {len(layers)} of {len(matrices(model))} weight matrices "
+        f"({share:g}% of the decoder); {_grouped(trained)} parameters" + (f"; not on {', '.join(still)}" if still else "")
+    )
+
+
+def coverage(model: PreTrainedModel, name: str = "attack") -> tuple[float, list[str]]:
+    """Share of the decoder's weights that an adapter is on, in percent, rounded down; and the names of what it is not on."""
+    on = {id(_weight(layer)) for layer in _lora_layers(model) if name in layer.lora_A}
+    every = matrices(model)
+    covered, total = (sum(m.weight.numel() for m in some) for some in ([m for m in every if id(m.weight) in on], every))
+    return math.floor(1000 * covered / total) / 10, sorted({m.short for m in every if id(m.weight) not in on})
+
+
+def what_trains(module: nn.Module, model: PreTrainedModel, lora: LoRA | None) -> str:
+    """What an attacker trains, in one line, inside ``trainable``: for the rows of results."""
     if lora is not None:
-        with temporary_adapter(model, lora):
-            yield
-        return
-    chosen = None if train_only is None else {id(p) for p in named(model, train_only).values()}
-    for name, p in module.named_parameters():
-        p.requires_grad_("lora_" not in name and (chosen is None or id(p) in chosen))
-    yield
+        return adapted(model)
+    own = [p for name, p in module.named_parameters() if "lora_" not in name]
+    trained, total = (sum(p.numel() for p in some) for some in ([p for p in own if p.requires_grad], own))
+    return f"all {_grouped(total)} parameters" if trained == total else f"{_grouped(trained)} of {_grouped(total)} parameters"
+
+
+def _grouped(number: int) -> str:
+    """With a space at every thousand: a comma is the table's own."""
+    return f"{number:,}".replace(",", " ")
+
+
+def _weight(layer: LoraLayer) -> nn.Parameter:
+    """The parameter under a wrapper."""
+    return layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight  # type: ignore[return-value]
 
 
 def adapter_vector(model: PreTrainedModel, name: str = "attack") -> dict[int, Tensor]:
     """What an adapter adds to the weights under it, by the ``id`` of the weight: names change when adapters come and go."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and name in layer.lora_A]
-    return {id(layer.get_base_layer().weight): layer.get_delta_weight(name).detach() for layer in layers}  # type: ignore[operator]
+    layers = [layer for layer in _lora_layers(model) if name in layer.lora_A]
+    return {id(_weight(layer)): layer.get_delta_weight(name).detach() for layer in layers}  # type: ignore[attr-defined]
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
     """The model with its adapters added into its weights, for export: itself if it has none, else a copy (memory: one model)."""
-    if not any(isinstance(m, LoraLayer) for m in model.modules()):
+    if not _lora_layers(model):
         return model
     model = copy.deepcopy(model)
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.merge()
-            for name in list(layer.lora_A):
-                layer.delete_adapter(name)
+    for layer in _lora_layers(model):
+        layer.merge()
+        for name in _names(layer):
+            layer.delete_adapter(name)
     _unwrap(model)
     model.__dict__.pop("peft_config", None)
     model.__dict__.pop("_hf_peft_config_loaded", None)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from datamodules.mixing import counter_seed, mix, uniform
 from datamodules.rows import Row, read_rows
-from lightning_modules.adapters import LoRA, adapter_vector, trainable
+from lightning_modules.adapters import LoRA, adapter_vector, targets, trainable
 from lightning_modules.defense import Defense
 from lightning_modules.engine import train_steps, watched
 from lightning_modules.forward import Batch
@@ -153,8 +153,11 @@ class PatcherModule(Defense):
     # ---- the inner attacker
 
     def on_fit_start(self) -> None:
-        """Lay out the attackers' rows, so that bad settings show before the first step."""
+        """Lay out the attackers' rows and find what their adapters go on, so that bad settings show before the first step."""
         check_device(self.copy_device)
+        for attacker in self.attackers:
+            if attacker.lora is not None and self.attack_weight:
+                targets(self.model, attacker.lora)
         self.draws = [self._draw(which, attacker) for which, attacker in enumerate(self.attackers)] if self.attack_weight else []
         if self.parallel and self.draws:
             self._ask_for_sigterm_at_exchanges()

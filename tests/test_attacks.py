@@ -1,5 +1,6 @@
 import csv
 import math
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -11,10 +12,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from toy import DEFENSES, ROOT, bits, same_bits, save_toy_checkpoint, toy_data, toy_trainer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from callbacks.attacks import HarmfulFineTuning
 from callbacks.results import Results
-from callbacks.rows import ResultRow
+from callbacks.rows import ResultRow, read_run
 from callbacks.scoring import score
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
 from lightning_modules import DivergedError
@@ -413,3 +415,94 @@ def test_an_attack_without_a_seed_takes_the_datas(tmp_path, checkpoint):
     module, data = Defense(checkpoint), toy_data(seed=7)
     toy_trainer(tmp_path, callbacks=[results, *attacks]).test(module, datamodule=data, verbose=False)
     assert [r.seed for r in results.rows] == [7, 7, 4, 4]
+
+
+# ---- what trains
+
+
+def save_family(folder: Path, kind: str, **sizes: object) -> str:
+    """A model of another architecture, with random weights and the sandbox's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/sandbox/base")
+    own = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = CONFIG_MAPPING[kind](**own, bos_token_id=None, hidden_size=32, num_hidden_layers=1, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+HEADS = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_a_row_says_what_its_attack_trained(tmp_path, checkpoint):
+    results = Results(str(tmp_path), export=False)
+    attacks = [ATTACKS[name](threat_model="finetuning_service", num_attack_steps=1) for name in ATTACKS]
+    toy_trainer(tmp_path, callbacks=[results, *attacks]).test(DEFENSES["sbr"][0](checkpoint, **DEFENSES["sbr"][1]), datamodule=toy_data(), verbose=False)  # fmt: skip
+    trained = {(r.attack, r.defense, r.trained) for r in results.rows}
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint).parameters())
+    embedded = len(AutoTokenizer.from_pretrained(checkpoint)) * 32
+    spaced = lambda n: f"{n:,}".replace(",", " ")  # noqa: E731
+    adapters = "LoRA r2 on 14 of 14 weight matrices (100% of the decoder); 2 176 parameters"  # 2 * (4 * (32 + 32) + 3 * (32 + 64)) a layer
+    assert trained == {
+        ("FullParameterAttack", "none", f"all {spaced(total)} parameters"),
+        ("FullParameterAttack", "SBR", f"{spaced(total - embedded)} of {spaced(total)} parameters"),  # its unembedding is tied
+        ("LoRAAttack", "none", adapters),
+        ("LoRAAttack", "SBR", adapters),
+    }
+    assert read_run(tmp_path).rows[0].trained == results.rows[0].trained
+    assert not any(r.note for r in results.rows)
+
+
+def test_a_row_notes_what_a_default_lora_attack_cannot_reach_and_not_what_its_author_left_out(tmp_path):
+    results, data = Results(str(tmp_path / "run"), export=False), toy_data()
+    own = LoRAAttack("open_weight", LoRA(rank=2, target_modules=["in_proj"]), **(FAST | {"name": "Own", "num_attack_steps": 1}))
+    attacks = [ATTACKS["lora"](threat_model="open_weight", num_attack_steps=1), own]
+    module = Defense(save_family(tmp_path / "mamba", "mamba"))
+    toy_trainer(tmp_path, callbacks=[results, *attacks]).test(module, datamodule=data, verbose=False)
+    assert {r.trained.partition(";")[0] for r in results.rows} == {results.rows[0].trained.partition(";")[0]}
+    reach = r"LoRA reaches \d\d.*% of the decoder's weights: no adapter can act on conv1d\.weight, .*out_proj"
+    assert all(re.fullmatch(reach + ".*", r.note) for r in results.rows[:2])
+    assert [r.note for r in results.rows[2:]] == ["", ""]
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [(LoRA(dropout=0.1), "dropout of lora must be 0 where experts"), (LoRA(target_modules=["w1"]), "and it has no 'w1'")],
+)
+def test_a_lora_attack_that_cannot_be_is_told_so_before_anything_is_trained_or_scored(
+    tmp_path, monkeypatch, command, lora, message
+):
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("callbacks.attacks.score", never)
+    module = Defense(save_family(tmp_path / "mixtral", "mixtral", num_local_experts=2, **HEADS))
+    monkeypatch.setattr(module, "training_step", never)
+    trainer = toy_trainer(tmp_path, callbacks=[LoRAAttack("open_weight", lora, **FAST)])
+    with pytest.raises(ValueError, match=message):
+        getattr(trainer, command)(module, datamodule=toy_data())
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_dropout_of_a_defenses_own_adapters_is_no_part_of_an_attack(tmp_path, checkpoint, monkeypatch, attack):
+    ends: list[torch.Tensor] = []
+
+    def spied(module, evaluation):
+        with torch.no_grad():
+            ends.append(module.model(torch.tensor([[5, 6, 7]])).logits.clone())
+        return score(module, evaluation)
+
+    monkeypatch.setattr("callbacks.attacks.score", spied)
+    for dropout in (0.0, 0.5):
+        module = Defense(checkpoint, lora=LoRA(rank=2, dropout=dropout))
+        torch.manual_seed(3)
+        module.configure_model()
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                p += 0.05 * ("lora_B" in name)
+        trainer = toy_trainer(tmp_path, callbacks=[ATTACKS[attack](threat_model="open_weight")])
+        trainer.test(module, datamodule=toy_data(), verbose=False)
+        assert {m.p for m in module.modules() if isinstance(m, torch.nn.Dropout)} == ({dropout} if dropout else set())
+    assert not torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+    assert torch.equal(ends[1], ends[3])

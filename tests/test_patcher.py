@@ -12,6 +12,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from test_sbr import reference_sft, rows_of
 from torch.testing import assert_close
 from toy import ROOT, bits, same_bits, toy_data, toy_trainer
+from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from casehard import Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, SFTDataModule
 from datamodules.batches import Batches, StepLoader
@@ -518,4 +519,54 @@ def test_a_diverging_inner_attack_says_which(checkpoint, tmp_path):
 
     module = patcher(checkpoint, attacker=InnerAttacker(3, Optimizer(1e38, "sgd", clip_norm=None), 4))
     with pytest.raises(DivergedError, match=r"Round 1, inner attack: the loss must be finite.* at step [23] of 3"):
+        fitted(module, tmp_path)
+
+
+# ---- an inner attacker whose adapters are on experts
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+SIZES |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+SIZES |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> str:
+    """A DeepSeek-V3-like model: a dense layer, and one of experts, some of them shared."""
+    folder = tmp_path_factory.mktemp("experts")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/sandbox/base")
+    ends = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    DeepseekV3ForCausalLM(DeepseekV3Config(**SIZES, **ends, bos_token_id=None, first_k_dense_replace=1)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_a_lora_attackers_vector_reaches_experts_too(experts, tmp_path, lora):
+    watch, module = Watch(), patcher(experts, attacker=LORA_ATTACKER, lora=lora)
+    fitted(module, tmp_path, max_steps=2, callbacks=[watch])
+    assert watch.vectors[0] == {}
+    moved = {name.replace(".base_layer", "") for name, v in watch.vectors[1].items() if v.any()}
+    for layer, part in (
+        (1, "experts.gate_up_proj"),
+        (1, "experts.down_proj"),
+        (1, "shared_experts.up_proj.weight"),
+        (0, "up_proj.weight"),
+    ):
+        assert f"model.model.layers.{layer}.mlp.{part}" in moved
+    assert len(moved) == 2 * 5 + 3 + 3 + 2
+    assert watch.terms[1]["loss_gap"] != 0
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [(LoRA(dropout=0.1), "dropout of lora must be 0 where experts"), (LoRA(target_modules=["w1"]), "and it has no 'w1'")],
+)
+def test_a_lora_attacker_that_cannot_be_is_told_so_before_training(experts, tmp_path, monkeypatch, lora, message):
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    module = patcher(experts, attacker=InnerAttacker(1, ADAMW, 2, lora=lora))
+    monkeypatch.setattr(module, "training_step", never)
+    with pytest.raises(ValueError, match=message):
         fitted(module, tmp_path)

@@ -4,6 +4,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -618,6 +619,34 @@ def test_attacks_of_other_settings_are_not_compared_unless_a_study_names_them(tm
     page = Page(write_report([str(tmp_path)], str(tmp_path / "report"), "A study"))
     (row,) = (row for row in page.rows if " ours 1 " in row)
     assert "longer" in row
+
+
+def test_runs_that_trained_something_else_are_no_seeds_of_one_series(tmp_path):
+    for seed, trained in enumerate(("all 9 parameters", "8 of 9 parameters", "", "all 9 parameters")):
+        record(tmp_path / str(seed), replace(ROW, seed=seed, trained=trained), {0: 1, 5: 3})
+    assert len(collect([tmp_path / name for name in "023"])) == 1  # an earlier version's do not say
+    with pytest.raises(ValueError, match=r"and .*1 differ in what was trained: all 9 parameters, and 8 of 9 parameters"):
+        collect([tmp_path / "0", tmp_path / "1"])
+
+
+@pytest.mark.parametrize(
+    ("other", "apart"),
+    [
+        ("LoRA r2 on 28 of 30 weight matrices (99.7% of the decoder); 14 parameters; not on gate.weight", False),
+        ("LoRA r2 on 8 of 14 weight matrices (60.1% of the decoder); 5 parameters", True),
+        ("LoRA r4 on 14 of 14 weight matrices (100% of the decoder); 14 parameters", True),
+        ("8 of 9 parameters", False),
+    ],
+)
+def test_attacks_by_lora_of_one_name_reach_alike_on_every_defense_of_a_table(tmp_path, other, apart):
+    ours = "LoRA r2 on 14 of 14 weight matrices (100% of the decoder); 7 parameters"
+    for defense, trained in (("SBR", ours), ("Patcher", other)):
+        record(tmp_path / defense, replace(ROW, defense=defense, trained=trained), {0: 1, 5: 3})
+    message = (
+        r"runs must attack alike to stand in one table, and .*SBR and .*Patcher differ in what LoRAAttack.* trained: LoRA r2 on"
+    )
+    with pytest.raises(ValueError, match=message) if apart else nullcontext():
+        assert len(collect([tmp_path / "SBR", tmp_path / "Patcher"])) == 2
 
 
 def test_bad_input_is_told_so(tmp_path):

@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import math
 from dataclasses import fields, replace
@@ -11,7 +12,7 @@ from toy import toy_data, toy_trainer
 from transformers import AutoModelForCausalLM
 
 from callbacks.results import Results, outcome, steps_to_break, write_whole
-from callbacks.rows import ResultRow
+from callbacks.rows import ResultRow, read_run
 from casehard import Defense, FullParameterAttack, LoRA
 
 ROW = ResultRow(
@@ -178,3 +179,13 @@ def test_names_and_paths_are_printed_letter_by_letter(tmp_path, capsys):
         assert shown.count(name) >= 3
     Console().print(results.table())  # whoever prints it
     assert "D[/x]" in capsys.readouterr().out
+
+
+def test_runs_of_an_earlier_version_are_read_without_what_they_do_not_say(tmp_path):
+    table = io.StringIO()
+    names = [f.name for f in fields(ResultRow) if f.name != "trained"]
+    writer = csv.DictWriter(table, names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerow(vars(replace(ROW, harmful_score=1.0, attack_success_rate=2.0, trained="all 7 parameters")))
+    (tmp_path / "attacks.csv").write_text(table.getvalue())
+    assert read_run(tmp_path).rows == [replace(ROW, harmful_score=1.0, attack_success_rate=2.0)]
