@@ -35,7 +35,7 @@ from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
 from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
 from lightning_modules.checkpoint import checkpoint_files
-from lightning_modules.trained import read_notes
+from lightning_modules.trained import numbers_only, read_notes
 from metrics import (
     AttackSuccessRate,
     FinetuneAccuracy,
@@ -319,7 +319,7 @@ class Cli(LightningCLI):
     """``fit``, ``validate`` and ``test`` of a defense on data, with everything a run leaves in a folder of its own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with ExitStack() as self.while_it_runs:
+        with ExitStack() as self.while_it_runs, numbers_only():
             super().__init__(*args, **kwargs)
 
     @staticmethod
