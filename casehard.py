@@ -36,7 +36,7 @@ from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
 from datamodules import SandboxJudge, SFTDataModule
 from datamodules.sandbox import main as sandbox
 from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
-from lightning_modules.trained import read_notes
+from lightning_modules.trained import numbers_only, read_notes
 from metrics import (
     AttackSuccessRate,
     FinetuneAccuracy,
@@ -195,7 +195,7 @@ class PlainErrors:
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
-        sys.stderr.write(f"error: {plain(message)}\n{prog} --help lists the settings.\n")
+        sys.stderr.write(f"{prog} --help lists the settings.\nerror: {plain(message)}\n")  # last: a study shows a log's last line
         sys.exit(2)
 
 
@@ -321,7 +321,7 @@ class Cli(LightningCLI):
     """``fit``, ``validate`` and ``test`` of a defense on data, with everything a run leaves in a folder of its own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with ExitStack() as self.while_it_runs:
+        with ExitStack() as self.while_it_runs, numbers_only():
             super().__init__(*args, **kwargs)
 
     @staticmethod

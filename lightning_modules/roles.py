@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lightning_modules.trained import read_notes
+from lightning_modules.trained import numbers_only, read_notes
 
 T = TypeVar("T")
 DEFENDERS, ATTACKERS = 0, 1  # columns of the mesh
@@ -124,7 +124,8 @@ class RolesStrategy(ModelParallelStrategy):
         assert model is not None
         state: dict[str, Any] = {"state_dict": get_model_state_dict(model)}
         state |= {f"optimizer_{i}": get_optimizer_state_dict(model, optimizer) for i, optimizer in enumerate(optimizers)}
-        dcp.load(state, checkpoint_id=path)
+        with numbers_only():
+            dcp.load(state, checkpoint_id=path)
         set_model_state_dict(model, state["state_dict"])
         for i, optimizer in enumerate(optimizers):
             set_optimizer_state_dict(model, optimizer, state[f"optimizer_{i}"])

@@ -1,11 +1,15 @@
 """Checkpoints of ``fit``: what they say beside their weights, read without running anything that stands in them."""
 
+import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 SHARDED_NOTES, SHARDED_INDEX = "meta.pt", ".metadata"  # in the folder of a sharded checkpoint
 HARMLESS = {  # all that torch writes into the index
     ("pathlib", "PosixPath"),
@@ -36,6 +40,19 @@ class _Index(pickle.Unpickler):
         if (module, name) in HARMLESS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+@contextmanager
+def numbers_only() -> Iterator[None]:
+    """For a block, torch loads numbers and no code, whatever it is asked: it unpickles the small parts of sharded checkpoints."""
+    before = os.environ.get(FORCED)
+    os.environ[FORCED] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(FORCED)
+        if before is not None:
+            os.environ[FORCED] = before
 
 
 def read_notes(path: str | Path) -> dict[str, Any]:

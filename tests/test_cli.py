@@ -18,13 +18,16 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint import CheckpointException
 from toy import ROOT
 
 import casehard
 from casehard import AtomicCheckpointIO
 from lightning_modules.checkpoint import load_model
+from lightning_modules.trained import FORCED, numbers_only
 
 TINY = [
     "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16",
@@ -429,6 +432,28 @@ def test_a_checkpoint_is_read_without_running_it_whoever_asks_for_more(tmp_path,
     with pytest.raises(pickle.UnpicklingError):
         AtomicCheckpointIO().load_checkpoint(placed(where, content, tmp_path), weights_only=False)
     assert not mark.exists()
+
+
+class Asking(casehard.Defense):
+    """Says whether torch may load more than numbers."""
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(checkpoint)
+        raise ValueError(os.environ.get(FORCED))
+
+
+def test_the_small_parts_of_a_sharded_checkpoint_are_read_without_running_them(call, tmp_path):
+    dcp.save({"lr": Payload(tmp_path / "ran"), "betas": (0.9, 0.999)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    state = {"betas": (0.0, 0.0)}
+    with numbers_only():
+        dcp.load(state, checkpoint_id=tmp_path / "saved", no_dist=True)
+        assert state["betas"] == (0.9, 0.999)
+        with pytest.raises(CheckpointException):
+            dcp.load({"lr": 0.0}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    assert not (tmp_path / "ran").exists()
+    error = call("test", "--model", "test_cli.Asking", "--run.root", str(tmp_path), *TINY[:2], *TINY[6:8], fails=True)
+    assert error.endswith("error: 1")  # so it is for a whole run
+    assert FORCED not in os.environ
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"garbage" * 99, "cut", "other"])
