@@ -142,7 +142,6 @@ class SFTDataModule(L.LightningDataModule):
         if self.rows:
             return
         require_chat_template(self.tokenizer)
-        self._check_precision()
         unanswered = ("harmful_prompts", "benign_prompts")  # their answers are not used; those of refusals are, if there are any
         read = {
             name: [(s, read_rows(s, name not in (*unanswered, "refusals"), name not in unanswered)) for s in sources]
@@ -170,14 +169,6 @@ class SFTDataModule(L.LightningDataModule):
                 f"and not only max_new_tokens ({self.max_new_tokens})."
             )
         self.rows = rows
-
-    def _check_precision(self) -> None:
-        precision = str(self.trainer.precision) if self.trainer else ""
-        if precision.startswith("16"):
-            raise ValueError(
-                f"trainer.precision must not be of float16, got {precision}: small gradients of attackers, whose losses are not "
-                "scaled, would vanish, and the model would look safe. Use bf16-mixed, bf16-true or 32-true."
-            )
 
     def _check_positions(self, rows: dict[str, list[Row]], own: list[Row]) -> None:
         """Refuse what is longer than the model can tell positions apart, before any weights load."""

@@ -334,7 +334,7 @@ def test_bad_settings_fail_at_construction(settings, message):
     [
         ({"poison_ratio": 1.0, "num_samples": 50}, {}, ValueError, "must find 50 harmful rows, got 20"),
         ({"num_samples": 60}, {}, ValueError, "must find 54 benign rows, got 40"),
-        ({}, {"max_length": 2}, ValueError, "max_length must leave room for an answer, got 2"),
+        ({}, {"max_length": 2}, ValueError, "20 of which max_length leaves no answer"),
         (
             {"copy_device": "cuda:99"},
             {},

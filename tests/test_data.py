@@ -181,13 +181,6 @@ def test_answers_to_the_task_may_be_as_long_as_its_longest_response(tmp_path, ch
     assert said in caplog.text
 
 
-def test_float16_is_refused(tmp_path, checkpoint):
-    with pytest.raises(
-        ValueError, match=r"trainer.precision must not be of float16, got 16-true: .* Use bf16-mixed, bf16-true or"
-    ):
-        toy_trainer(tmp_path, max_steps=0, precision="16-true").fit(Defense(checkpoint), datamodule=toy_data())
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

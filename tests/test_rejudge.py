@@ -70,7 +70,7 @@ def test_an_answer_that_never_came_is_not_judged(tmp_path):
     )._asdict()
     given[1] |= unanswered
     given[4] |= unanswered  # a benign one
-    results.record(toy_trainer(tmp_path), replace(ROW, num_scored=3, num_unscored=1, judge="own"), given)
+    results.record(toy_trainer(tmp_path), replace(ROW, harmful_score=100.0, num_scored=3, num_unscored=1, judge="own"), given)
     asked = []
 
     class Counting(RefusalPhraseJudge):
