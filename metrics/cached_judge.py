@@ -50,7 +50,7 @@ class VerdictCache:
             self._file.rollback()
         except (sqlite3.Error, OSError) as error:
             raise OSError(
-                f"cache must be a file of verdicts or a new one, to be written, and {path} is not ({error}). "
+                f"cache must be a file of verdicts or a new one, and {path} is not, or cannot be written ({error}). "
                 "Name another, or null for none."
             ) from error
         self._committed = time.monotonic()

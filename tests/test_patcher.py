@@ -226,7 +226,7 @@ SECOND = InnerAttacker(num_inner_steps=2, optimizer=Optimizer(1e-2), batch_size=
         ({"vector_age": 1}, 1, 3 * 3 + 3 + 3 * 2),  # the first vector comes into use at step 3
         ({"more_attackers": [SECOND]}, 1, 3 + 2 + 3 + 2 + 3 + 1 + 5 * 2),  # an attack a step, in turns
         ({"attack_weight": 0.0}, 1, 6),
-        ({}, 2, 3 * 3 + 2 + (2 + 1 + 2 + 2 + 1) * 2),  # 20 rows are 5 batches: the third step of an epoch has one
+        ({}, 2, 3 * 3 + 2 + 5 * 2 * 2),  # 20 rows are 5 batches: an epoch takes 4, so that every step has two
     ],
 )
 def test_it_knows_its_passes_as_counted_by_hand_and_in_the_run(checkpoint, tmp_path, settings, accumulated, by_hand):
