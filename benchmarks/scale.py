@@ -232,7 +232,7 @@ def main(
         ratios = [each.seconds / plain.seconds for each, plain in zip(found, measured["SFT"], strict=True)]
         step, most = statistics.median(times), max(each.peak for each in found) - empty
         share = model_flops(model, tokens, labels, length) / step / peak
-        columns = f"{spread(times, '.3f'):22}  {spread(ratios):20}  {tokens / rows:5.2f}  {tokens / step:8.0f}  {share:7.1%}"
+        columns = f"{spread(times, '.3f'):22}  {spread(ratios):20}  {tokens / rows:5.2f}  {tokens / step:8.0f}  {share:8.3%}"
         print(f"{kind:8}  {columns}  {most / 2**30:.2f} ({most / weights / model.dtype.itemsize:.1f})")
     for kind in kinds if profile else {}:
         with torch.profiler.profile() as profiler:

@@ -44,11 +44,12 @@ def mix(
     for kind, rows, wanted in (("harmful", harmful, num_harmful), ("benign", benign, num_samples - num_harmful)):
         found = list(islice((rows[i] for i in permutation(len(rows), seed, kind) if fits(rows[i])), wanted)) if wanted else []
         if wanted > len(found):
-            short = f", {len(rows) - len(found)} of which max_length leaves no answer" if len(found) < len(rows) else ""
+            cut = len(rows) - len(found)
+            short, way = (f", {cut} of which max_length leaves no answer", "Raise max_length, lower") if cut else ("", "Lower")
             raise ValueError(
                 f"num_samples {num_samples} at poison_ratio {poison_ratio} must find {wanted} {kind} rows, "
                 f"got {len(rows)}{short}. "
-                f"Lower num_samples, {'lower' if kind == 'harmful' else 'raise'} poison_ratio, or give more {kind} rows."
+                f"{way} num_samples, {'lower' if kind == 'harmful' else 'raise'} poison_ratio, or give more {kind} rows."
             )
         drawn += found
     return [drawn[i] for i in permutation(num_samples, seed, "order")]

@@ -254,7 +254,7 @@ def test_misspelt_key_in_yaml_stops_the_run_with_its_name(call, tmp_path):
         (["--data.poison_ratio", "1.2"], "poison_ratio must lie in [0, 1], got 1.2"),
         (["--data.benign", "[nowhere.jsonl]"], "'nowhere.jsonl' must name rows, but neither a file, a folder nor a reachable hub id"),
         (["--data.num_samples", "1000000"], "num_samples 1000000 at poison_ratio 0.1 must find 100000 harmful rows, got"),
-        (["--data.max_length", "3"], "max_length must leave room for an answer, got 3, which cuts off every one of"),
+        (["--data.max_length", "3"], "1200 of which max_length leaves no answer. Raise max_length, lower num_samples"),
         (["--model.init_args.checkpoint", "./nowhere"], "there is no folder './nowhere'"),
         (["--model.init_args.lora.target_modules", "[q_proj, x_proj]"], "target_modules must name linear layers of the model, and it has no"),
         (["--data.refusals", "[sandbox:test/harmful]"], "harmful_prompts must share no prompt with refusals, and 4 of 4 stand in both"),
@@ -361,7 +361,7 @@ def test_one_defense_may_be_named_twice(call):
     again = "{model: {class_path: lightning_modules.sbr.SBRModule, init_args: {anchor_weight: 3}}}"
     config = resolved(call, ["experiments/sbr.yaml", again])
     assert config["model"]["init_args"]["anchor_weight"] == 3.0
-    assert config["model"]["init_args"]["num_anchors"] == 1
+    assert config["model"]["init_args"]["anchors_per_step"] == 8
 
 
 def test_a_class_takes_nothing_over_from_the_one_it_replaces(call):
