@@ -43,6 +43,17 @@ from lightning_modules.weights import borrowed, group_of, local, restore
 Stage = Literal["none", "alignment", "finetuning", "post_finetuning"]
 
 
+def _require_same_shapes(own: set[tuple[str, torch.Size]], other: set[tuple[str, torch.Size]], checkpoint: str) -> None:
+    """Raise a ValueError where the parameters of ``checkpoint``, by name and shape, are not the defended model's."""
+    if unlike := sorted(own ^ other):
+        name, shape = unlike[0]
+        which = "the defended model" if unlike[0] in own else repr(checkpoint)
+        raise ValueError(
+            f"undefended_checkpoint must be of the defended model's architecture, and {which} alone has {name} of "
+            f"shape {list(shape)}. Name the model that the defense started from, or leave it out."
+        )
+
+
 class Defense(L.LightningModule):
     """Plain supervised fine-tuning: the undefended baseline, and the base class of every defense.
 
@@ -219,13 +230,7 @@ class Defense(L.LightningModule):
             weights, own = dict(theirs.named_parameters()), dict(self.model.named_parameters())
             plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
             ours = {key: own[name].shape for name, key in plain.items()}
-            if unlike := sorted(ours.items() ^ {key: w.shape for key, w in weights.items()}.items()):
-                key, shape = unlike[0]
-                which = "the defended model" if (key, shape) in ours.items() else repr(checkpoint)
-                raise ValueError(
-                    f"undefended_checkpoint must be of the defended model's architecture, and {which} alone has {key} of "
-                    f"shape {list(shape)}. Name the model that the defense started from, or leave it out."
-                )
+            _require_same_shapes(set(ours.items()), {(key, w.shape) for key, w in weights.items()}, checkpoint)
             distribute(self.model, {name: weights[key] for name, key in plain.items()})
             stored, buffers = set(theirs.state_dict()), dict(theirs.named_buffers())
             for name, buffer in self.model.named_buffers():  # those of a checkpoint: the biases of some routers
@@ -268,13 +273,7 @@ class Defense(L.LightningModule):
                 "from, or leave it out."
             )
         own, other = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
-        if unlike := sorted(own ^ other):
-            name, shape = unlike[0]
-            which = "the defended model" if unlike[0] in own else repr(checkpoint)
-            raise ValueError(
-                f"undefended_checkpoint must be of the defended model's architecture, and {which} alone has {name} of "
-                f"shape {list(shape)}. Name the model that the defense started from, or leave it out."
-            )
+        _require_same_shapes(own, other, checkpoint)
 
     @contextmanager
     def thawed(self) -> Iterator[None]:
