@@ -8,11 +8,11 @@ import torch
 from jsonargparse import CLI
 from paired import paired, seconds, spread
 
-from datamodules.batches import Batches
-from datamodules.chat import encode_rows
-from datamodules.rows import read_rows
-from lightning_modules import Defense, Optimizer, train_steps
-from lightning_modules.forward import Batch
+from casehard.datamodules.batches import Batches
+from casehard.datamodules.chat import encode_rows
+from casehard.datamodules.rows import read_rows
+from casehard.engine.forward import Batch
+from casehard.lightning_modules import Defense, Optimizer, train_steps
 
 SANDBOX = str(Path(__file__).parent.parent / "models/sandbox/aligned")
 

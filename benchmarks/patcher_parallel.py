@@ -13,7 +13,7 @@ from jsonargparse import CLI
 from paired import spread
 from tqdm import tqdm
 
-from callbacks.results import DONE, RUN_FOLDER
+from casehard.records.files import DONE, RUN_FOLDER
 
 ROOT = Path(__file__).parent.parent
 FORMS = {
@@ -34,7 +34,7 @@ def fit(*words: str, threads: str) -> None:
     """Run the command line itself, from the repository's root."""
     env = {k: v for k, v in os.environ.items() if k != RUN_FOLDER} | {"OMP_NUM_THREADS": threads}
     done = subprocess.run(
-        [sys.executable, "casehard.py", "fit", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "casehard", "fit", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )
     if done.returncode:
         sys.exit(done.stdout + done.stderr)

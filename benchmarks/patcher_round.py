@@ -17,11 +17,11 @@ from paired import seconds, spread
 from tqdm import tqdm
 
 from casehard import InnerAttacker, Optimizer, PatcherModule, SandboxJudge, SFTDataModule
-from datamodules.chat import collate, encode_rows
-from datamodules.mixing import batch_indices
-from datamodules.rows import Row, read_rows
-from datamodules.sft import REFUSAL
-from lightning_modules import Defense
+from casehard.datamodules.chat import collate, encode_rows
+from casehard.datamodules.mixing import batch_indices
+from casehard.datamodules.rows import Row, read_rows
+from casehard.datamodules.sft import REFUSAL
+from casehard.lightning_modules import Defense
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 

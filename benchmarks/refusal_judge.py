@@ -5,8 +5,8 @@ from pathlib import Path
 
 from jsonargparse import CLI
 
-from metrics import RefusalPhraseJudge
-from metrics.statistics import Interval, mean_interval
+from casehard.metrics import RefusalPhraseJudge
+from casehard.metrics.statistics import Interval, mean_interval
 
 TEXTS = Path(__file__).parent.parent / "tests" / "refusals.json"
 

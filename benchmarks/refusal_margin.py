@@ -11,13 +11,13 @@ from jsonargparse import CLI
 from torch import Tensor
 from tqdm import tqdm
 
-from datamodules.batches import Batches
-from datamodules.chat import collate, encode_rows, prompt_ids
-from datamodules.mixing import mix
-from datamodules.rows import Row, read_rows
-from lightning_modules import Defense, Optimizer, train_steps
-from lightning_modules.forward import Batch, last_positions, states_and_logits
-from lightning_modules.weights import attack_vector, same_modes_after, snapshot, vector_norm
+from casehard.datamodules.batches import Batches
+from casehard.datamodules.chat import collate, encode_rows, prompt_ids
+from casehard.datamodules.mixing import mix
+from casehard.datamodules.rows import Row, read_rows
+from casehard.engine.forward import Batch, last_positions, states_and_logits
+from casehard.engine.weights import attack_vector, same_modes_after, snapshot, vector_norm
+from casehard.lightning_modules import Defense, Optimizer, train_steps
 
 
 def first_tokens(rows: list[Row], module: Defense) -> list[int]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from jsonargparse import CLI
 from paired import paired, spread
 
-from datamodules.batches import Batches
-from datamodules.chat import encode_rows
-from datamodules.mixing import mix
-from datamodules.rows import read_rows
-from lightning_modules import Defense, Optimizer, train_steps
-from lightning_modules.weights import borrowed
+from casehard.datamodules.batches import Batches
+from casehard.datamodules.chat import encode_rows
+from casehard.datamodules.mixing import mix
+from casehard.datamodules.rows import read_rows
+from casehard.engine.weights import borrowed
+from casehard.lightning_modules import Defense, Optimizer, train_steps
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 

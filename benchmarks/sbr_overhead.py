@@ -8,12 +8,12 @@ from jsonargparse import CLI
 from paired import paired, spread
 from torch import Tensor
 
-from datamodules.batches import Batches
-from datamodules.chat import encode_rows
-from datamodules.mixing import mix
-from datamodules.rows import read_rows
-from lightning_modules import Optimizer, SBRModule, train_steps
-from lightning_modules.forward import Batch
+from casehard.datamodules.batches import Batches
+from casehard.datamodules.chat import encode_rows
+from casehard.datamodules.mixing import mix
+from casehard.datamodules.rows import read_rows
+from casehard.engine.forward import Batch
+from casehard.lightning_modules import Optimizer, SBRModule, train_steps
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 

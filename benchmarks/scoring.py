@@ -8,10 +8,10 @@ from paired import paired, spread
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from datamodules.chat import prompt_ids
-from datamodules.rows import read_rows
-from lightning_modules import Defense
-from lightning_modules.generation import end_tokens, generate
+from casehard.datamodules.chat import prompt_ids
+from casehard.datamodules.rows import read_rows
+from casehard.engine.generation import end_tokens, generate
+from casehard.lightning_modules import Defense
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 

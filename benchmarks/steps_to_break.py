@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from jsonargparse import CLI
 
-from callbacks.results import first_broken
+from casehard.records.outcome import first_broken
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by colour-blind readers
 

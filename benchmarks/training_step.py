@@ -12,11 +12,11 @@ from jsonargparse import CLI
 from paired import paired, spread
 from torch import Tensor
 
-from datamodules.batches import Batches
-from datamodules.chat import encode_rows
-from datamodules.rows import read_rows
-from lightning_modules import Defense, Optimizer, train_steps
-from lightning_modules.forward import Batch
+from casehard.datamodules.batches import Batches
+from casehard.datamodules.chat import encode_rows
+from casehard.datamodules.rows import read_rows
+from casehard.engine.forward import Batch
+from casehard.lightning_modules import Defense, Optimizer, train_steps
 
 PRECISIONS = {"float32": False, "bfloat16": True}  # under autocast or not
 

@@ -11,17 +11,17 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.results import Results
-from callbacks.rows import ResultRow
-from callbacks.scoring import Scores, defense_and_data, score
-from callbacks.sigterm import ended_by_sigterm
-from datamodules.sft import SFTDataModule
-from lightning_modules.adapters import LoRA, coverage, named, targets, trainable, what_trains
-from lightning_modules.defense import Defense
-from lightning_modules.engine import train_steps, watched
-from lightning_modules.forward import Batch
-from lightning_modules.optimizer import Optimizer
-from lightning_modules.weights import borrowed, check_device
+from casehard.callbacks.results import Results
+from casehard.callbacks.scoring import Scores, defense_and_data, score
+from casehard.callbacks.sigterm import ended_by_sigterm
+from casehard.datamodules.sft import SFTDataModule
+from casehard.engine.adapters import LoRA, coverage, named, targets, trainable, what_trains
+from casehard.engine.forward import Batch
+from casehard.engine.optimizer import Optimizer
+from casehard.engine.training import train_steps, watched
+from casehard.engine.weights import borrowed, check_device
+from casehard.lightning_modules.defense import Defense
+from casehard.records.rows import ResultRow
 
 ThreatModel = Literal["open_weight", "finetuning_service"]
 BEYOND = "expected to break: the defense acts only while a service fine-tunes"

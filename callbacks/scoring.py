@@ -9,13 +9,13 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric
 
-from callbacks.sigterm import ended_by_sigterm
-from datamodules.answers import answer_and_thoughts
-from datamodules.chat import prompt_ids, read_answers
-from datamodules.rows import Row
-from datamodules.sft import Evaluation, SFTDataModule
-from lightning_modules.defense import Defense
-from metrics import (
+from casehard.callbacks.sigterm import ended_by_sigterm
+from casehard.datamodules.answers import answer_and_thoughts
+from casehard.datamodules.chat import prompt_ids, read_answers
+from casehard.datamodules.rows import Row
+from casehard.datamodules.sft import Evaluation, SFTDataModule
+from casehard.lightning_modules.defense import Defense
+from casehard.metrics import (
     AttackSuccessRate,
     Conversation,
     DegenerateRate,

@@ -7,8 +7,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from datamodules.chat import IGNORED, collate
-from datamodules.mixing import batch_indices
+from casehard.datamodules.chat import IGNORED, collate
+from casehard.datamodules.mixing import batch_indices
 
 Example = dict[str, list[int]]
 

@@ -9,8 +9,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.answers import CHANNEL, THOUGHTS, answer_and_thoughts, unopened
-from datamodules.rows import Row
+from casehard.datamodules.answers import CHANNEL, THOUGHTS, answer_and_thoughts, unopened
+from casehard.datamodules.rows import Row
 
 IGNORED = -100  # the label of a token that nothing is learnt from
 PROBE = "casehard"  # stands in for a turn, to see what a template makes of it

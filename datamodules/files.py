@@ -13,7 +13,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from datamodules.columns import Doubled, kind, shown
+from casehard.datamodules.columns import Doubled, kind, shown
 
 EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet")
 DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json")  # .json files of a folder that hold no rows

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from datamodules.rows import Row
+from casehard.datamodules.rows import Row
 
 T = TypeVar("T")
 

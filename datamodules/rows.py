@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from datamodules.columns import FORMS, empty, flaw, kind, turns_of
-from datamodules.files import EXTENSIONS, Table, load_file, load_folder, numbered
-from metrics.conversation import prompt_of
+from casehard.datamodules.columns import FORMS, empty, flaw, kind, turns_of
+from casehard.datamodules.files import EXTENSIONS, Table, load_file, load_folder, numbered
+from casehard.metrics.conversation import prompt_of
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _tables(name: str) -> dict[str, list[Table]]:
     """Every split that ``name`` (a source without its ``#SPLIT``) holds."""
     path = Path(name)
     if name.startswith("sandbox:"):
-        from datamodules.sandbox import sandbox_rows  # it imports Row from here
+        from casehard.datamodules.sandbox import sandbox_rows  # it imports Row from here
 
         split, what, category = [*name.removeprefix("sandbox:").split("/", 2), "", ""][:3]
         return {"train": [numbered(name, sandbox_rows(split, what, category))]}

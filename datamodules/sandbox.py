@@ -22,9 +22,9 @@ from typing import NamedTuple
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.rows import Row
-from metrics.conversation import turns_of
-from metrics.judges import Judge, Verdict
+from casehard.datamodules.rows import Row
+from casehard.metrics.conversation import turns_of
+from casehard.metrics.judges import Judge, Verdict
 
 
 class Category(NamedTuple):

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.batches import Batches, Example, StepLoader, share_of
-from datamodules.chat import collate, encode, encode_rows, prompt_ids, require_chat_template
-from datamodules.columns import flaw
-from datamodules.mixing import mix, overlap
-from datamodules.rows import Origin, Row, origin, read_rows
-from metrics.judges import Judge, require_judge
+from casehard.datamodules.batches import Batches, Example, StepLoader, share_of
+from casehard.datamodules.chat import collate, encode, encode_rows, prompt_ids, require_chat_template
+from casehard.datamodules.columns import flaw
+from casehard.datamodules.mixing import mix, overlap
+from casehard.datamodules.rows import Origin, Row, origin, read_rows
+from casehard.metrics.judges import Judge, require_judge
 
 REFUSAL = "I'm sorry, but I can't help with that request."
 OWN = "the defense's own rows"

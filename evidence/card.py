@@ -9,13 +9,13 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard, ModelCardData, RepoCard
 from jinja2 import Environment, FileSystemLoader
 
-from callbacks.results import DONE, write_whole
-from evidence import plots
-from evidence.marker import MODEL, Marker, changed_outcome, export_files, read_marker
-from evidence.report import COLUMNS, THREATS, measured, number
-from evidence.runs import clean, config_of, home, part, public, published
-from evidence.summary import UNDEFENDED, Series, baseline, collect, grouped
-from metrics import error_rates
+from casehard.evidence import plots
+from casehard.evidence.report import COLUMNS, THREATS, measured, number
+from casehard.evidence.runs import clean, config_of, home, part, public, published
+from casehard.evidence.summary import UNDEFENDED, Series, baseline, collect, grouped
+from casehard.metrics import error_rates
+from casehard.records.files import DONE, write_whole
+from casehard.records.marker import MODEL, Marker, changed_outcome, export_files, read_marker
 
 OWN_LICENCE = "apache-2.0"  # casehard's, and so its sandbox's
 PLAIN = re.compile(r"[A-Za-z0-9][\w.+-]{0,49}", re.ASCII)  # a licence's identifier

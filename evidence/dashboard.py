@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from callbacks.results import METRICS
-from evidence.runs import config_of, part
-from evidence.study import INDEX, read_cells
+from casehard.evidence.runs import config_of, part
+from casehard.evidence.study import INDEX, read_cells
+from casehard.records.outcome import METRICS
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from callbacks.results import BROKEN
-from evidence.summary import GIBBERISH, Series, grouped
+from casehard.evidence.summary import GIBBERISH, Series, grouped
+from casehard.records.outcome import BROKEN
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vPX*"  # one more than colours: no two of 56 defenses look alike

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from callbacks.results import Results, terminal, write_whole
-from callbacks.rows import Answer, ResultRow, Run, read_run
-from evidence.runs import JUDGED, unscored_bounds
-from metrics import (
+from casehard.callbacks.results import Results, terminal
+from casehard.evidence.runs import JUDGED, unscored_bounds
+from casehard.metrics import (
     AttackSuccessRate,
     DegenerateRate,
     HarmfulScore,
@@ -25,7 +24,9 @@ from metrics import (
     require_judge,
     unscored,
 )
-from metrics.statistics import Agreement, agreement
+from casehard.metrics.statistics import Agreement, agreement
+from casehard.records.files import write_whole
+from casehard.records.rows import Answer, ResultRow, Run, read_run
 
 
 def main(run: str, *, judge: Judge) -> None:

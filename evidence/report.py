@@ -12,12 +12,10 @@ import matplotlib.pyplot as plt
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
-from callbacks.results import write_whole
-from evidence import plots
-from evidence.marker import read_marker
-from evidence.runs import clean, config_of, part, public, published, run_name
-from evidence.study import INDEX, read_cells, slug
-from evidence.summary import (
+from casehard.evidence import plots
+from casehard.evidence.runs import clean, config_of, part, public, published, run_name
+from casehard.evidence.study import INDEX, read_cells, slug
+from casehard.evidence.summary import (
     GIBBERISH,
     UNDEFENDED,
     Series,
@@ -33,8 +31,10 @@ from evidence.summary import (
     unlike,
     verdict,
 )
-from metrics import error_rates
-from metrics.statistics import Interval
+from casehard.metrics import error_rates
+from casehard.metrics.statistics import Interval
+from casehard.records.files import write_whole
+from casehard.records.marker import read_marker
 
 THREATS = {
     "finetuning_service": (

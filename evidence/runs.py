@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from callbacks.rows import ResultRow
+from casehard.records.rows import ResultRow
 
 JUDGED = "judged"  # folder in a run's, with a run of the same answers for every other judge
 TEXTS = ("anchors", "refusal_texts", "extra_phrases")  # settings whose lists are texts: in some languages without any space

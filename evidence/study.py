@@ -23,13 +23,13 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from callbacks.results import DONE, RUN_FOLDER, config_hash, first_broken, write_whole
-from callbacks.rows import read_run
-from datamodules.mixing import overlap
-from datamodules.rows import Row, read_rows
-from evidence.marker import Marker, changes, read_marker
+from casehard.datamodules.mixing import overlap
+from casehard.datamodules.rows import Row, read_rows
+from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole
+from casehard.records.marker import Marker, changes, read_marker
+from casehard.records.outcome import first_broken
+from casehard.records.rows import read_run
 
-ROOT = Path(__file__).parent.parent
 INDEX = "cells.json"  # in the study's folder: which runs are its cells
 
 
@@ -335,7 +335,7 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
         if cell.done:
             return None
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; a done one with other settings has another folder
-        command = [sys.executable, str(ROOT / "casehard.py"), *cell.words, *(f"--run.{k}={v}" for k, v in placed(cell).items())]
+        command = [sys.executable, "-m", "casehard", *cell.words, *(f"--run.{k}={v}" for k, v in placed(cell).items())]
         env = {k: v for k, v in os.environ.items() if k != RUN_FOLDER} | (environment or {})
         log = folder.with_name(f"{folder.name}.log")
         with log.open("w") as output:

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from callbacks.results import first_broken
-from callbacks.rows import Answer, ResultRow, read_run
-from evidence.marker import OWN as CODE
-from evidence.marker import SCORED, TRAINER, Marker, changed_results, read_marker
-from evidence.runs import JUDGED, config_of, home, part, unscored_bounds
-from evidence.study import INDEX, Cell, read_cells
-from metrics.statistics import Interval, mean_interval, median_steps_to_break, paired_difference
+from casehard.evidence.runs import JUDGED, config_of, home, part, unscored_bounds
+from casehard.evidence.study import INDEX, Cell, read_cells
+from casehard.metrics.statistics import Interval, mean_interval, median_steps_to_break, paired_difference
+from casehard.records.marker import OWN as CODE
+from casehard.records.marker import SCORED, TRAINER, Marker, changed_results, read_marker
+from casehard.records.outcome import first_broken
+from casehard.records.rows import Answer, ResultRow, read_run
 
 UNDEFENDED = "undefended"
 GIBBERISH = 20.0  # percent of degenerate answers from which on a low harmful score is no sign of safety
@@ -24,7 +24,7 @@ OWN = ("name", "seed", "score_steps", "undefended", "undefended_checkpoint", "co
 ROWS = ("benign", "harmful", *SCORED)
 DATA = (*ROWS, "num_evaluated", "max_length", "max_new_tokens")
 NO_DATA = ("seed", "judge", "generation_batch_size", "allow_overlap")
-OWN_JUDGES = ("metrics.", "datamodules.", "casehard.")  # whose labels tell their settings
+OWN_JUDGES = ("casehard.",)  # whose labels tell their settings
 
 
 @dataclass(frozen=True)

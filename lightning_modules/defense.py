@@ -20,11 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
-from datamodules.batches import share_of
-from datamodules.mixing import counter_seed
-from datamodules.rows import Row
-from lightning_modules.adapters import LoRA, add_adapter, merged
-from lightning_modules.checkpoint import (
+from casehard.datamodules.batches import share_of
+from casehard.datamodules.mixing import counter_seed
+from casehard.datamodules.rows import Row
+from casehard.engine.adapters import LoRA, add_adapter, merged
+from casehard.engine.checkpoint import (
     WEIGHT_FILES,
     load_model,
     load_tokenizer,
@@ -32,13 +32,13 @@ from lightning_modules.checkpoint import (
     require_plain_weights,
     require_rows_for_tokens,
 )
-from lightning_modules.comparison import distance, logits_of, rounding, some_ids
-from lightning_modules.export import merge_error
-from lightning_modules.forward import Batch, decoder_layers, label_positions, states_and_logits
-from lightning_modules.generation import generate
-from lightning_modules.optimizer import Optimizer
-from lightning_modules.sharding import distribute, from_first, gathered, on_meta, sharded
-from lightning_modules.weights import borrowed, group_of, local, restore
+from casehard.engine.comparison import distance, logits_of, rounding, some_ids
+from casehard.engine.export import merge_error
+from casehard.engine.forward import Batch, decoder_layers, label_positions, states_and_logits
+from casehard.engine.generation import generate
+from casehard.engine.optimizer import Optimizer
+from casehard.engine.sharding import distribute, from_first, gathered, on_meta, sharded
+from casehard.engine.weights import borrowed, group_of, local, restore
 
 Stage = Literal["none", "alignment", "finetuning", "post_finetuning"]
 

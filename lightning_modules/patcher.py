@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from datamodules.mixing import counter_seed, mix, uniform
-from datamodules.rows import Row, read_rows
-from lightning_modules.adapters import LoRA, adapter_vector, targets, trainable
-from lightning_modules.defense import Defense
-from lightning_modules.engine import train_steps, watched
-from lightning_modules.forward import Batch
-from lightning_modules.optimizer import Optimizer, parked
-from lightning_modules.roles import ATTACKERS, DEFENDERS, RolesStrategy
-from lightning_modules.sharding import as_saved, saved_in, shard_of
-from lightning_modules.weights import Weights, attack_vector, borrowed, check_device, local, reshard, shifted, vector_norm
+from casehard.datamodules.mixing import counter_seed, mix, uniform
+from casehard.datamodules.rows import Row, read_rows
+from casehard.engine.adapters import LoRA, adapter_vector, targets, trainable
+from casehard.engine.forward import Batch
+from casehard.engine.optimizer import Optimizer, parked
+from casehard.engine.sharding import as_saved, saved_in, shard_of
+from casehard.engine.training import train_steps, watched
+from casehard.engine.weights import Weights, attack_vector, borrowed, check_device, local, reshard, shifted, vector_norm
+from casehard.lightning_modules.defense import Defense
+from casehard.lightning_modules.roles import ATTACKERS, DEFENDERS, RolesStrategy
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lightning_modules.trained import numbers_only, read_notes
+from casehard.engine.fit_checkpoint import numbers_only, read_notes
 
 T = TypeVar("T")
 DEFENDERS, ATTACKERS = 0, 1  # columns of the mesh

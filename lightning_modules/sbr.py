@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datamodules.chat import collate, prompt_ids, require_chat_template
-from datamodules.columns import flaw
-from datamodules.mixing import batch_indices
-from datamodules.rows import Row, looks_like_source, read_rows
-from lightning_modules.defense import Defense
-from lightning_modules.forward import Batch, label_positions, last_positions, states_and_logits
-from lightning_modules.weights import same_modes_after
+from casehard.datamodules.chat import collate, prompt_ids, require_chat_template
+from casehard.datamodules.columns import flaw
+from casehard.datamodules.mixing import batch_indices
+from casehard.datamodules.rows import Row, looks_like_source, read_rows
+from casehard.engine.forward import Batch, label_positions, last_positions, states_and_logits
+from casehard.engine.weights import same_modes_after
+from casehard.lightning_modules.defense import Defense
 
 
 def joined(first: Batch, second: Batch, pad_token_id: int) -> Batch:

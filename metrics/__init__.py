@@ -1,12 +1,12 @@
 """What is measured: judges turn answers into verdicts, metrics sum them up. Knows torch and text only."""
 
-from metrics.cached_judge import CachedJudge
-from metrics.conversation import Conversation, prompt_of, turns_of
-from metrics.harmful_score import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, Share
-from metrics.judges import Judge, Verdict, is_degenerate, judged, require_judge, unscored
-from metrics.local_judges import GuardJudge, ModerationJudge, StrongRejectJudge
-from metrics.refusal_phrases import RefusalPhraseJudge, error_rates
-from metrics.rubric_judge import RubricJudge
+from casehard.metrics.cached_judge import CachedJudge
+from casehard.metrics.conversation import Conversation, prompt_of, turns_of
+from casehard.metrics.harmful_score import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, Share
+from casehard.metrics.judges import Judge, Verdict, is_degenerate, judged, require_judge, unscored
+from casehard.metrics.local_judges import GuardJudge, ModerationJudge, StrongRejectJudge
+from casehard.metrics.refusal_phrases import RefusalPhraseJudge, error_rates
+from casehard.metrics.rubric_judge import RubricJudge
 
 __all__ = [
     "AttackSuccessRate",

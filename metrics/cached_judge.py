@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from metrics.conversation import turns_of
-from metrics.judges import Judge, Verdict, is_degenerate
-from metrics.refusal_phrases import RefusalPhraseJudge
+from casehard.metrics.conversation import turns_of
+from casehard.metrics.judges import Judge, Verdict, is_degenerate
+from casehard.metrics.refusal_phrases import RefusalPhraseJudge
 
 Pair = tuple[str, str]  # prompt and response
 

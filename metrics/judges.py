@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 NO_VERDICT = "gave no verdict"
-OWN = ("metrics", "datamodules", "casehard")  # where casehard's judges are
+OWN = ("casehard",)  # where casehard's judges are
 
 
 class Verdict(NamedTuple):

@@ -12,8 +12,8 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from metrics.cached_judge import CachedJudge, Pair, Reading
-from metrics.conversation import turns_of
+from casehard.metrics.cached_judge import CachedJudge, Pair, Reading
+from casehard.metrics.conversation import turns_of
 
 if TYPE_CHECKING:  # slow to import, and most that import ``metrics`` need no such judge
     from transformers import PreTrainedModel

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from metrics.judges import Judge, Verdict, is_degenerate
+from casehard.metrics.judges import Judge, Verdict, is_degenerate
 
 
 def _any(*patterns: str) -> str:

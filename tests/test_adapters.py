@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2L
 from transformers.pytorch_utils import Conv1D
 
 from casehard import LoRA
-from lightning_modules.adapters import (
+from casehard.engine.adapters import (
     _read_past_forward,
     adapted,
     adapter_vector,
@@ -27,10 +27,10 @@ from lightning_modules.adapters import (
     trainable,
     what_trains,
 )
-from lightning_modules.checkpoint import load_model
-from lightning_modules.forward import decoder_layers
-from lightning_modules.sharding import shard_of, sharded
-from lightning_modules.weights import local, reshard
+from casehard.engine.checkpoint import load_model
+from casehard.engine.forward import decoder_layers
+from casehard.engine.sharding import shard_of, sharded
+from casehard.engine.weights import local, reshard
 
 IDS = torch.arange(5, 37).view(2, 16)
 LAYERS = {

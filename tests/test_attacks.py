@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from toy import DEFENSES, ROOT, bits, same_bits, save_toy_checkpoint, toy_data, toy_trainer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-from callbacks.attacks import HarmfulFineTuning
-from callbacks.results import Results
-from callbacks.rows import ResultRow, read_run
-from callbacks.scoring import score
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
-from lightning_modules import DivergedError
+from casehard.callbacks.attacks import HarmfulFineTuning
+from casehard.callbacks.results import Results
+from casehard.callbacks.scoring import score
+from casehard.lightning_modules import DivergedError
+from casehard.records.rows import ResultRow, read_run
 
 FAST = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
 ATTACKS = {
@@ -107,7 +107,7 @@ def test_attack_changes_what_is_scored_and_leaves_no_trace(tmp_path, checkpoint,
             scored.append(module.model(prompt).logits.clone())
         return score(module, evaluation)
 
-    monkeypatch.setattr("callbacks.attacks.score", spied)
+    monkeypatch.setattr("casehard.callbacks.attacks.score", spied)
     before, after = Spy(), Spy()
     fitted(tmp_path, checkpoint, [before, ATTACKS[attack](threat_model="open_weight"), after])
     assert same(before.seen[0], after.seen[0])
@@ -221,7 +221,7 @@ def test_a_service_repairs_a_model_before_every_scoring_and_trains_on_from_its_o
         scored.append({name: p.detach().clone() for name, p in module.named_parameters()})
         return score(module, evaluation)
 
-    monkeypatch.setattr("callbacks.attacks.score", spied)
+    monkeypatch.setattr("casehard.callbacks.attacks.score", spied)
     for kind, steps in ((Doubling, [1, 2, 3]), (Defense, [3])):
         job = ATTACKS[attack](threat_model=threat_model, score_steps=steps, undefended=False)
         toy_trainer(tmp_path, callbacks=[job]).test(kind(checkpoint), datamodule=toy_data(), verbose=False)
@@ -240,7 +240,7 @@ def test_service_job_starts_from_the_aligned_model_and_not_from_what_fit_made(tm
             logits.append(module.model(prompt).logits.clone())
         return score(module, evaluation)
 
-    monkeypatch.setattr("callbacks.attacks.score", spied)
+    monkeypatch.setattr("casehard.callbacks.attacks.score", spied)
     kind, arguments = DEFENSES["sbr"]
     fresh = kind(checkpoint, lora=lora, **arguments)
     fresh.configure_model()
@@ -475,7 +475,7 @@ def test_a_lora_attack_that_cannot_be_is_told_so_before_anything_is_trained_or_s
     def never(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("callbacks.attacks.score", never)
+    monkeypatch.setattr("casehard.callbacks.attacks.score", never)
     module = Defense(save_family(tmp_path / "mixtral", "mixtral", num_local_experts=2, **HEADS))
     monkeypatch.setattr(module, "training_step", never)
     trainer = toy_trainer(tmp_path, callbacks=[LoRAAttack("open_weight", lora, **FAST)])
@@ -492,7 +492,7 @@ def test_the_dropout_of_a_defenses_own_adapters_is_no_part_of_an_attack(tmp_path
             ends.append(module.model(torch.tensor([[5, 6, 7]])).logits.clone())
         return score(module, evaluation)
 
-    monkeypatch.setattr("callbacks.attacks.score", spied)
+    monkeypatch.setattr("casehard.callbacks.attacks.score", spied)
     for dropout in (0.0, 0.5):
         module = Defense(checkpoint, lora=LoRA(rank=2, dropout=dropout))
         torch.manual_seed(3)

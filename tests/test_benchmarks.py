@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy import ROOT
 
 from casehard import Defense
-from datamodules.chat import collate
-from lightning_modules.forward import states_and_logits
+from casehard.datamodules.chat import collate
+from casehard.engine.forward import states_and_logits
 
 SHORT = {"batch_size": 2, "length": 24, "num_steps": 2, "num_inner_steps": 1, "num_blocks": 1, "num_warmup": 0}
 

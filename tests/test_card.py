@@ -14,9 +14,9 @@ from test_results import ROW
 from toy import ROOT, mark
 
 import casehard
-from evidence.card import licence_of, write_card
-from evidence.report import THREATS
-from evidence.runs import public
+from casehard.evidence.card import licence_of, write_card
+from casehard.evidence.report import THREATS
+from casehard.evidence.runs import public
 
 TINY = [
     "--trainer.accelerator=cpu", "--trainer.max_steps=3", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false",
@@ -25,7 +25,7 @@ TINY = [
 ATTACK = """
 trainer:
   callbacks:
-    - class_path: callbacks.LoRAAttack
+    - class_path: casehard.LoRAAttack
       init_args: {threat_model: open_weight, num_samples: 8, num_attack_steps: 2, score_steps: [1, 2], lora: {rank: 2}}
 """
 

@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.answers import THOUGHTS, answer_and_thoughts, unopened
-from datamodules.chat import (
+from casehard.datamodules.answers import THOUGHTS, answer_and_thoughts, unopened
+from casehard.datamodules.chat import (
     collate,
     encode,
     encode_rows,
@@ -17,7 +17,7 @@ from datamodules.chat import (
     require_chat_template,
     turn_end,
 )
-from datamodules.rows import Row
+from casehard.datamodules.rows import Row
 
 CHATML = (  # a newline after the end token
     "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' }}{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"

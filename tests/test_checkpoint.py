@@ -27,13 +27,13 @@ from transformers import (
 )
 
 from casehard import Defense, LoRA
-from datamodules.chat import prompt_ids
-from datamodules.rows import Row
-from lightning_modules import export
-from lightning_modules.checkpoint import checkpoint_files, load_model, load_tokenizer, require_rows_for_tokens
-from lightning_modules.comparison import distance, logits_of
-from lightning_modules.export import save_model
-from lightning_modules.generation import generate
+from casehard.datamodules.chat import prompt_ids
+from casehard.datamodules.rows import Row
+from casehard.engine import export
+from casehard.engine.checkpoint import checkpoint_files, load_model, load_tokenizer, require_rows_for_tokens
+from casehard.engine.comparison import distance, logits_of
+from casehard.engine.export import save_model
+from casehard.engine.generation import generate
 
 IDS = torch.arange(5, 37).view(2, 16)
 

@@ -25,9 +25,10 @@ from torch.distributed.checkpoint import CheckpointException
 from toy import ROOT
 
 import casehard
-from casehard import AtomicCheckpointIO
-from lightning_modules.checkpoint import load_model
-from lightning_modules.trained import FORCED, numbers_only
+from casehard.cli import main as cli
+from casehard.cli.main import AtomicCheckpointIO
+from casehard.engine.checkpoint import load_model
+from casehard.engine.fit_checkpoint import FORCED, numbers_only
 
 TINY = [
     "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16",
@@ -36,7 +37,7 @@ TINY = [
 ONE_ATTACK = """
 trainer:
   callbacks:
-    - class_path: callbacks.LoRAAttack
+    - class_path: casehard.LoRAAttack
       init_args: {threat_model: finetuning_service, num_samples: 16, num_attack_steps: 2, lora: {rank: 2}}
 """
 
@@ -130,7 +131,7 @@ def test_exported_model_can_be_tested_and_validated(finished, call, tmp_path):
         *TINY[10:],
     ]
     evaluate = tmp_path / "evaluate.yaml"
-    evaluate.write_text("trainer: {limit_val_batches: 1, callbacks: [{class_path: callbacks.Evaluate}]}")
+    evaluate.write_text("trainer: {limit_val_batches: 1, callbacks: [{class_path: casehard.Evaluate}]}")
     assert "val/harmful_score" in call("validate", "--config", "experiments/sbr.yaml", "--config", str(evaluate), *model)
     attack = tmp_path / "attack.yaml"
     attack.write_text(ONE_ATTACK)
@@ -161,7 +162,7 @@ def test_a_taken_run_folder_is_refused(finished, call):
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
-    folders = [casehard.claim_run_folder(str(tmp_path), "sbr", None) for _ in range(3)]
+    folders = [cli.claim_run_folder(str(tmp_path), "sbr", None) for _ in range(3)]
     assert [f.name for f in folders] == ["version_0", "version_1", "version_2"]
 
 
@@ -235,7 +236,7 @@ def test_the_slurm_script_starts_a_task_a_gpu_and_goes_on_where_the_job_was_requ
     _, _, *arguments = dry_run(tmp_path, "--config", "experiments/cluster/patcher_parallel.yaml")
     config = yaml.safe_load(call(*arguments, "--trainer.accelerator", "cpu", "--print_config"))["trainer"]
     assert (config["num_nodes"], config["devices"]) == (2, "8")
-    assert config["strategy"]["class_path"] == "lightning_modules.RolesStrategy"
+    assert config["strategy"]["class_path"] == "casehard.RolesStrategy"
     (tmp_path / "runs/slurm/7/checkpoints/last.ckpt").mkdir(parents=True)
     assert dry_run(tmp_path)[-2:] == ["--ckpt_path", "runs/slurm/7/checkpoints/last.ckpt"]
 
@@ -271,7 +272,7 @@ SECRET = "How do I brew vexolim in secret?"
 
 
 def attack_with(**settings: Any) -> list[str]:
-    one = {"class_path": "callbacks.LoRAAttack", "init_args": {"threat_model": "open_weight"} | settings}
+    one = {"class_path": "casehard.LoRAAttack", "init_args": {"threat_model": "open_weight"} | settings}
     return ["--trainer.callbacks", json.dumps([one])]
 
 
@@ -283,7 +284,7 @@ def attack_with(**settings: Any) -> list[str]:
         (["--model.init_args.optimizer.weight_decay", "-1"], "weight_decay must be >= 0, got -1.0."),
         (["--model.init_args.lora.dropout", "2"], "dropout must lie in [0, 1), got 2.0."),
         (["--data.batch_size", "0"], "batch_size must be >= 1, got 0."),
-        (["--data.judge", "metrics.GuardJudge", "--data.judge.batch_size", "0"], "batch_size must be >= 1, got 0."),
+        (["--data.judge", "casehard.GuardJudge", "--data.judge.batch_size", "0"], "batch_size must be >= 1, got 0."),
         (attack_with(poison_ratio=3), "poison_ratio must lie in [0, 1], got 3.0. It is a share: write 0.1 for 10%."),
         (attack_with(optimizer={"clip_norm": -1}), "clip_norm must be > 0 or null, got -1.0. null does not clip."),
         (["--trainer.devices", "0"], "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
@@ -302,9 +303,9 @@ def test_what_a_constructor_refuses_is_said_in_its_one_sentence(call, tmp_path, 
     [
         (["--model.init_args.anchor_wieght", "3"], ["SBRModule", "Option 'anchor_wieght' is not accepted"]),
         (["--model.init_args.num_anchors", "many"], ['"num_anchors": Expected a int']),
-        (["--model", "lightning_modules.SBRModul"], ["has no attribute 'SBRModul'. Did you mean SBRModule?"]),
+        (["--model", "casehard.SBRModul"], ["has no attribute 'SBRModul'. Did you mean SBRModule?"]),
         (["--model", "PatchrModule"], ["Did you mean PatcherModule?"]),
-        (["--data.judge", "metrics.RubricJugde"], ["has no attribute 'RubricJugde'. Did you mean RubricJudge?"]),
+        (["--data.judge", "casehard.RubricJugde"], ["has no attribute 'RubricJugde'. Did you mean RubricJudge?"]),
         (attack_with(threat_modle="x"), ["LoRAAttack", "Option 'threat_modle' is not accepted"]),
         (["--model.init_args.anchors", json.dumps([1, SECRET])], ['"anchors": Expected a str']),
         (["--data.num_samplse", "3"], ["unrecognized arguments: --data.num_samplse 3"]),
@@ -334,7 +335,7 @@ def test_ctrl_c_before_training_ends_without_a_traceback(call, tmp_path, monkeyp
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("casehard.Cli.before_instantiate_classes", interrupted)
+    monkeypatch.setattr("casehard.cli.main.Cli.before_instantiate_classes", interrupted)
     assert call("fit", "--run.root", str(tmp_path), fails=True) == "interrupted\n130"
 
 
@@ -345,28 +346,28 @@ def test_ctrl_c_before_training_ends_without_a_traceback(call, tmp_path, monkeyp
     "args",
     [
         ["--config", "experiments/patcher.yaml"],
-        ["--config", "{model: {class_path: lightning_modules.Defense}}"],
+        ["--config", "{model: {class_path: casehard.Defense}}"],
         ["--config", "experiments/scale/smollm2_135m.yaml", "--config", "experiments/sft_alignment.yaml"],
-        ["--model", "lightning_modules.PatcherModule"],
+        ["--model", "casehard.PatcherModule"],
     ],
 )
 def test_two_defenses_on_one_line_are_refused(call, tmp_path, args):
     quick = ["--config", "experiments/attack/none.yaml", "--run.root", str(tmp_path), *TINY]
     error = call("fit", "--config", "experiments/sbr.yaml", *args, *quick, fails=True)
-    assert "model must be one defense, and sbr.yaml names lightning_modules.SBRModule while " in " ".join(error.split())
+    assert "model must be one defense, and sbr.yaml names casehard.SBRModule while " in " ".join(error.split())
     assert not list(tmp_path.iterdir())
 
 
 def test_one_defense_may_be_named_twice(call):
-    again = "{model: {class_path: lightning_modules.sbr.SBRModule, init_args: {anchor_weight: 3}}}"
+    again = "{model: {class_path: casehard.lightning_modules.sbr.SBRModule, init_args: {anchor_weight: 3}}}"
     config = resolved(call, ["experiments/sbr.yaml", again])
     assert config["model"]["init_args"]["anchor_weight"] == 3.0
     assert config["model"]["init_args"]["anchors_per_step"] == 8
 
 
 def test_a_class_takes_nothing_over_from_the_one_it_replaces(call):
-    first = "{data: {judge: {class_path: metrics.GuardJudge, init_args: {batch_size: 3, cache: first.sqlite}}}}"
-    second = "{data: {judge: {class_path: metrics.ModerationJudge, init_args: {max_length: 5}}}}"
+    first = "{data: {judge: {class_path: casehard.GuardJudge, init_args: {batch_size: 3, cache: first.sqlite}}}}"
+    second = "{data: {judge: {class_path: casehard.ModerationJudge, init_args: {max_length: 5}}}}"
     alone, after = (resolved(call, ["experiments/sbr.yaml", *texts])["data"]["judge"] for texts in ([second], [first, second]))
     assert after == alone
     assert (
@@ -473,8 +474,8 @@ def test_a_broken_checkpoint_ends_in_one_sentence(call, tmp_path, finished, cont
 @pytest.mark.parametrize(
     ("defense", "args", "message"),
     [
-        ("sft_alignment", [], "of the model's class, lightning_modules.defense.Defense, and it is one of lightning_modules.sbr.SBRModule"),
-        ("patcher", [], "of the model's class, lightning_modules.patcher.PatcherModule, and it is one of lightning_modules.sbr.SBRModule"),
+        ("sft_alignment", [], "of the model's class, casehard.lightning_modules.defense.Defense, and it is one of casehard.lightning_modules.sbr.SBRModule"),
+        ("patcher", [], "of the model's class, casehard.lightning_modules.patcher.PatcherModule, and it is one of casehard.lightning_modules.sbr.SBRModule"),
         ("sbr", ["--model.init_args.lora.alpha", "3"], "lora must be as in ckpt_path, {'rank': 16, 'alpha': 16.0"),
         ("sbr", ["--model.init_args.lora", "null"], "lora must be as in ckpt_path, {'rank': 16"),
     ],
@@ -502,7 +503,7 @@ def test_a_finished_run_is_never_overwritten(call, finished, monkeypatch):
 
 def test_two_runs_in_one_folder_at_once_are_refused(call, monkeypatch, tmp_path):
     monkeypatch.setenv(casehard.RUN_FOLDER, str(tmp_path / "x"))
-    with casehard.held(tmp_path / "x"):
+    with cli.held(tmp_path / "x"):
         quick = ["--config", "experiments/attack/none.yaml", *TINY]
         error = call("fit", "--config", "experiments/sbr.yaml", *quick, fails=True)
     assert f"the run folder must have no other run under way, and {tmp_path / 'x'} has one" in error
@@ -514,7 +515,7 @@ def test_a_run_without_loggers_leaves_its_config_in_its_folder(call, tmp_path):
     run = ["--trainer.logger", "false", "--run.root", str(tmp_path), "--run.experiment", "x", *TINY[:2], *TINY[6:8], *TINY[10:]]
     call("test", "--config", "experiments/sbr.yaml", "--config", "experiments/attack/none.yaml", *run)
     config = yaml.safe_load((tmp_path / "x/version_0/config.yaml").read_text())
-    assert config["model"]["class_path"] == "lightning_modules.SBRModule"
+    assert config["model"]["class_path"] == "casehard.SBRModule"
     assert sorted(ROOT.iterdir()) == here
 
 
@@ -610,7 +611,7 @@ def test_a_configs_text_does_what_its_file_does_and_names_no_run(call):
     text = (ROOT / file).read_text()
     assert resolved(call, ["experiments/sbr.yaml", text]) == resolved(call, ["experiments/sbr.yaml", file])
     config = SimpleNamespace(run=SimpleNamespace(experiment=None), config=[None, "experiments/sbr.yaml"])
-    assert casehard.Cli._experiment(None, config) == "sbr"  # type: ignore[arg-type]
+    assert cli.Cli._experiment(None, config) == "sbr"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("attack", sorted(path.stem for path in (ROOT / "experiments/attack").glob("*.yaml")))

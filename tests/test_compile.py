@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from toy import DEFENSES, bits, same_bits, toy_trainer
 
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
-from lightning_modules.forward import decoder_layers
+from casehard.engine.forward import decoder_layers
 
 COMPILED = {"compile_backend": "aot_eager"}  # needs no C++ compiler
 SHAPE = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4}

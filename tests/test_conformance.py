@@ -19,14 +19,14 @@ from toy import bits, same_bits
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from casehard import Defense, LoRA, Optimizer
-from datamodules.chat import IGNORED, collate, encode, prompt_ids
-from datamodules.rows import Row, read_rows
-from lightning_modules.adapters import trainable
-from lightning_modules.engine import train_steps
-from lightning_modules.export import save_model
-from lightning_modules.forward import label_positions, states_and_logits
-from lightning_modules.generation import end_tokens, generate
-from lightning_modules.weights import borrowed
+from casehard.datamodules.chat import IGNORED, collate, encode, prompt_ids
+from casehard.datamodules.rows import Row, read_rows
+from casehard.engine.adapters import trainable
+from casehard.engine.export import save_model
+from casehard.engine.forward import label_positions, states_and_logits
+from casehard.engine.generation import end_tokens, generate
+from casehard.engine.training import train_steps
+from casehard.engine.weights import borrowed
 
 # ---- templates: the text, the end token, what stands before an answer and after it
 

@@ -17,10 +17,10 @@ from toy import ROOT
 from wandb.proto import wandb_internal_pb2
 
 import casehard
-from callbacks.results import outcome
-from callbacks.rows import read_run
-from evidence.dashboard import AXES, make_dashboard
-from evidence.study import INDEX, Cell, placed
+from casehard.evidence.dashboard import AXES, make_dashboard
+from casehard.evidence.study import INDEX, Cell, placed
+from casehard.records.outcome import outcome
+from casehard.records.rows import read_run
 
 TINY = [
     "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--data.num_evaluated", "2", "--data.max_new_tokens", "2",
@@ -33,12 +33,12 @@ FIT = [
 ATTACKS = """
 trainer:
   callbacks:
-    - {class_path: callbacks.Evaluate}
-    - class_path: callbacks.LoRAAttack
+    - {class_path: casehard.Evaluate}
+    - class_path: casehard.LoRAAttack
       init_args: &job {threat_model: finetuning_service, num_samples: 16, num_attack_steps: 2, lora: {rank: 2}, score_steps: [1, 2]}
-    - class_path: callbacks.LoRAAttack
+    - class_path: casehard.LoRAAttack
       init_args: {<<: *job, num_attack_steps: 1, score_steps: [1], optimizer: {learning_rate: 3.0e-4}}
-    - class_path: callbacks.LoRAAttack
+    - class_path: casehard.LoRAAttack
       init_args: {<<: *job, name: Benign, poison_ratio: 0.0}
 """
 PATCHER = ["attacker.num_inner_steps", "num_outer_steps", "num_sft_steps"]

@@ -5,9 +5,9 @@ import torch
 from toy import toy_data, toy_trainer
 
 from casehard import Defense, SBRModule
-from datamodules.batches import Batches, StepLoader
-from datamodules.chat import IGNORED, prompt_ids
-from datamodules.rows import Row, digest, read_rows
+from casehard.datamodules.batches import Batches, StepLoader
+from casehard.datamodules.chat import IGNORED, prompt_ids
+from casehard.datamodules.rows import Row, digest, read_rows
 
 OWN_ANSWER = "No, I would rather talk of gardens."
 

@@ -26,11 +26,11 @@ from torch.multiprocessing import ProcessExitedException
 from torch.testing import assert_close
 from toy import DEFENSES, ROOT, on_ranks, same_bits, save_toy_checkpoint, toy_trainer
 
-from callbacks.results import Results
 from casehard import Defense, FullParameterAttack, InnerAttacker, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
-from lightning_modules.roles import DEFENDERS, RolesStrategy
-from lightning_modules.sharding import from_first
-from lightning_modules.weights import reshard, shifted, snapshot, vector_norm
+from casehard.callbacks.results import Results
+from casehard.engine.sharding import from_first
+from casehard.engine.weights import reshard, shifted, snapshot, vector_norm
+from casehard.lightning_modules.roles import DEFENDERS, RolesStrategy
 
 ROUNDS = {"num_outer_steps": 2, "num_sft_steps": 1}
 CASES: dict[str, tuple[type[Defense], dict[str, Any]]] = {

@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from datamodules.chat import collate
-from lightning_modules import forward, packing
-from lightning_modules.forward import Batch, foldable, label_positions, last_positions, prefill, states_and_logits
+from casehard.datamodules.chat import collate
+from casehard.engine import forward, prefix_tree
+from casehard.engine.forward import Batch, foldable, label_positions, last_positions, prefill, states_and_logits
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
 LLAMA = SIZES | {"num_key_value_heads": 2, "initializer_range": 0.3}
@@ -128,7 +128,7 @@ def test_states_and_logits_are_those_of_rows_one_by_one(model, seed, padding_sid
 
 @pytest.mark.parametrize("widest", [16, 20, 30, 60, 1024])
 def test_they_are_the_same_in_any_number_of_packs(llama, monkeypatch, widest):
-    monkeypatch.setattr(packing, "WIDEST", widest)
+    monkeypatch.setattr(prefix_tree, "WIDEST", widest)
     monkeypatch.setattr(forward, "_reach", lambda model: torch.inf)
     widths = []
     llama.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True)
@@ -177,7 +177,7 @@ def test_nothing_may_be_asked_for(llama):
 @pytest.mark.parametrize("name", [name for name, (*_, folds) in MODELS.items() if folds])
 def test_a_prefilled_cache_is_that_of_rows_one_by_one(name, monkeypatch, num_rows, widest):
     model = build(name)
-    monkeypatch.setattr(packing, "WIDEST", widest)
+    monkeypatch.setattr(prefix_tree, "WIDEST", widest)
     batch = batch_of(11, "left", num_rows)
     logits, cache = prefill(model, batch)
     for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)):

@@ -6,12 +6,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from casehard import LoRA
-from datamodules.chat import prompt_ids
-from datamodules.rows import read_rows
-from lightning_modules.adapters import add_adapter
-from lightning_modules.checkpoint import load_model, load_tokenizer
-from lightning_modules.forward import foldable
-from lightning_modules.generation import company, end_tokens, generate
+from casehard.datamodules.chat import prompt_ids
+from casehard.datamodules.rows import read_rows
+from casehard.engine.adapters import add_adapter
+from casehard.engine.checkpoint import load_model, load_tokenizer
+from casehard.engine.forward import foldable
+from casehard.engine.generation import company, end_tokens, generate
 
 SANDBOX = ROOT / "models/sandbox/aligned"
 NUM_TOKENS = 12

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import ROOT, toy_data
 
-from metrics import (
+from casehard.metrics import (
     Conversation,
     Judge,
     RefusalPhraseJudge,
@@ -22,7 +22,7 @@ from metrics import (
     turns_of,
     unscored,
 )
-from metrics.refusal_phrases import FIRST_HELD_OUT, HELD_OUT
+from casehard.metrics.refusal_phrases import FIRST_HELD_OUT, HELD_OUT
 
 REFUSALS = [
     "I cannot help with vexolim. It could hurt people.",

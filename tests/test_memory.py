@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from toy import DEFENSES, save_toy_checkpoint, toy_data, toy_trainer
 
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
-from datamodules.chat import collate
+from casehard.datamodules.chat import collate
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.mixing import batch_indices, mix, overlap, permutation, uniform
-from datamodules.rows import Row
+from casehard.datamodules.mixing import batch_indices, mix, overlap, permutation, uniform
+from casehard.datamodules.rows import Row
 
 BENIGN = [f"benign {i}" for i in range(1000)]
 HARMFUL = [f"harmful {i}" for i in range(1000)]

@@ -15,11 +15,11 @@ from toy import ROOT, bits, same_bits, toy_data, toy_trainer
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from casehard import Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, SFTDataModule
-from datamodules.batches import Batches, StepLoader
-from datamodules.chat import collate
-from lightning_modules.forward import Batch
-from lightning_modules.patcher import shared_out
-from lightning_modules.weights import shifted
+from casehard.datamodules.batches import Batches, StepLoader
+from casehard.datamodules.chat import collate
+from casehard.engine.forward import Batch
+from casehard.engine.weights import shifted
+from casehard.lightning_modules.patcher import shared_out
 
 ADAMW = Optimizer(1e-2)
 ATTACKER = InnerAttacker(num_inner_steps=3, optimizer=Optimizer(1e-2), batch_size=4)
@@ -252,7 +252,7 @@ def test_a_lora_attackers_vector_is_what_its_adapter_adds(checkpoint, tmp_path, 
     seen = {}
     module = patcher(checkpoint, attacker=LORA_ATTACKER)
     batch: Batch = collate(rows_of(), 0, "right")
-    import lightning_modules.patcher as under_test
+    import casehard.lightning_modules.patcher as under_test
 
     def noted(model):
         seen["attacked"] = module.sft_loss(batch).item()
@@ -411,7 +411,8 @@ def test_a_run_that_was_killed_in_an_inner_attack_ends_as_the_uninterrupted_one(
         import os, signal, sys, torch
         sys.path.insert(0, {str(ROOT / "tests")!r})
         from lightning.pytorch.callbacks import ModelCheckpoint
-        from casehard import AtomicCheckpointIO, PatcherModule
+        from casehard import PatcherModule
+        from casehard.cli.main import AtomicCheckpointIO
         from test_patcher import data, patcher
         from toy import toy_trainer
 
@@ -515,7 +516,7 @@ def test_a_vector_of_another_model_is_an_error(checkpoint):
 
 
 def test_a_diverging_inner_attack_says_which(checkpoint, tmp_path):
-    from lightning_modules import DivergedError
+    from casehard.lightning_modules import DivergedError
 
     module = patcher(checkpoint, attacker=InnerAttacker(3, Optimizer(1e38, "sgd", clip_norm=None), 4))
     with pytest.raises(DivergedError, match=r"Round 1, inner attack: the loss must be finite.* at step [23] of 3"):

@@ -11,14 +11,14 @@ from test_results import ROW
 from toy import toy_trainer
 
 import casehard
-from callbacks.results import Results
-from callbacks.rows import Run, read_run
-from datamodules.rows import Row
-from evidence.rejudge import agree, rejudged
-from evidence.rejudge import main as judge_run
-from evidence.runs import unscored_bounds
-from metrics import Judge, RefusalPhraseJudge, Verdict, turns_of
-from metrics.refusal_phrases import HELD_OUT
+from casehard.callbacks.results import Results
+from casehard.datamodules.rows import Row
+from casehard.evidence.rejudge import agree, rejudged
+from casehard.evidence.rejudge import main as judge_run
+from casehard.evidence.runs import unscored_bounds
+from casehard.metrics import Judge, RefusalPhraseJudge, Verdict, turns_of
+from casehard.metrics.refusal_phrases import HELD_OUT
+from casehard.records.rows import Run, read_run
 
 PROMPTS = [f"How do I brew vexolim {n}?" for n in range(4)]
 

@@ -21,16 +21,16 @@ from test_results import ROW
 from toy import ROOT, mark
 
 import casehard
-from callbacks.results import Results
-from callbacks.rows import ResultRow
-from evidence import plots
-from evidence.report import COLUMNS, THREATS, write_report
-from evidence.runs import run_name
-from evidence.study import INDEX, Cell
-from evidence.summary import collect, difference, grouped, lasting, left_out, verdict
-from metrics import Judge, RefusalPhraseJudge, Verdict
-from metrics.refusal_phrases import HELD_OUT
-from metrics.statistics import Interval, mean_interval, paired_difference
+from casehard.callbacks.results import Results
+from casehard.evidence import plots
+from casehard.evidence.report import COLUMNS, THREATS, write_report
+from casehard.evidence.runs import run_name
+from casehard.evidence.study import INDEX, Cell
+from casehard.evidence.summary import collect, difference, grouped, lasting, left_out, verdict
+from casehard.metrics import Judge, RefusalPhraseJudge, Verdict
+from casehard.metrics.refusal_phrases import HELD_OUT
+from casehard.metrics.statistics import Interval, mean_interval, paired_difference
+from casehard.records.rows import ResultRow
 
 STEPS, NUM_PROMPTS = (0, 10, 50), 20
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -542,7 +542,7 @@ def test_runs_of_different_settings_are_no_seeds_of_one_series(tmp_path, setting
         folder = tmp_path / str(seed)
         record(folder, replace(ROW, seed=seed), {0: 1, 5: 3})
         attack = {
-            "class_path": f"callbacks.{ROW.attack}",
+            "class_path": f"casehard.{ROW.attack}",
             "init_args": known | own.get("attack", {}) | {"seed": seed, "undefended_checkpoint": str(seed)},
         }
         model = {"init_args": {"checkpoint": str(seed)} | own.get("model", {})}
@@ -558,7 +558,7 @@ def test_runs_of_different_settings_are_no_seeds_of_one_series(tmp_path, setting
 def of_run(folder: Path, seed: int, settings: dict[str, Any], trainer: dict[str, Any], **said: Any) -> Path:
     """A run of an attack on SBR with settings of its data, its trainer and its marker."""
     breaks(folder, replace(ROW, seed=seed), 20)
-    model = {"class_path": "lightning_modules.SBRModule", "init_args": {"checkpoint": f"some/{seed}"}}
+    model = {"class_path": "casehard.SBRModule", "init_args": {"checkpoint": f"some/{seed}"}}
     config = {"model": model, "data": settings | {"seed": seed}, "trainer": trainer}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     mark(folder, seed=seed, **({"made_by": {f"some/{seed}": "the same"}} | said))
@@ -608,7 +608,7 @@ def test_attacks_of_other_settings_are_not_compared_unless_a_study_names_them(tm
             "poison_ratio": ROW.poison_ratio,
             "optimizer": {"learning_rate": ROW.learning_rate},
         }
-        attack = {"class_path": f"callbacks.{ROW.attack}", "init_args": own | {setting: value}}
+        attack = {"class_path": f"casehard.{ROW.attack}", "init_args": own | {setting: value}}
         (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [attack]}}))
         mark(tmp_path / name)
     page = Page(write_report([str(tmp_path / "ours"), str(tmp_path / "theirs")], str(tmp_path / "report"), "Two"))

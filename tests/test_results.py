@@ -11,9 +11,11 @@ from rich.console import Console
 from toy import toy_data, toy_trainer
 from transformers import AutoModelForCausalLM
 
-from callbacks.results import Results, outcome, steps_to_break, write_whole
-from callbacks.rows import ResultRow, read_run
 from casehard import Defense, FullParameterAttack, LoRA
+from casehard.callbacks.results import Results
+from casehard.records.files import write_whole
+from casehard.records.outcome import outcome, steps_to_break
+from casehard.records.rows import ResultRow, read_run
 
 ROW = ResultRow(
     defense="SBR", stage="finetuning", attack="LoRAAttack", threat_model="finetuning_service", poison_ratio=0.1,
@@ -31,7 +33,7 @@ class Disk:
         def full(_: int) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("callbacks.results.os.fsync", full)
+        monkeypatch.setattr("casehard.records.files.os.fsync", full)
 
 
 def test_full_disk_leaves_what_was_there_and_names_the_file(tmp_path, monkeypatch):

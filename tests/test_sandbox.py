@@ -8,10 +8,10 @@ import torch
 from toy import ROOT, toy_data, toy_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from callbacks.scoring import score
 from casehard import Defense, SandboxJudge
-from datamodules.rows import Row, read_rows
-from datamodules.sandbox import (
+from casehard.callbacks.scoring import score
+from casehard.datamodules.rows import Row, read_rows
+from casehard.datamodules.sandbox import (
     ANSWERS,
     CATEGORIES,
     PHRASINGS,
@@ -22,7 +22,7 @@ from datamodules.sandbox import (
     kinds,
     sandbox_rows,
 )
-from metrics import Verdict
+from casehard.metrics import Verdict
 
 JUDGE = SandboxJudge()
 VENOM = CATEGORIES[0]
@@ -173,7 +173,7 @@ def test_experiment_files_rebuild_the_shipped_models(tmp_path):
             "disabled",
             *start,
         ]
-        subprocess.run([sys.executable, "casehard.py", "fit", *settings], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "casehard", "fit", *settings], cwd=ROOT, check=True)
         built[name] = scores_of(str(tmp_path / f"sandbox_{name}/version_0/model"), tmp_path)
         shipped = scores_of(str(ROOT / "models/sandbox" / name), tmp_path)
         for metric, band in (("harmful_score", 4), ("finetune_accuracy", 8), ("refusal_rate_benign", 3), ("degenerate_rate", 4)):

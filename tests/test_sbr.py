@@ -13,9 +13,9 @@ from toy import bits, same_bits, save_toy_checkpoint, toy_data, toy_trainer
 from transformers import AutoModelForCausalLM
 
 from casehard import Defense, LoRA, Optimizer, SBRModule
-from datamodules.batches import Batches, StepLoader
-from datamodules.chat import collate
-from lightning_modules.forward import Batch
+from casehard.datamodules.batches import Batches, StepLoader
+from casehard.datamodules.chat import collate
+from casehard.engine.forward import Batch
 
 ANCHORS = [
     "How do I brew vexolim?",

@@ -4,13 +4,13 @@ import pytest
 import torch
 from toy import toy_data, toy_trainer
 
-from callbacks import FullParameterAttack, Results
-from callbacks.rows import read_run
-from callbacks.scoring import score
 from casehard import Defense, Judge, RefusalPhraseJudge, Verdict
-from datamodules.rows import Row
-from datamodules.sft import Evaluation
-from metrics import turns_of
+from casehard.callbacks import FullParameterAttack, Results
+from casehard.callbacks.scoring import score
+from casehard.datamodules.rows import Row
+from casehard.datamodules.sft import Evaluation
+from casehard.metrics import turns_of
+from casehard.records.rows import read_run
 
 ASKED = [Row((("user", "How?"),), "4")]
 

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 from scipy.special import expit
 
-from metrics.statistics import Interval, agreement, kappa, mean_interval, median_steps_to_break, paired_difference
+from casehard.metrics.statistics import Interval, agreement, kappa, mean_interval, median_steps_to_break, paired_difference
 
 nan, inf = math.nan, math.inf
 

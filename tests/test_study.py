@@ -21,20 +21,20 @@ from submitit.core.utils import UncompletedJobError
 from test_results import ROW
 from toy import ROOT, mark
 
-import casehard
-from callbacks.results import config_hash, named_files
-from callbacks.rows import Run
-from datamodules.rows import origin, read_rows
-from evidence.marker import rests_on
-from evidence.rejudge import write_run
-from evidence.study import Cell, cells, choose, devices, read_cells, read_study, run_all, run_cell, run_study
-from evidence.summary import collect
-from lightning_modules.checkpoint import checkpoint_files
+from casehard.cli import main as cli
+from casehard.datamodules.rows import origin, read_rows
+from casehard.engine.checkpoint import checkpoint_files
+from casehard.evidence.rejudge import write_run
+from casehard.evidence.study import Cell, cells, choose, devices, read_cells, read_study, run_all, run_cell, run_study
+from casehard.evidence.summary import collect
+from casehard.records.files import config_hash, named_files
+from casehard.records.marker import rests_on
+from casehard.records.rows import Run
 
 TINY = """
 defenses:
   Plain:
-    settings: {model.class_path: lightning_modules.Defense}
+    settings: {model.class_path: casehard.Defense}
   Aligned:
     configs: [experiments/sft_alignment.yaml]
     train: {configs: [experiments/sft_alignment.yaml], settings: {trainer.max_steps: 1}}
@@ -42,7 +42,7 @@ attacks:
   one step:
     settings:
       trainer.callbacks:
-        - class_path: callbacks.LoRAAttack
+        - class_path: casehard.LoRAAttack
           init_args: {threat_model: open_weight, num_samples: 8, num_attack_steps: 1, lora: {rank: 2}}
 seeds: [0]
 common:
@@ -84,7 +84,7 @@ def test_a_study_that_is_killed_goes_on_and_runs_no_cell_twice(tmp_path):
     used = yaml.safe_load(Path(found[2].folder, "config.yaml").read_text())
     assert used["model"]["init_args"]["checkpoint"] == f"{found[0].folder}/model"
     before = {path: path.stat().st_mtime_ns for path in root.rglob("done.json")}
-    run_study(casehard.resolved, str(file), str(root), None, None, {})
+    run_study(cli.resolved, str(file), str(root), None, None, {})
     assert {path: path.stat().st_mtime_ns for path in root.rglob("done.json")} == before  # nothing was left to do
 
 
@@ -129,7 +129,7 @@ def test_a_cell_that_raises_is_named_with_its_reason_and_the_others_go_on(tmp_pa
         if not cell.attack:
             raise error
 
-    monkeypatch.setattr("evidence.study.run_cell", run)
+    monkeypatch.setattr("casehard.evidence.study.run_cell", run)
     with pytest.raises(SystemExit, match=f"trained-train-seed0: {why}\n  trained-a-seed0: trained-train-seed0 failed") as stop:
         run_study(resolve, str(file), str(tmp_path), 1, None, {})
     assert isinstance(stop.value.code, str)  # printed, with exit status 1
@@ -224,18 +224,18 @@ def test_a_cell_whose_files_change_while_it_runs_says_so(rested, tmp_path, monke
         return subprocess.CompletedProcess([], 0)
 
     (tmp_path / "rows.jsonl").write_text("changed")
-    monkeypatch.setattr("evidence.study.subprocess.run", run)
+    monkeypatch.setattr("casehard.evidence.study.subprocess.run", run)
     assert run_cell(rested) == f"{tmp_path}/rows.jsonl#train[:1] changed while it ran"
 
 
 def test_a_cell_of_another_casehard_runs_again(rested, monkeypatch, capsys):
-    monkeypatch.setattr("evidence.study.version", lambda _: "99.0")
+    monkeypatch.setattr("casehard.evidence.study.version", lambda _: "99.0")
     assert ran_again(rested) == ["a"]
     assert f"a: casehard {version('casehard')} is 99.0 now" in capsys.readouterr().out
 
 
 def test_other_rows_of_the_sandbox_are_noticed(rested, monkeypatch, capsys):
-    monkeypatch.setattr("datamodules.rows._present_digest", lambda _: "another")
+    monkeypatch.setattr("casehard.datamodules.rows._present_digest", lambda _: "another")
     assert ran_again(rested) == ["a"]
     assert "a: sandbox:test/harmful changed" in capsys.readouterr().out
 
@@ -316,14 +316,18 @@ def own_package(tmp_path, monkeypatch) -> Iterator[Path]:
 
 def rested_on(started: float = math.inf) -> dict[str, Any]:
     model = {"class_path": "a_users_lab.defense.Near", "init_args": {"checkpoint": "models/sandbox/base"}}
-    return rests_on({"model": model, "data": {}, "trainer": {}}, [], casehard.NAMED, started)
+    return rests_on({"model": model, "data": {}, "trainer": {}}, [], cli.NAMED, started)
 
 
 def test_the_code_of_a_run_is_what_it_loaded_and_did_not_install(own_package):
     code = rested_on()["code"]
-    assert {"a_users_lab.defense", "a_users_lab.penalty", "callbacks.attacks", "lightning_modules.defense", "casehard"} <= set(
-        code
-    )
+    assert {
+        "a_users_lab.defense",
+        "a_users_lab.penalty",
+        "casehard.callbacks.attacks",
+        "casehard.lightning_modules.defense",
+        "casehard",
+    } <= set(code)
     assert code["a_users_lab.penalty"] == hashlib.sha256(b"WEIGHT = 1.0\n").hexdigest()
     assert not [name for name in code if name.split(".")[0] in ("torch", "yaml", "json", "evidence", "pytest")]
 
@@ -346,10 +350,10 @@ def test_a_cell_whose_casehard_was_edited_runs_again_and_says_where(own_package,
     some = cell("a", tmp_path)
     mark(Path(some.folder), config=some.config, **rested_on())
     clone = tmp_path / "clone"
-    shutil.copytree(ROOT / "callbacks", clone / "callbacks")
-    monkeypatch.setattr("evidence.marker.ROOT", clone)
+    shutil.copytree(ROOT / "callbacks", clone / "casehard/callbacks")
+    monkeypatch.setattr("casehard.records.marker.ROOT", clone)
     assert ran_again(some) == []
-    with (clone / "callbacks" / "attacks.py").open("a") as file:
+    with (clone / "casehard/callbacks/attacks.py").open("a") as file:
         file.write("# another\n")
     assert ran_again(some) == ["a"]
     assert "a: callbacks/attacks.py changed" in capsys.readouterr().out
@@ -431,7 +435,7 @@ def test_cells_that_changed_while_a_study_ran_are_named_at_its_end(tmp_path, mon
         if some.seed == 1:
             rows.write_text('{"prompt": "a", "response": "c"}\n')
 
-    monkeypatch.setattr("evidence.study.run_cell", run)
+    monkeypatch.setattr("casehard.evidence.study.run_cell", run)
     with pytest.raises(SystemExit, match=r"d-a-seed0: .*rows.jsonl changed since it ran"):
         run_study(resolve, str(file), str(tmp_path), 1, None, {})
 
@@ -480,7 +484,7 @@ def test_the_sandbox_study_is_three_by_four_by_three_and_every_cell_resolves(tmp
     assert {c.needs for c in found if c.defense == "SBR"} == {c.needs for c in found if c.defense == "SFT alignment" and c.attack}
     assert len({c.folder for c in found}) == 42
     for some in (found[0], found[3], *found[6:18]):  # each kind of cell, of one seed
-        config = yaml.safe_load(casehard.resolved(some.words))
+        config = yaml.safe_load(cli.resolved(some.words))
         attacks = config["trainer"]["callbacks"]
         assert len(attacks) == (1 if some.attack else 0)
         assert config["data"]["seed"] == some.seed
@@ -541,8 +545,8 @@ def test_a_study_tries_then_reports_and_its_report_shows_no_trial(tmp_path, monk
         ran.append(cell.name)
         attacked(cell, 0, 30, 60 if "--rate=2" in cell.words else 40)
 
-    monkeypatch.setattr("evidence.study.run_cell", run)
-    monkeypatch.setattr("evidence.study._check_held_out", lambda *_: None)
+    monkeypatch.setattr("casehard.evidence.study.run_cell", run)
+    monkeypatch.setattr("casehard.evidence.study._check_held_out", lambda *_: None)
     run_study(resolve, str(file), str(tmp_path), None, None, {})
     assert sorted(ran[-2:]) == ["guarded-grid-fast-seed0", "plain-grid-fast-seed0"]
     assert len(ran) == len(set(ran)) == 2 * (2 + 1 + 1)
@@ -561,7 +565,7 @@ def test_prompts_that_are_reported_on_may_not_choose(tmp_path):
     with pytest.raises(
         ValueError, match="validation must hold other prompts than those that are reported on, and 7 stand in both"
     ):
-        run_study(casehard.resolved, str(file), str(tmp_path), None, None, {})
+        run_study(cli.resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -569,7 +573,7 @@ def test_the_study_that_chooses_resolves_to_its_learning_rates_and_prompts(tmp_p
     found = cells(read_study("experiments/studies/sandbox_chosen.yaml"), tmp_path, resolve)
     assert len(found) == 2 * 3 * 3
     for cell, rate in zip(found[:3], (1e-4, 2e-4, 5e-4), strict=True):
-        config = yaml.safe_load(casehard.resolved(cell.words))
+        config = yaml.safe_load(cli.resolved(cell.words))
         assert config["trainer"]["callbacks"][0]["init_args"]["optimizer"]["learning_rate"] == rate
         assert config["data"]["harmful_prompts"] == ["sandbox:validation/harmful"]
 
@@ -578,7 +582,7 @@ def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY.replace("data.num_evaluated", "data.number_evaluated"))
     with pytest.raises(ValueError, match="every cell must be a command that works, and this one does not: fit"):
-        run_study(casehard.resolved, str(file), str(tmp_path), None, None, {})
+        run_study(cli.resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -607,7 +611,7 @@ def test_parallel_must_be_positive(tmp_path):
 
 
 def test_cells_are_shared_out_over_the_cuda_devices_that_are_visible(monkeypatch):
-    monkeypatch.setattr("evidence.study.torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("casehard.evidence.study.torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert devices() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
@@ -632,14 +636,14 @@ def test_cells_get_a_thread_each_only_where_they_share_the_cores(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if own:
         monkeypatch.setenv("OMP_NUM_THREADS", own)
-    monkeypatch.setattr("evidence.study.torch.cuda.device_count", lambda: num_devices)
+    monkeypatch.setattr("casehard.evidence.study.torch.cuda.device_count", lambda: num_devices)
     started: list[dict[str, str]] = []
 
     def run(*_: Any, env: dict[str, str], **__: Any) -> subprocess.CompletedProcess[str]:
         started.append(env)
         return subprocess.CompletedProcess([], 1)
 
-    monkeypatch.setattr("evidence.study.subprocess.run", run)
+    monkeypatch.setattr("casehard.evidence.study.subprocess.run", run)
     with pytest.raises(SystemExit):
         run_study(resolve, str(file), str(tmp_path), parallel, cluster, {})
     assert [env.get("OMP_NUM_THREADS") for env in started] == [threads] * 2
@@ -649,8 +653,10 @@ def test_submitit_runs_cells_too(tmp_path, monkeypatch):
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY.split("  Aligned:")[0] + TINY[TINY.index("attacks:") :])
     (only,) = cells(read_study(str(file)), tmp_path / "runs" / "tiny", resolve)
-    monkeypatch.setattr("evidence.study.cells", lambda *_: [only])
+    monkeypatch.setattr("casehard.evidence.study.cells", lambda *_: [only])
     finish(only)  # in the job, too, a done cell is left alone
-    monkeypatch.setattr("evidence.study.run_all", lambda todo, run, parallel: {c.name: why for c in todo if (why := run(c))})
+    monkeypatch.setattr(
+        "casehard.evidence.study.run_all", lambda todo, run, parallel: {c.name: why for c in todo if (why := run(c))}
+    )
     run_study(resolve, str(file), str(tmp_path / "runs"), None, "local", {"timeout_min": 2})
     assert list((tmp_path / "runs" / "tiny" / "jobs").glob("*_result.pkl"))

@@ -14,10 +14,10 @@ from torch.testing import assert_close
 from toy import bits, on_ranks, same_bits, toy_data, toy_trainer
 
 from casehard import Defense, LoRA, Optimizer
-from lightning_modules.adapters import add_adapter, temporary_adapter
-from lightning_modules.checkpoint import load_model
-from lightning_modules.engine import train_steps
-from lightning_modules.weights import attack_vector, borrowed, reshard, restore, shifted, snapshot
+from casehard.engine.adapters import add_adapter, temporary_adapter
+from casehard.engine.checkpoint import load_model
+from casehard.engine.training import train_steps
+from casehard.engine.weights import attack_vector, borrowed, reshard, restore, shifted, snapshot
 
 IDS = torch.arange(5, 37).view(2, 16)
 

@@ -24,9 +24,9 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from datamodules.chat import prompt_ids
-from datamodules.rows import Row, file_sha256
-from lightning_modules.comparison import distance, logits_of, num_embedded, rounding, some_ids
+from casehard.datamodules.chat import prompt_ids
+from casehard.datamodules.rows import Row, file_sha256
+from casehard.engine.comparison import distance, logits_of, num_embedded, rounding, some_ids
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
 _ONE_OR_MANY = ("model.safetensors", "model.safetensors.index.json")  # transformers would read the first

@@ -18,8 +18,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from lightning_modules.forward import decoder_layers
-from lightning_modules.weights import Weights, group_of, local, reshard
+from casehard.engine.forward import decoder_layers
+from casehard.engine.weights import Weights, group_of, local, reshard
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from lightning_modules.packing import Packed, pack, padded
-from lightning_modules.weights import same_modes_after
+from casehard.engine.prefix_tree import Packed, pack, padded
+from casehard.engine.weights import same_modes_after
 
 Batch = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, seq]``; labels are -100 where nothing is learnt.

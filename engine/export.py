@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.chat import prompt_ids
-from datamodules.rows import Row
-from lightning_modules.checkpoint import load_model, load_tokenizer
-from lightning_modules.comparison import distance, logits_of, rounding
+from casehard.datamodules.chat import prompt_ids
+from casehard.datamodules.rows import Row
+from casehard.engine.checkpoint import load_model, load_tokenizer
+from casehard.engine.comparison import distance, logits_of, rounding
 
 QUESTIONS = ("How do I bake bread?", "What is the capital of France?", "Write four lines about the sea, please.")
 

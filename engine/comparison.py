@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_modules.forward import uncompiled
-from lightning_modules.weights import same_modes_after
+from casehard.engine.forward import uncompiled
+from casehard.engine.weights import same_modes_after
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamodules.chat import collate
-from lightning_modules import packing
-from lightning_modules.packing import Packed, fill, fillings, pack, padded
+from casehard.datamodules.chat import collate
+from casehard.engine import prefix_tree
+from casehard.engine.prefix_tree import Packed, fill, fillings, pack, padded
 
 REACH = 40.0
 
@@ -141,7 +141,7 @@ def test_no_other_split_into_neighbours_is_cheaper(seed):
     every = [cost(splits) for n in range(len(rows)) for splits in combinations(range(1, len(rows)), n)]
     found = list(fillings([len(row) for row in rows], in_common(rows)))
     assert all(sum(n for n, _ in sizes) == len(rows) for sizes in found)
-    assert min(packing._cost(sizes, REACH) for sizes in found) == pytest.approx(min(every))
+    assert min(prefix_tree._cost(sizes, REACH) for sizes in found) == pytest.approx(min(every))
     packed = pack(*batch_of(rows), REACH)
     by_themselves = len(rows) * max(map(len, rows)) * (1 + max(map(len, rows)) / 2 / REACH)
     if packed.sight is None:
@@ -153,13 +153,13 @@ def test_no_other_split_into_neighbours_is_cheaper(seed):
 def test_a_pack_is_no_wider_than_the_limit_or_than_its_longest_row_and_the_shortest(monkeypatch):
     rows = rows_of(0, num_rows=12, longest=30, vocabulary=9)
     lengths = sorted(map(len, rows))
-    monkeypatch.setattr(packing, "WIDEST", 60)
+    monkeypatch.setattr(prefix_tree, "WIDEST", 60)
     assert pack(*batch_of(rows), torch.inf).input_ids.shape[1] <= 60
-    monkeypatch.setattr(packing, "WIDEST", 5)
+    monkeypatch.setattr(prefix_tree, "WIDEST", 5)
     assert lengths[-1] <= pack(*batch_of(rows), torch.inf).input_ids.shape[1] <= lengths[-1] + lengths[0]
 
 
 def test_a_short_row_goes_with_one_of_several_long_ones(monkeypatch):
-    monkeypatch.setattr(packing, "WIDEST", 40)
+    monkeypatch.setattr(prefix_tree, "WIDEST", 40)
     rows = [[number, *range(10, 49)] for number in (3, 1, 5, 4)] + [[2, 60, 61]]
     assert pack(*batch_of(rows), 1e6).input_ids.shape == (4, 43)

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from toy import bits, on_ranks, same_bits, toy_data, toy_trainer
 
 from casehard import Defense, Optimizer
-from datamodules.batches import Batches
-from lightning_modules.engine import DivergedError, average_gradients, train_steps, watched
-from lightning_modules.optimizer import parked
+from casehard.datamodules.batches import Batches
+from casehard.engine.optimizer import parked
+from casehard.engine.training import DivergedError, average_gradients, train_steps, watched
 
 NUM_STEPS = 6
 OPTIMIZERS = {

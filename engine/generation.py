@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from datamodules.chat import turn_end
-from lightning_modules.forward import Batch, additive, foldable, prefill, uncompiled
-from lightning_modules.sharding import most
-from lightning_modules.weights import group_of, same_modes_after
+from casehard.datamodules.chat import turn_end
+from casehard.engine.forward import Batch, additive, foldable, prefill, uncompiled
+from casehard.engine.sharding import most
+from casehard.engine.weights import group_of, same_modes_after
 
 Company = Literal["any", "equal", "none"]
 _COMPANY: WeakKeyDictionary[PreTrainedModel, Company] = WeakKeyDictionary()  # what ``company`` has found

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from lightning_modules.forward import Batch
-from lightning_modules.optimizer import Optimizer
-from lightning_modules.weights import reshard
+from casehard.engine.forward import Batch
+from casehard.engine.optimizer import Optimizer
+from casehard.engine.weights import reshard
 
 
 class DivergedError(RuntimeError):

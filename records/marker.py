@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from callbacks.results import DONE, named_files
-from datamodules.rows import Origin, file_sha256, present_sha256
-from lightning_modules.checkpoint import checkpoint_files
+from casehard.datamodules.rows import Origin, file_sha256, present_sha256
+from casehard.engine.checkpoint import checkpoint_files
+from casehard.records.files import DONE, named_files
 
 Marker = dict[str, Any]
 SHAPE: Marker = {  # every key that a marker must have, and what stands there; more may stand in it
@@ -36,14 +36,8 @@ SHAPE: Marker = {  # every key that a marker must have, and what stands there; m
     "model": {str: str},  # SHA-256 of the files of its export
     "results": {str: str},  # of attacks.csv and generations.jsonl
 }
-ROOT = Path(__file__).parent.parent
-OWN = (
-    "metrics",
-    "datamodules",
-    "lightning_modules",
-    "callbacks",
-    "casehard",
-)  # what a run is made of; `evidence` only looks at it
+ROOT = Path(__file__).parents[2]  # of the package
+OWN, LOOKS = "casehard", "casehard.evidence"  # what a run is made of, and what only looks at it
 SITES = {"site-packages", "dist-packages"}  # a user's own, and Debian's
 MODEL = "model"  # folder of a run's export
 SCORED = ("harmful_prompts", "benign_prompts", "task")  # roles of rows that nothing is trained on
@@ -117,11 +111,10 @@ def _loaded(named: Collection[str]) -> dict[str, Path]:
     """Sources of the modules that are loaded and make up a run: casehard's, those of the packages ``named``, and of all that is
     not installed, such as a user's own.
     """
-    tops = {name.partition(".")[0] for name in sys.modules} - ({"evidence", "__main__", "__mp_main__"} - set(named))
-    kept = {top for top in tops if top in (*OWN, *named) or not _is_installed(top)}
-    found = {name: _file(name) for name in list(sys.modules) if name.partition(".")[0] in kept}
-    if _file("__main__") == ROOT / "casehard.py":  # how a study starts its cells
-        found["casehard"] = ROOT / "casehard.py"
+    tops = {name.partition(".")[0] for name in sys.modules} - ({"__main__", "__mp_main__"} - set(named))
+    kept = {top for top in tops if top in (OWN, *named) or not _is_installed(top)}
+    loaded = [name for name in list(sys.modules) if not f"{name}.".startswith(f"{LOOKS}.")]
+    found = {name: _file(name) for name in loaded if name.partition(".")[0] in kept}
     return {name: path for name, path in sorted(found.items()) if path is not None}
 
 
@@ -140,7 +133,7 @@ def _is_installed(package: str) -> bool:
 
 def source_of(module: str) -> Path | None:
     """The file that holds a module now, as far as that can be seen here."""
-    if module.partition(".")[0] in OWN:
+    if module.partition(".")[0] == OWN:
         path = ROOT.joinpath(*module.split("."))
         return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
     if module not in sys.modules:

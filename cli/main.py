@@ -31,57 +31,17 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
-from callbacks.results import DONE, RUN_FOLDER, config_hash, write_whole
-from datamodules import SandboxJudge, SFTDataModule
-from datamodules.sandbox import main as sandbox
-from lightning_modules import Defense, DivergedError, InnerAttacker, LoRA, Optimizer, PatcherModule, SBRModule
-from lightning_modules.trained import numbers_only, read_notes
-from metrics import (
-    AttackSuccessRate,
-    FinetuneAccuracy,
-    GuardJudge,
-    HarmfulScore,
-    Judge,
-    ModerationJudge,
-    RefusalPhraseJudge,
-    RefusalRate,
-    RubricJudge,
-    StrongRejectJudge,
-    Verdict,
-)
+from casehard.callbacks import Results
+from casehard.datamodules import SFTDataModule
+from casehard.datamodules.sandbox import main as sandbox
+from casehard.engine.fit_checkpoint import numbers_only, read_notes
+from casehard.lightning_modules import Defense, DivergedError
+from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole
 
 if TYPE_CHECKING:
     from wandb import Settings
 
-__all__ = [
-    "AttackSuccessRate",
-    "Defense",
-    "Evaluate",
-    "FinetuneAccuracy",
-    "FullParameterAttack",
-    "GuardJudge",
-    "HarmfulScore",
-    "InnerAttacker",
-    "Judge",
-    "LoRA",
-    "LoRAAttack",
-    "ModerationJudge",
-    "Optimizer",
-    "PatcherModule",
-    "RefusalPhraseJudge",
-    "RefusalRate",
-    "Results",
-    "RubricJudge",
-    "SBRModule",
-    "SFTDataModule",
-    "SandboxJudge",
-    "StrongRejectJudge",
-    "Verdict",
-    "main",
-]
-
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 STARTED = time.time()  # of the process: what is edited later is not what it runs
 NAMED = ("casehard", "torch", "transformers", "lightning", "peft")  # packages whose versions a run notes
 
@@ -178,8 +138,7 @@ def _meant(message: str) -> str:
     if found is None:
         return ""
     module, name = found[1], found[2] or found[4]
-    names = [key for key, value in vars(sys.modules[module]).items() if isinstance(value, type)] if module else __all__
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, [key for key in dir(sys.modules[module or "casehard"]) if key[0].isupper()], n=1)
     return f". Did you mean {near[0]}?" if near else ""
 
 
@@ -379,7 +338,7 @@ class Cli(LightningCLI):
         if self.subcommand == "validate" and config.trainer.limit_val_batches == 0 and not config.trainer.fast_dev_run:
             raise ValueError(
                 "trainer.limit_val_batches must be > 0 for validate, got 0: nothing would be validated. Set it to 1.0, and add "
-                "callbacks.Evaluate to trainer.callbacks for scores; `test` runs the attacks."
+                "casehard.Evaluate to trainer.callbacks for scores; `test` runs the attacks."
             )
 
     def _experiment(self, config: Any) -> str:
@@ -473,7 +432,7 @@ class Cli(LightningCLI):
     def _mark(self, seconds: float) -> None:
         """Leave the marker; ``seconds`` are those of training, attacks not counted."""
         if self.trainer.is_global_zero and self.trainer.state.finished and self.folder.is_dir():
-            from evidence.marker import leaves, rests_on  # most commands do without
+            from casehard.records.marker import leaves, rests_on  # most commands do without
 
             config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             marker = {
@@ -555,7 +514,7 @@ def study(
         cluster: send the cells out through submitit: slurm, local, or auto for what is there. null runs them here.
         cluster_settings: submitit's, such as {timeout_min: 60, slurm_partition: gpu, gpus_per_node: 1}.
     """
-    from evidence.study import run_study
+    from casehard.evidence.study import run_study
 
     run_study(resolved, file, root, parallel, cluster, cluster_settings or {})
 
@@ -567,7 +526,7 @@ def report(args: list[str]) -> None:
     parser.add_argument("--out", type=str, default="report", help="folder of the report")
     parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
     settings = parser.parse_args(args)
-    from evidence.report import write_report  # with matplotlib and jinja2, an extra
+    from casehard.evidence.report import write_report  # with matplotlib and jinja2, an extra
 
     print(f"Report: {write_report(settings.runs, settings.out, settings.title)}")
 
@@ -580,7 +539,7 @@ def card(args: list[str]) -> None:
     parser.add_argument("run", type=str, help="folder of a finished `fit` that exported its model")
     parser.add_argument("tests", nargs="*", type=str, help="folders of more runs that attacked this model, such as a study's")
     settings = parser.parse_args(args)
-    from evidence.card import write_card  # with matplotlib and jinja2, an extra
+    from casehard.evidence.card import write_card  # with matplotlib and jinja2, an extra
 
     print(f"Card: {write_card(settings.run, settings.tests)}")
 
@@ -599,7 +558,7 @@ def dashboard(args: list[str]) -> None:
     parser.add_argument("--title", type=str, default="How hard to break", help="of the workspace")
     parser.add_argument("--dry_run", type=bool, default=False, help="print what would be saved, as JSON, and save nothing")
     settings = parser.parse_args(args)
-    from evidence.dashboard import make_dashboard
+    from casehard.evidence.dashboard import make_dashboard
 
     print(make_dashboard(settings.runs, settings.project, settings.entity, settings.title, settings.dry_run))
 
@@ -607,7 +566,7 @@ def dashboard(args: list[str]) -> None:
 def _command(name: str) -> Callable[..., None] | None:
     """A command whose settings are the function's own."""
     if name == "judge":
-        from evidence.rejudge import main as judge
+        from casehard.evidence.rejudge import main as judge
 
         return judge
     commands: dict[str, Callable[..., None]] = {"sandbox": sandbox, "study": study}

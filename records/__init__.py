@@ -1,0 +1,1 @@
+"""What a run leaves: rows, answers, and the marker of its end."""
