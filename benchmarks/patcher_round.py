@@ -21,7 +21,7 @@ from casehard.datamodules.chat import collate, encode_rows
 from casehard.datamodules.mixing import batch_indices
 from casehard.datamodules.rows import Row, read_rows
 from casehard.datamodules.sft import REFUSAL
-from casehard.lightning_modules import Defense
+from casehard.lightning_modules.defense import Defense
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 

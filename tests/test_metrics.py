@@ -8,7 +8,7 @@ from torch import tensor
 from torch.testing import assert_close
 from torchmetrics import MetricCollection
 
-from casehard.metrics import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, Share
+from casehard.metrics.harmful_score import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, Share
 
 nan = math.nan
 METRICS = [HarmfulScore, AttackSuccessRate, Share, RefusalRate, DegenerateRate, FinetuneAccuracy]

@@ -412,7 +412,7 @@ def test_a_run_that_was_killed_in_an_inner_attack_ends_as_the_uninterrupted_one(
         sys.path.insert(0, {str(ROOT / "tests")!r})
         from lightning.pytorch.callbacks import ModelCheckpoint
         from casehard import PatcherModule
-        from casehard.cli.main import AtomicCheckpointIO
+        from casehard.cli.lightning_cli import AtomicCheckpointIO
         from test_patcher import data, patcher
         from toy import toy_trainer
 
@@ -516,7 +516,7 @@ def test_a_vector_of_another_model_is_an_error(checkpoint):
 
 
 def test_a_diverging_inner_attack_says_which(checkpoint, tmp_path):
-    from casehard.lightning_modules import DivergedError
+    from casehard.engine.training import DivergedError
 
     module = patcher(checkpoint, attacker=InnerAttacker(3, Optimizer(1e38, "sgd", clip_norm=None), 4))
     with pytest.raises(DivergedError, match=r"Round 1, inner attack: the loss must be finite.* at step [23] of 3"):

@@ -27,8 +27,8 @@ from casehard.evidence.report import COLUMNS, THREATS, write_report
 from casehard.evidence.runs import run_name
 from casehard.evidence.study import INDEX, Cell
 from casehard.evidence.summary import collect, difference, grouped, lasting, left_out, verdict
-from casehard.metrics import Judge, RefusalPhraseJudge, Verdict
-from casehard.metrics.refusal_phrases import HELD_OUT
+from casehard.metrics.judges import Judge, Verdict
+from casehard.metrics.refusal_phrases import HELD_OUT, RefusalPhraseJudge
 from casehard.metrics.statistics import Interval, mean_interval, paired_difference
 from casehard.records.rows import ResultRow
 

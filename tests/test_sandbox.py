@@ -22,7 +22,7 @@ from casehard.datamodules.sandbox import (
     kinds,
     sandbox_rows,
 )
-from casehard.metrics import Verdict
+from casehard.metrics.judges import Verdict
 
 JUDGE = SandboxJudge()
 VENOM = CATEGORIES[0]

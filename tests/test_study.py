@@ -21,7 +21,8 @@ from submitit.core.utils import UncompletedJobError
 from test_results import ROW
 from toy import ROOT, mark
 
-from casehard.cli import main as cli
+from casehard.cli.lightning_cli import resolved
+from casehard.cli.run_folder import NAMED
 from casehard.datamodules.rows import origin, read_rows
 from casehard.engine.checkpoint import checkpoint_files
 from casehard.evidence.rejudge import write_run
@@ -56,7 +57,7 @@ def at_root(monkeypatch):
 
 
 def start(file: Path, root: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "casehard.py"), "study", str(file), "--root", str(root), "--parallel", "1"]
+    command = [sys.executable, "-m", "casehard", "study", str(file), "--root", str(root), "--parallel", "1"]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -84,7 +85,7 @@ def test_a_study_that_is_killed_goes_on_and_runs_no_cell_twice(tmp_path):
     used = yaml.safe_load(Path(found[2].folder, "config.yaml").read_text())
     assert used["model"]["init_args"]["checkpoint"] == f"{found[0].folder}/model"
     before = {path: path.stat().st_mtime_ns for path in root.rglob("done.json")}
-    run_study(cli.resolved, str(file), str(root), None, None, {})
+    run_study(resolved, str(file), str(root), None, None, {})
     assert {path: path.stat().st_mtime_ns for path in root.rglob("done.json")} == before  # nothing was left to do
 
 
@@ -316,7 +317,7 @@ def own_package(tmp_path, monkeypatch) -> Iterator[Path]:
 
 def rested_on(started: float = math.inf) -> dict[str, Any]:
     model = {"class_path": "a_users_lab.defense.Near", "init_args": {"checkpoint": "models/sandbox/base"}}
-    return rests_on({"model": model, "data": {}, "trainer": {}}, [], cli.NAMED, started)
+    return rests_on({"model": model, "data": {}, "trainer": {}}, [], NAMED, started)
 
 
 def test_the_code_of_a_run_is_what_it_loaded_and_did_not_install(own_package):
@@ -484,7 +485,7 @@ def test_the_sandbox_study_is_three_by_four_by_three_and_every_cell_resolves(tmp
     assert {c.needs for c in found if c.defense == "SBR"} == {c.needs for c in found if c.defense == "SFT alignment" and c.attack}
     assert len({c.folder for c in found}) == 42
     for some in (found[0], found[3], *found[6:18]):  # each kind of cell, of one seed
-        config = yaml.safe_load(cli.resolved(some.words))
+        config = yaml.safe_load(resolved(some.words))
         attacks = config["trainer"]["callbacks"]
         assert len(attacks) == (1 if some.attack else 0)
         assert config["data"]["seed"] == some.seed
@@ -565,7 +566,7 @@ def test_prompts_that_are_reported_on_may_not_choose(tmp_path):
     with pytest.raises(
         ValueError, match="validation must hold other prompts than those that are reported on, and 7 stand in both"
     ):
-        run_study(cli.resolved, str(file), str(tmp_path), None, None, {})
+        run_study(resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -573,7 +574,7 @@ def test_the_study_that_chooses_resolves_to_its_learning_rates_and_prompts(tmp_p
     found = cells(read_study("experiments/studies/sandbox_chosen.yaml"), tmp_path, resolve)
     assert len(found) == 2 * 3 * 3
     for cell, rate in zip(found[:3], (1e-4, 2e-4, 5e-4), strict=True):
-        config = yaml.safe_load(cli.resolved(cell.words))
+        config = yaml.safe_load(resolved(cell.words))
         assert config["trainer"]["callbacks"][0]["init_args"]["optimizer"]["learning_rate"] == rate
         assert config["data"]["harmful_prompts"] == ["sandbox:validation/harmful"]
 
@@ -582,7 +583,7 @@ def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY.replace("data.num_evaluated", "data.number_evaluated"))
     with pytest.raises(ValueError, match="every cell must be a command that works, and this one does not: fit"):
-        run_study(cli.resolved, str(file), str(tmp_path), None, None, {})
+        run_study(resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]
 
 
