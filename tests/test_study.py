@@ -22,7 +22,8 @@ from test_results import ROW
 from toy import ROOT, mark
 
 from casehard.cli import main as cli
-from casehard.datamodules.rows import origin, read_rows
+from casehard.datamodules.fingerprint import origin
+from casehard.datamodules.sources import read_rows
 from casehard.engine.checkpoint import checkpoint_files
 from casehard.evidence.rejudge import write_run
 from casehard.evidence.study import Cell, cells, choose, devices, read_cells, read_study, run_all, run_cell, run_study
@@ -235,7 +236,7 @@ def test_a_cell_of_another_casehard_runs_again(rested, monkeypatch, capsys):
 
 
 def test_other_rows_of_the_sandbox_are_noticed(rested, monkeypatch, capsys):
-    monkeypatch.setattr("casehard.datamodules.rows._present_digest", lambda _: "another")
+    monkeypatch.setattr("casehard.datamodules.fingerprint._present_digest", lambda _: "another")
     assert ran_again(rested) == ["a"]
     assert "a: sandbox:test/harmful changed" in capsys.readouterr().out
 
