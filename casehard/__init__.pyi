@@ -3,7 +3,7 @@ from casehard.callbacks.attacks import LoRAAttack as LoRAAttack
 from casehard.callbacks.results import Results as Results
 from casehard.callbacks.scoring import Evaluate as Evaluate
 from casehard.cli.main import main as main
-from casehard.datamodules.sandbox import SandboxJudge as SandboxJudge
+from casehard.datamodules.sandbox_judge import SandboxJudge as SandboxJudge
 from casehard.datamodules.sft import SFTDataModule as SFTDataModule
 from casehard.engine.adapters import LoRA as LoRA
 from casehard.engine.optimizer import Optimizer as Optimizer

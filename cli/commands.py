@@ -48,9 +48,11 @@ def sandbox(split: str | None = None, kind: str | None = None, num_rows: int = 2
         num_rows: rows of each.
         tokenizer: instead of printing, train the sandbox's tokenizer and save it in this folder.
     """
-    from casehard.datamodules.sandbox import SPLITS, build_tokenizer, kinds, sandbox_rows
+    from casehard.datamodules.sandbox import SPLITS, kinds, sandbox_rows
 
     if tokenizer is not None:
+        from casehard.datamodules.sandbox_tokenizer import build_tokenizer  # with transformers
+
         build_tokenizer().save_pretrained(tokenizer)
         return
     for name in [split] if split else SPLITS:

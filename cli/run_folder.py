@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from casehard.datamodules.rows import Origin
+from casehard.datamodules.fingerprint import Origin
 from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole
 
 STARTED = time.time()  # of the process: what is edited later is not what it runs

@@ -8,7 +8,7 @@ from casehard import Defense, Judge, RefusalPhraseJudge, Verdict
 from casehard.callbacks.attacks import FullParameterAttack
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import score
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation
 from casehard.metrics.conversation import turns_of
 from casehard.records.rows import read_run
