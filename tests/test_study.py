@@ -613,7 +613,7 @@ def test_parallel_must_be_positive(tmp_path):
 
 
 def test_cells_are_shared_out_over_the_cuda_devices_that_are_visible(monkeypatch):
-    monkeypatch.setattr("casehard.evidence.study.torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert devices() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
@@ -638,7 +638,7 @@ def test_cells_get_a_thread_each_only_where_they_share_the_cores(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if own:
         monkeypatch.setenv("OMP_NUM_THREADS", own)
-    monkeypatch.setattr("casehard.evidence.study.torch.cuda.device_count", lambda: num_devices)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
     started: list[dict[str, str]] = []
 
     def run(*_: Any, env: dict[str, str], **__: Any) -> subprocess.CompletedProcess[str]:
