@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+import casehard
 from casehard.metrics.errors import SettingError
 from casehard.shipped import shipped
 
@@ -23,7 +24,7 @@ class Refused(BaseException):
     """What a constructor raised (its cause), on the way past jsonargparse, which would bury it in a dump of all settings."""
 
 
-def built(kind: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+def built(kind: Callable[..., Any], /, *args: Any, **settings: Any) -> Any:
     """``kind(*args, **settings)``; inside ``refusals``."""
     try:
         return kind(*args, **settings)
@@ -68,17 +69,17 @@ def plain(message: str) -> str:
 
 def meant(message: str) -> str:
     """The class or module that a misspelt one may stand for, as a question; "" where none is near."""
-    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'|import path string: ()(\w+)", message):
-        module, name = match[1] or "casehard", match[2] or match[4]
-        known = [key for key in dir(sys.modules[module]) if key[0].isupper()]
-    elif match := re.search(r"No module named '([\w.]+)'", message):
-        module, _, name = match[1].rpartition(".")
-        folders = getattr(sys.modules.get(module), "__path__", None) if module else []
-        known = [found.name for found in pkgutil.iter_modules(folders)] if folders else [] if module else ["casehard"]
+    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'|import path string: ()(\w+)", message):
+        module, name = sys.modules[found[1] or "casehard"], found[2] or found[4]
+        known = {} if module is casehard else {public: f"casehard.{public}" for public in casehard.__all__}
+        known |= {part.name: part.name for part in pkgutil.iter_modules(getattr(module, "__path__", []))}
+        known |= {key: key for key in dir(module) if key[0].isupper()}
+    elif found := re.search(r"No module named '(\w+)'", message):
+        name, known = found[1], {"casehard": "casehard"}
     else:
         return ""
     near = difflib.get_close_matches(name, known, n=1)
-    return f". Did you mean {near[0]}?" if near else ""
+    return f". Did you mean {known[near[0]]}?" if near else ""
 
 
 class PlainErrors:

@@ -26,9 +26,12 @@ from toy import ROOT
 
 import casehard
 from casehard.cli.lightning_cli import AtomicCheckpointIO, experiment_name
+from casehard.cli.main import is_mendable
 from casehard.cli.run_folder import claim_run_folder, held
+from casehard.datamodules.mixing import mix
 from casehard.engine.checkpoint import load_model
 from casehard.engine.fit_checkpoint import FORCED, numbers_only
+from casehard.evidence.rejudge import agree
 from casehard.records.files import RUN_FOLDER
 
 TINY = [
@@ -306,6 +309,10 @@ def test_what_a_constructor_refuses_is_said_in_its_one_sentence(call, tmp_path, 
         (["--model.init_args.num_anchors", "many"], ['"num_anchors": Expected a int']),
         (["--model", "casehard.SBRModul"], ["has no attribute 'SBRModul'. Did you mean SBRModule?"]),
         (["--model", "PatchrModule"], ["Did you mean PatcherModule?"]),
+        (["--model", "casehard.lightning_modules.sbr.SBRModul"], ["has no attribute 'SBRModul'. Did you mean SBRModule?"]),
+        (["--model", "casehard.lightning_modules.pacher.PatcherModule"], ["has no attribute 'pacher'. Did you mean patcher?"]),
+        (["--model", "casehard.lightning_modules.SBRModule"], ["has no attribute 'SBRModule'. Did you mean casehard.SBRModule?"]),
+        (["--model", "casehrad.SBRModule"], ["No module named 'casehrad'. Did you mean casehard?"]),
         (["--data.judge", "casehard.RubricJugde"], ["has no attribute 'RubricJugde'. Did you mean RubricJudge?"]),
         (attack_with(threat_modle="x"), ["LoRAAttack", "Option 'threat_modle' is not accepted"]),
         (["--model.init_args.anchors", json.dumps([1, SECRET])], ['"anchors": Expected a str']),
@@ -330,6 +337,41 @@ class Broken(casehard.Defense):
 def test_a_bug_in_a_constructor_keeps_its_traceback(call, tmp_path):
     with pytest.raises(KeyError, match="a bug"):
         call("fit", "--model", "test_cli.Broken", "--run.root", str(tmp_path), *TINY)
+
+
+class Raising(casehard.Defense):
+    """Of an author whose loss raises."""
+
+    def __init__(self, checkpoint: str, kind: str) -> None:
+        super().__init__(checkpoint)
+        self.kind = kind
+
+    def sft_loss(self, batch: Any) -> torch.Tensor:
+        raise {"bug": ValueError, "setting": casehard.SettingError}[self.kind](f"a {self.kind}")
+
+
+def test_a_plain_value_error_of_a_loss_is_a_bug_and_a_setting_error_is_said_in_its_sentence(call, tmp_path):
+    shape = ["fit", "--model", "test_cli.Raising", "--config", "experiments/attack/none.yaml", "--run.root", str(tmp_path), *TINY]
+    with pytest.raises(ValueError, match="a bug"):
+        call(*shape, "--model.init_args.kind", "bug")
+    assert call(*shape, "--model.init_args.kind", "setting", fails=True).endswith("error: a setting")
+
+
+def test_a_mistake_shows_its_traceback_where_that_is_asked_for(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("CASEHARD_TRACEBACK", "1")
+    with pytest.raises(casehard.SettingError, match="weights_only must be true or left out, got false"):
+        call("test", "--weights_only", "false", "--run.root", str(tmp_path), *TINY[:2])
+
+
+def test_what_casehard_raises_on_purpose_is_the_users_to_mend_and_what_python_raises_in_its_files_is_not():
+    for do, mendable in [
+        (lambda: mix([], [], 1, 2.0, 0), True),
+        (lambda: agree(SimpleNamespace(answers=[[]]), SimpleNamespace(answers=[])), False),
+        (lambda: int("x"), False),
+    ]:
+        with pytest.raises(ValueError) as raised:  # noqa: PT011
+            do()
+        assert is_mendable(raised.value) == mendable
 
 
 def test_ctrl_c_before_training_ends_without_a_traceback(call, tmp_path, monkeypatch):

@@ -307,7 +307,7 @@ def own_package(tmp_path, monkeypatch) -> Iterator[Path]:
     (package / "__init__.py").write_text("")
     (package / "penalty.py").write_text("WEIGHT = 1.0\n")
     (package / "defense.py").write_text(
-        "from a_users_lab.penalty import WEIGHT\nfrom lightning_modules import Defense\n\n\nclass Near(Defense):\n    pass\n"
+        "from a_users_lab.penalty import WEIGHT\nfrom casehard import Defense\n\n\nclass Near(Defense):\n    pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("a_users_lab.defense")
