@@ -14,14 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from casehard.datamodules.batches import Batches, Example, StepLoader, share_of
 from casehard.datamodules.chat import collate, encode, encode_rows, prompt_ids, require_chat_template
-from casehard.datamodules.columns import flaw
 from casehard.datamodules.fingerprint import Origin, origin
 from casehard.datamodules.mixing import mix, overlap
 from casehard.datamodules.row import Row
+from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.datamodules.sources import read_rows
 from casehard.metrics.judges import Judge, require_judge
 
-REFUSAL = "I'm sorry, but I can't help with that request."
 OWN = "the defense's own rows"
 
 
@@ -51,56 +50,30 @@ class SFTDataModule(L.LightningDataModule):
     ``sandbox:SPLIT/KIND``, with ``#train[:100]`` for a slice.
 
     Args:
-        benign: sources of benign rows.
+        sources: what is read.
         judge: of the answers to held-out prompts.
-        harmful: sources of rows with harmful answers.
-        refusals: sources of the defender's harmful prompts with their refusals; where a row has none, ``refusal_texts``
-            answer in turn. Defenses take anchors from them.
-        refusal_texts: refusals for rows that have none.
+        evaluation: how a model is scored.
+        batching: how rows become batches.
         system_prompt: system turn in front of every row that has none, in training, attacks and evaluation alike; null leaves the
             rows as they are. A defense's own rows, such as a list of anchors, stay as they are, too.
-        alignment_benign: sources of the defender's benign rows.
-        alignment_harmful: sources of rows with harmful answers that a defense trains against: none that an attack uses.
         train_on: what ``fit`` trains on: ``mixture``, a customer's rows; or ``alignment``, the defender's: all of refusals and
             alignment_benign.
         num_samples: rows of the mixture; null takes all benign rows, and then poison_ratio must be 0.
         poison_ratio: harmful share of the mixture, in [0, 1].
-        harmful_prompts: sources of held-out harmful prompts; their answers are judged.
-        benign_prompts: sources of held-out benign prompts that look like harmful ones; refusing them is over-refusal.
-        task: sources of held-out rows of the benign task; an answer counts if it equals the response.
-        num_evaluated: at most so many rows of each held-out kind; null scores all.
-        batch_size: rows of a training step, over all processes.
-        max_length: tokens of a row; longer rows are cut on the right, and counted. Rows that have no answer left are dropped, and
-            a mixture has others in their place.
-        padding_side: of training batches.
-        max_new_tokens: tokens of a generated answer, thoughts before it included; more for the task where a response has more.
-        generation_batch_size: prompts answered at once; the text does not depend on it.
         seed: of the mixture and of the order.
         allow_overlap: train although prompts stand in both training and evaluation.
     """
 
     def __init__(
         self,
-        benign: list[str],
+        sources: Sources,
         judge: Judge,
-        harmful: list[str] | None = None,
-        refusals: list[str] | None = None,
-        refusal_texts: list[str] | None = None,
+        evaluation: EvaluationSettings = EvaluationSettings(),  # noqa: B008  frozen
+        batching: Batching = Batching(),  # noqa: B008  frozen
         system_prompt: str | None = None,
-        alignment_benign: list[str] | None = None,
-        alignment_harmful: list[str] | None = None,
         train_on: Literal["mixture", "alignment"] = "mixture",
         num_samples: int | None = None,
         poison_ratio: float = 0.0,
-        harmful_prompts: list[str] | None = None,
-        benign_prompts: list[str] | None = None,
-        task: list[str] | None = None,
-        num_evaluated: int | None = None,
-        batch_size: int = 8,
-        max_length: int = 512,
-        padding_side: Literal["left", "right"] = "right",
-        max_new_tokens: int = 64,
-        generation_batch_size: int = 128,
         seed: int = 0,
         allow_overlap: bool = False,
     ) -> None:
@@ -110,30 +83,11 @@ class SFTDataModule(L.LightningDataModule):
             raise ValueError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
         if poison_ratio and num_samples is None:
             raise ValueError(f"num_samples must be set where poison_ratio is not 0, got poison_ratio {poison_ratio}.")
-        limits = {"batch_size": batch_size, "max_length": max_length, "max_new_tokens": max_new_tokens}
-        for name, value in (limits | {"generation_batch_size": generation_batch_size, "num_evaluated": num_evaluated}).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}.")
-        for number, text in enumerate(refusal_texts or [], start=1):
-            if got := flaw(text):
-                raise ValueError(f"refusal_texts must be texts, got {got} as number {number}. Mend it, or take it out.")
-        self.sources = {
-            "benign": benign,
-            "harmful": harmful or [],
-            "refusals": refusals or [],
-            "alignment_benign": alignment_benign or [],
-            "alignment_harmful": alignment_harmful or [],
-            "harmful_prompts": harmful_prompts or [],
-            "benign_prompts": benign_prompts or [],
-            "task": task or [],
-        }
         if system_prompt is not None and not system_prompt.strip():
             raise ValueError("system_prompt must hold text or be null, got an empty text. null adds no system turn.")
-        self.judge, self.refusal_texts, self.train_on = judge, refusal_texts or [REFUSAL], train_on
-        self.system_prompt = system_prompt
-        self.num_samples, self.poison_ratio, self.num_evaluated = num_samples, poison_ratio, num_evaluated
-        self.batch_size, self.max_length, self.padding_side = batch_size, max_length, padding_side
-        self.max_new_tokens, self.generation_batch_size = max_new_tokens, generation_batch_size
+        self.sources, self.judge, self.evaluation_settings, self.batching = sources, judge, evaluation, batching
+        self.system_prompt, self.train_on = system_prompt, train_on
+        self.num_samples, self.poison_ratio = num_samples, poison_ratio
         self.seed, self.allow_overlap = seed, allow_overlap
         self.rows: dict[str, list[Row]] = {}
         self.num_target_tokens = 0  # of the longest response to the task
@@ -147,28 +101,29 @@ class SFTDataModule(L.LightningDataModule):
         unanswered = ("harmful_prompts", "benign_prompts")  # their answers are not used; those of refusals are, if there are any
         read = {
             name: [(s, read_rows(s, name not in (*unanswered, "refusals"), name not in unanswered)) for s in sources]
-            for name, sources in self.sources.items()
+            for name, sources in self.sources.by_role().items()
         }
         own: list[Row] = self.trainer.lightning_module.own_rows() if self.trainer else []  # type: ignore[operator]
         self.origins = [origin(name, source, rows) for name, parts in read.items() for source, rows in parts]
         self.origins += [origin(OWN, "", own)] if own else []
         rows = {name: [row for _, part in parts for row in part] for name, parts in read.items()}
+        refusal_texts = self.sources.refusal_texts
         rows["refusals"] = [
-            row if row.response else Row(row.messages, self.refusal_texts[i % len(self.refusal_texts)])
+            row if row.response else Row(row.messages, refusal_texts[i % len(refusal_texts)])
             for i, row in enumerate(rows["refusals"])
         ]
         for name in ("harmful_prompts", "benign_prompts", "task"):
-            rows[name] = rows[name][: self.num_evaluated]
+            rows[name] = rows[name][: self.evaluation_settings.num_evaluated]
         if self.system_prompt is not None:
             rows = {name: [_instructed(row, self.system_prompt) for row in part] for name, part in rows.items()}
         self._check_overlap(rows, own)
         self.judge.try_out(*([row.prompt for row in rows[name][:1]] for name in ("harmful_prompts", "benign_prompts")))
         self.num_target_tokens = max((self._num_tokens(row) - self._num_asked(row) for row in rows["task"]), default=0)
         self._check_positions(rows, own)
-        if self.num_target_tokens > self.max_new_tokens:
+        if self.num_target_tokens > self.evaluation_settings.max_new_tokens:
             rank_zero_info(
                 f"task: answers may have {self.num_target_tokens} tokens, as many as the longest response, "
-                f"and not only max_new_tokens ({self.max_new_tokens})."
+                f"and not only max_new_tokens ({self.evaluation_settings.max_new_tokens})."
             )
         self.rows = rows
 
@@ -177,8 +132,9 @@ class SFTDataModule(L.LightningDataModule):
         positions: int | None = self.trainer.lightning_module.num_positions if self.trainer else None  # type: ignore[assignment]
         if positions is None:
             return
-        new = {"harmful_prompts": self.max_new_tokens, "benign_prompts": self.max_new_tokens}
-        new["task"] = max(self.max_new_tokens, self.num_target_tokens)
+        max_new_tokens = self.evaluation_settings.max_new_tokens
+        new = {"harmful_prompts": max_new_tokens, "benign_prompts": max_new_tokens}
+        new["task"] = max(max_new_tokens, self.num_target_tokens)
         for name in (*new, "refusals", OWN):
             longest = max(map(self._num_asked, own if name == OWN else rows[name]), default=0)
             if longest > positions:
@@ -191,13 +147,14 @@ class SFTDataModule(L.LightningDataModule):
                     f"max_new_tokens must leave prompt and answer within the model's {positions} positions, got {new[name]} "
                     f"for {name}, where a prompt has {longest} tokens. Set it to at most {room}, or leave out the longest rows."
                 )
-        if self.max_length <= positions:
+        max_length = self.batching.max_length
+        if max_length <= positions:
             return
         for name in ("benign", "harmful", "refusals", "alignment_benign", "alignment_harmful", "task"):
             longest = max(map(self._num_tokens, rows[name]), default=0)
             if longest > positions:
                 raise ValueError(
-                    f"max_length must be at most the model's {positions} positions, got {self.max_length}, and a row of {name} "
+                    f"max_length must be at most the model's {positions} positions, got {max_length}, and a row of {name} "
                     f"has {longest} tokens. Set it to {positions}."
                 )
 
@@ -244,8 +201,8 @@ class SFTDataModule(L.LightningDataModule):
             r["benign_prompts"],
             r["task"],
             self.judge,
-            self.max_new_tokens,
-            self.generation_batch_size,
+            self.evaluation_settings.max_new_tokens,
+            self.evaluation_settings.generation_batch_size,
             self.num_target_tokens,
         )
 
@@ -256,10 +213,11 @@ class SFTDataModule(L.LightningDataModule):
         """
         if num_samples is None:
             return self.rows["benign"]
+        max_length = self.batching.max_length
         lost: list[Row] = []
 
         def fits(row: Row) -> bool:
-            fitting = self._num_asked(row) < self.max_length
+            fitting = self._num_asked(row) < max_length
             if not fitting:
                 lost.append(row)
             return fitting
@@ -267,22 +225,21 @@ class SFTDataModule(L.LightningDataModule):
         mixed = mix(self.rows["benign"], self.rows["harmful"], num_samples, poison_ratio, seed, fits)
         if lost:
             rank_zero_info(
-                f"mixture: {len(lost)} rows have no answer left at max_length {self.max_length}, others are in their place."
+                f"mixture: {len(lost)} rows have no answer left at max_length {max_length}, others are in their place."
             )
         return mixed
 
     def encode(self, rows: list[Row], what: str) -> list[Example]:
         """Token ids of ``rows``; says how many were dropped because their answer was cut off, and how many were cut in it."""
-        examples, dropped = encode_rows(rows, self.tokenizer, self.max_length)
+        max_length = self.batching.max_length
+        examples, dropped = encode_rows(rows, self.tokenizer, max_length)
         cut = sum(example["input_ids"][-1] != self.tokenizer.eos_token_id for example in examples)
         if cut:
             rank_zero_info(
-                f"{what}: {cut} of {len(rows)} answers cut off at max_length {self.max_length}, so that their end is not learnt."
+                f"{what}: {cut} of {len(rows)} answers cut off at max_length {max_length}, so that their end is not learnt."
             )
         if dropped:
-            rank_zero_info(
-                f"{what}: {dropped} of {len(rows)} rows dropped, their answer was cut off at max_length {self.max_length}."
-            )
+            rank_zero_info(f"{what}: {dropped} of {len(rows)} rows dropped, their answer was cut off at max_length {max_length}.")
         return examples
 
     def batches(self, rows: list[Row], batch_size: int, seed: int, stream: str) -> Callable[[int], dict[str, Tensor]]:
@@ -291,7 +248,7 @@ class SFTDataModule(L.LightningDataModule):
         assert trainer is not None
         examples = self.encode(rows, stream)
         pad = self.tokenizer.pad_token_id
-        return Batches(examples, batch_size, seed, stream, pad, self.padding_side, *share_of(trainer))
+        return Batches(examples, batch_size, seed, stream, pad, self.batching.padding_side, *share_of(trainer))
 
     def train_dataloader(self) -> StepLoader:
         """The rows of ``train_on``, by the counter-based rule."""
@@ -300,14 +257,15 @@ class SFTDataModule(L.LightningDataModule):
         else:
             rows = self.mixture(self.num_samples, self.poison_ratio, self.seed)
         assert self.trainer is not None
-        batches = self.batches(rows, self.batch_size, self.seed, "fit")
+        batches = self.batches(rows, self.batching.batch_size, self.seed, "fit")
         return StepLoader(batches, self.trainer.accumulate_grad_batches)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Held-out rows of the task, in order; Lightning shares them out over the ranks."""
         examples = self.encode(self.rows["task"], "task")
-        chunks = [examples[i : i + self.batch_size] for i in range(0, len(examples), self.batch_size)]
-        batches = [collate(chunk, self.tokenizer.pad_token_id, self.padding_side) for chunk in chunks]
+        batch_size = self.batching.batch_size
+        chunks = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+        batches = [collate(chunk, self.tokenizer.pad_token_id, self.batching.padding_side) for chunk in chunks]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:

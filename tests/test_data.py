@@ -9,6 +9,7 @@ from casehard.datamodules.batches import Batches, StepLoader
 from casehard.datamodules.chat import IGNORED, prompt_ids
 from casehard.datamodules.fingerprint import digest
 from casehard.datamodules.row import Row
+from casehard.datamodules.settings import Batching
 from casehard.datamodules.sources import read_rows
 
 OWN_ANSWER = "No, I would rather talk of gardens."
@@ -105,7 +106,7 @@ def test_origins_are_those_of_every_source_and_of_the_defenses_own_rows(tmp_path
 
 def test_rows_that_are_cut_off_are_dropped_and_counted(tmp_path, checkpoint, caplog):
     data = ready(tmp_path, checkpoint)
-    data.max_length = 21
+    data.batching = Batching(max_length=21)
     with caplog.at_level("INFO"):
         kept = data.encode(data.rows["harmful"] + data.rows["benign"], "all")
     assert 0 < len(kept) < 60
@@ -116,19 +117,20 @@ def test_rows_that_lose_their_end_are_counted(tmp_path, checkpoint, caplog):
     data = ready(tmp_path, checkpoint)
     whole = data.encode(data.rows["harmful"], "all")
     assert "cut off" not in caplog.text
-    data.max_length = sorted(len(example["input_ids"]) for example in whole)[10]
-    lost = sum(len(example["input_ids"]) > data.max_length for example in whole)
+    max_length = sorted(len(example["input_ids"]) for example in whole)[10]
+    lost = sum(len(example["input_ids"]) > max_length for example in whole)
+    data.batching = Batching(max_length=max_length)
     with caplog.at_level("INFO"):
         data.encode(data.rows["harmful"], "all")
     assert 0 < lost < 20
-    assert f"all: {lost} of 20 answers cut off at max_length {data.max_length}, so that their end is not learnt" in caplog.text
+    assert f"all: {lost} of 20 answers cut off at max_length {max_length}, so that their end is not learnt" in caplog.text
 
 
 def test_a_mixture_has_its_ratio_whatever_max_length_cuts_off(tmp_path, checkpoint, caplog):
     data = ready(tmp_path, checkpoint)
     long = [Row((("user", f"{'Well, ' * 80}number {i}?"),), "Yes.") for i in range(40)]
     data.rows["benign"] = [row for pair in zip(long, data.rows["benign"], strict=True) for row in pair]
-    data.max_length = 70
+    data.batching = Batching(max_length=70)
     with caplog.at_level("INFO"):
         mixed = data.mixture(24, 0.25, 0)
     assert not set(long) & set(mixed)

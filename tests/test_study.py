@@ -47,7 +47,7 @@ attacks:
           init_args: {threat_model: open_weight, num_samples: 8, num_attack_steps: 1, lora: {rank: 2}}
 seeds: [0]
 common:
-  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, trainer.enable_checkpointing: false, data.num_evaluated: 2, data.max_new_tokens: 2}
+  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, trainer.enable_checkpointing: false, data.evaluation.num_evaluated: 2, data.evaluation.max_new_tokens: 2}
 """
 
 
@@ -466,7 +466,7 @@ def test_the_files_that_a_config_names_are_found_wherever_they_stand(tmp_path, m
     config = {
         "model": {"init_args": {"checkpoint": "model", "tokenizer": "some_hub/id", "anchors": "anchors.json#train[:3]"}},
         "data": {
-            "benign": ["rows.jsonl"],
+            "sources": {"benign": ["rows.jsonl"]},
             "judge": {"init_args": {"rubric": "rubric.txt", "cache": "cache", "checkpoint": None}},
         },
         "trainer": {
@@ -576,12 +576,12 @@ def test_the_study_that_chooses_resolves_to_its_learning_rates_and_prompts(tmp_p
     for cell, rate in zip(found[:3], (1e-4, 2e-4, 5e-4), strict=True):
         config = yaml.safe_load(cli.resolved(cell.words))
         assert config["trainer"]["callbacks"][0]["init_args"]["optimizer"]["learning_rate"] == rate
-        assert config["data"]["harmful_prompts"] == ["sandbox:validation/harmful"]
+        assert config["data"]["sources"]["harmful_prompts"] == ["sandbox:validation/harmful"]
 
 
 def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
     file = tmp_path / "tiny.yaml"
-    file.write_text(TINY.replace("data.num_evaluated", "data.number_evaluated"))
+    file.write_text(TINY.replace("data.evaluation.num_evaluated", "data.number_evaluated"))
     with pytest.raises(ValueError, match="every cell must be a command that works, and this one does not: fit"):
         run_study(cli.resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]
