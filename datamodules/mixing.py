@@ -52,6 +52,17 @@ def mix(
     return [drawn[i] for i in permutation(num_samples, seed, "order")]
 
 
+def paired(first: Iterable[Row], second: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Every row of ``first`` with a row of ``second`` that answers the same prompt, in the order of ``first``.
+
+    Prompts are the same where all their turns are equal. No row stands in two pairs, and rows without a partner are left out.
+    """
+    partners: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    for row in reversed(list(second)):
+        partners.setdefault(row.messages, []).append(row)
+    return [(row, partners[row.messages].pop()) for row in first if partners.get(row.messages)]
+
+
 def overlap(train: Iterable[Row], evaluation: Iterable[Row]) -> list[str]:
     """Prompts of ``evaluation`` that ``train`` has too, whatever their case and spacing; each once, in order.
 
