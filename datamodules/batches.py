@@ -11,6 +11,7 @@ from casehard.datamodules.chat import IGNORED, collate
 from casehard.datamodules.order import batch_indices
 
 Example = dict[str, list[int]]
+Batch = dict[str, Tensor]
 
 
 class Batches:
@@ -44,7 +45,7 @@ class Batches:
         self.pad_token_id, self.padding_side = pad_token_id, padding_side
         self.rank, self.world_size = rank, world_size
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
+    def __call__(self, step: int) -> Batch:
         """This rank's share of batch ``step`` (from 0); ``num_labels`` lets the ranks' mean be the global batch's mean."""
         batch = collate(self.rows(step)[self.rank :: self.world_size], self.pad_token_id, self.padding_side)
         return batch | {"num_labels": torch.tensor(self.num_labels(step) / self.world_size)}
@@ -79,7 +80,7 @@ class StepLoader:
     def __len__(self) -> int:
         return max(1, len(self.batches.examples) // (self.batches.batch_size * self.num_accumulated)) * self.num_accumulated
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         for _ in range(len(self) - self.step % len(self)):
             self.step += 1
             yield self.batches(self.step - 1) | {"num_labels": torch.tensor(self._share(self.step - 1))}

@@ -1,6 +1,7 @@
 """Rows to token ids, for any chat template: prompt and answer are told apart by their tokens, never by the model's name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -104,15 +105,34 @@ def encode_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict[str, list[int]]], int]:
     """Examples of ``rows``, in their order, and how many rows were dropped because ``max_length`` cut off their answer."""
-    encoded = [encode(row, tokenizer, max_length) for row in rows]
-    examples = [example for example in encoded if example is not None]
-    if rows and not examples:
-        needed = 1 + min(len(prompt_ids(row, tokenizer)) for row in rows)
+    examples, dropped = encode_together([rows], tokenizer, max_length)
+    return [example for (example,) in examples], dropped
+
+
+def encode_together(
+    columns: Sequence[Sequence[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    known: Mapping[Row, dict[str, list[int]] | None] = MappingProxyType({}),
+) -> tuple[list[tuple[dict[str, list[int]], ...]], int]:
+    """Examples of rows that belong together, and how many tuples of them were dropped.
+
+    Args:
+        columns: lists of rows; the i-th rows of all lists belong together.
+        tokenizer: encodes them.
+        max_length: tokens of a row; where it cuts off the answer of one row, the rows that belong to it are dropped, too.
+        known: examples of some rows, encoded before with the same tokenizer and ``max_length``.
+    """
+    together = list(zip(*columns, strict=True))
+    encoded = [[known[row] if row in known else encode(row, tokenizer, max_length) for row in rows] for rows in together]
+    examples = [tuple(e for e in parts if e is not None) for parts in encoded if None not in parts]
+    if together and not examples:
+        needed = 1 + min(max(len(prompt_ids(row, tokenizer)) for row in rows) for rows in together)
         raise ValueError(
-            f"max_length must leave room for an answer, got {max_length}, which cuts off every one of {len(rows)} rows. "
+            f"max_length must leave room for an answer, got {max_length}, which cuts off every one of {len(together)} rows. "
             f"The shortest needs {needed} for its prompt and one token of its answer."
         )
-    return examples, len(encoded) - len(examples)
+    return examples, len(together) - len(examples)
 
 
 def collate(

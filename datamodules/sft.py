@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol, cast
 
 import lightning as L
 import torch
@@ -12,16 +12,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from casehard.datamodules.batches import Batches, Example, StepLoader, share_of
-from casehard.datamodules.chat import collate, encode, encode_rows, prompt_ids, require_chat_template
+from casehard.datamodules.batches import Batch, Batches, Example, StepLoader, share_of
+from casehard.datamodules.chat import IGNORED, collate, encode, encode_together, prompt_ids, require_chat_template
 from casehard.datamodules.fingerprint import Origin, origin
 from casehard.datamodules.mixing import mix, overlap
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
-from casehard.datamodules.sources import read_rows
+from casehard.datamodules.sources import fetch, read_rows
 from casehard.metrics.judges import Judge, require_judge
 
 OWN = "the defense's own rows"
+
+
+class Model(Protocol):
+    """What the data asks of the module that it is read for, as ``Defense`` has it."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @property
+    def num_positions(self) -> int | None: ...
+
+    def own_rows(self) -> list[Row]: ...
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,10 @@ class Evaluation:
 def _instructed(row: Row, system_prompt: str) -> Row:
     """``row`` behind a system turn, its own where it has one."""
     return row if row.messages[0][0] == "system" else replace(row, messages=(("system", system_prompt), *row.messages))
+
+
+def _num_labels(example: Example) -> int:
+    return sum(label != IGNORED for label in example["labels"])
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -92,9 +108,18 @@ class SFTDataModule(L.LightningDataModule):
         self.rows: dict[str, list[Row]] = {}
         self.num_target_tokens = 0  # of the longest response to the task
         self.origins: list[Origin] = []  # of the rows, and of the defense's own
+        self._encoded: dict[int, dict[Row, Example | None]] = {}  # of the last mixture's rows, by max_length
+
+    def prepare_data(self) -> None:
+        """Fetch what stands on a hub, in one process; all of them read it in ``setup``."""
+        if self.rows:
+            return
+        for source in dict.fromkeys(source for sources in self.sources.by_role().values() for source in sources):
+            fetch(source)
 
     def setup(self, stage: str) -> None:
         """Read every source once, and make sure that nothing is trained on that is also scored."""
+        self._encoded = {}
         if self.rows:
             return
         require_chat_template(self.tokenizer)
@@ -103,7 +128,7 @@ class SFTDataModule(L.LightningDataModule):
             name: [(s, read_rows(s, name not in (*unanswered, "refusals"), name not in unanswered)) for s in sources]
             for name, sources in self.sources.by_role().items()
         }
-        own: list[Row] = self.trainer.lightning_module.own_rows() if self.trainer else []  # type: ignore[operator]
+        own = self.model.own_rows()
         self.origins = [origin(name, source, rows) for name, parts in read.items() for source, rows in parts]
         self.origins += [origin(OWN, "", own)] if own else []
         rows = {name: [row for _, part in parts for row in part] for name, parts in read.items()}
@@ -118,7 +143,7 @@ class SFTDataModule(L.LightningDataModule):
             rows = {name: [_instructed(row, self.system_prompt) for row in part] for name, part in rows.items()}
         self._check_overlap(rows, own)
         self.judge.try_out(*([row.prompt for row in rows[name][:1]] for name in ("harmful_prompts", "benign_prompts")))
-        self.num_target_tokens = max((self._num_tokens(row) - self._num_asked(row) for row in rows["task"]), default=0)
+        self.num_target_tokens = max((_num_labels(self._whole(row)) for row in rows["task"]), default=0)
         self._check_positions(rows, own)
         if self.num_target_tokens > self.evaluation_settings.max_new_tokens:
             rank_zero_info(
@@ -129,7 +154,7 @@ class SFTDataModule(L.LightningDataModule):
 
     def _check_positions(self, rows: dict[str, list[Row]], own: list[Row]) -> None:
         """Refuse what is longer than the model can tell positions apart, before any weights load."""
-        positions: int | None = self.trainer.lightning_module.num_positions if self.trainer else None  # type: ignore[assignment]
+        positions = self.model.num_positions
         if positions is None:
             return
         max_new_tokens = self.evaluation_settings.max_new_tokens
@@ -151,7 +176,7 @@ class SFTDataModule(L.LightningDataModule):
         if max_length <= positions:
             return
         for name in ("benign", "harmful", "refusals", "alignment_benign", "alignment_harmful", "task"):
-            longest = max(map(self._num_tokens, rows[name]), default=0)
+            longest = max((len(self._whole(row)["input_ids"]) for row in rows[name]), default=0)
             if longest > positions:
                 raise ValueError(
                     f"max_length must be at most the model's {positions} positions, got {max_length}, and a row of {name} "
@@ -161,10 +186,10 @@ class SFTDataModule(L.LightningDataModule):
     def _num_asked(self, row: Row) -> int:
         return len(prompt_ids(row, self.tokenizer))
 
-    def _num_tokens(self, row: Row) -> int:
+    def _whole(self, row: Row) -> Example:
         example = encode(row, self.tokenizer, sys.maxsize)
         assert example is not None
-        return len(example["input_ids"])
+        return example
 
     def _check_overlap(self, rows: dict[str, list[Row]], own: list[Row]) -> None:
         trained = {name: rows[name] for name in ("benign", "harmful", "refusals", "alignment_benign", "alignment_harmful")}
@@ -187,10 +212,15 @@ class SFTDataModule(L.LightningDataModule):
             )
 
     @property
+    def model(self) -> Model:
+        """The module of the trainer that the data is attached to."""
+        assert self.trainer is not None, "attach the data to a trainer first"
+        return cast(Model, self.trainer.lightning_module)
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
-        assert self.trainer is not None, "attach the data to a trainer first"
-        return self.trainer.lightning_module.tokenizer  # type: ignore[return-value]
+        return self.model.tokenizer
 
     @property
     def evaluation(self) -> Evaluation:
@@ -213,42 +243,57 @@ class SFTDataModule(L.LightningDataModule):
         """
         if num_samples is None:
             return self.rows["benign"]
-        max_length = self.batching.max_length
-        lost: list[Row] = []
+        max_length, tokenizer = self.batching.max_length, self.tokenizer
+        encoded: dict[Row, Example | None] = {}
 
         def fits(row: Row) -> bool:
-            fitting = self._num_asked(row) < max_length
-            if not fitting:
-                lost.append(row)
-            return fitting
+            encoded[row] = encode(row, tokenizer, max_length)
+            return encoded[row] is not None
 
         mixed = mix(self.rows["benign"], self.rows["harmful"], num_samples, poison_ratio, seed, fits)
-        if lost:
-            rank_zero_info(
-                f"mixture: {len(lost)} rows have no answer left at max_length {max_length}, others are in their place."
-            )
+        self._encoded = {max_length: encoded}
+        if lost := sum(example is None for example in encoded.values()):
+            rank_zero_info(f"mixture: {lost} rows have no answer left at max_length {max_length}, others are in their place.")
         return mixed
 
     def encode(self, rows: list[Row], what: str) -> list[Example]:
         """Token ids of ``rows``; says how many were dropped because their answer was cut off, and how many were cut in it."""
+        return [example for (example,) in self._encode([rows], what, "rows")]
+
+    def _encode(self, columns: list[list[Row]], what: str, unit: str) -> list[tuple[Example, ...]]:
         max_length = self.batching.max_length
-        examples, dropped = encode_rows(rows, self.tokenizer, max_length)
-        cut = sum(example["input_ids"][-1] != self.tokenizer.eos_token_id for example in examples)
+        examples, dropped = encode_together(columns, self.tokenizer, max_length, self._encoded.get(max_length, {}))
+        end = self.tokenizer.eos_token_id
+        cut = sum(example["input_ids"][-1] != end for together in examples for example in together)
         if cut:
+            answers = sum(map(len, columns))
             rank_zero_info(
-                f"{what}: {cut} of {len(rows)} answers cut off at max_length {max_length}, so that their end is not learnt."
+                f"{what}: {cut} of {answers} answers cut off at max_length {max_length}, so that their end is not learnt."
             )
         if dropped:
-            rank_zero_info(f"{what}: {dropped} of {len(rows)} rows dropped, their answer was cut off at max_length {max_length}.")
+            total = len(columns[0])
+            rank_zero_info(f"{what}: {dropped} of {total} {unit} dropped, their answer was cut off at max_length {max_length}.")
         return examples
 
-    def batches(self, rows: list[Row], batch_size: int, seed: int, stream: str) -> Callable[[int], dict[str, Tensor]]:
+    def batches(self, rows: list[Row], batch_size: int, seed: int, stream: str) -> Callable[[int], Batch]:
         """The batch of every step of training on ``rows``; this process's share of it."""
-        trainer = self.trainer
-        assert trainer is not None
-        examples = self.encode(rows, stream)
+        return self._batches(self.encode(rows, stream), batch_size, seed, stream)
+
+    def pairs(
+        self, first: list[Row], second: list[Row], batch_size: int, seed: int, stream: str
+    ) -> Callable[[int], tuple[Batch, Batch]]:
+        """Two batches of every step, of ``first`` and of ``second``, whose rows belong together one by one (``mixing.paired``).
+
+        Where one row of a pair has no answer left at ``max_length``, both are dropped.
+        """
+        examples = self._encode([first, second], stream, "pairs")
+        one, other = (self._batches([pair[side] for pair in examples], batch_size, seed, stream) for side in (0, 1))
+        return lambda step: (one(step), other(step))
+
+    def _batches(self, examples: list[Example], batch_size: int, seed: int, stream: str) -> Batches:
+        assert self.trainer is not None
         pad = self.tokenizer.pad_token_id
-        return Batches(examples, batch_size, seed, stream, pad, self.batching.padding_side, *share_of(trainer))
+        return Batches(examples, batch_size, seed, stream, pad, self.batching.padding_side, *share_of(self.trainer))
 
     def train_dataloader(self) -> StepLoader:
         """The rows of ``train_on``, by the counter-based rule."""

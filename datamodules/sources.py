@@ -55,6 +55,13 @@ def read_rows(source: str, needs_response: bool = True, uses_response: bool | No
     return rows
 
 
+def fetch(source: str) -> None:
+    """Put a hub id into the cache, from which ``read_rows`` reads it; nothing of any other source is read."""
+    name, _ = split_source(source)
+    if not name.startswith("sandbox:") and not (name and Path(name).exists()):
+        _load_from_hub(name)
+
+
 def split_source(source: str) -> tuple[str, str | None]:
     """A source without its ``#SPLIT``, and that split."""
     matched = re.fullmatch(r"(.+?)(?:#([^#/]*))?", source, re.DOTALL)
