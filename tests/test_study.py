@@ -57,7 +57,7 @@ def at_root(monkeypatch):
 
 
 def start(file: Path, root: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "casehard.py"), "study", str(file), "--root", str(root), "--parallel", "1"]
+    command = [sys.executable, "-m", "casehard", "study", str(file), "--root", str(root), "--parallel", "1"]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -357,7 +357,7 @@ def test_a_cell_whose_casehard_was_edited_runs_again_and_says_where(own_package,
     with (clone / "casehard/callbacks/attacks.py").open("a") as file:
         file.write("# another\n")
     assert ran_again(some) == ["a"]
-    assert "a: callbacks/attacks.py changed" in capsys.readouterr().out
+    assert "a: casehard/callbacks/attacks.py changed" in capsys.readouterr().out
 
 
 def test_code_and_files_that_are_edited_while_a_run_goes_on_do_not_count_as_what_it_ran(own_package, tmp_path):
