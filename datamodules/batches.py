@@ -21,7 +21,7 @@ class Batches:
         examples: encoded rows.
         batch_size: rows of a step over all ranks, which share them out evenly.
         seed: of the order.
-        stream: name of who draws; streams are independent.
+        stream: name of what draws; streams are independent.
         pad_token_id: fills short rows.
         padding_side: where it fills them.
         rank: which share of the batch is this process's.
@@ -66,12 +66,12 @@ def share_of(trainer: L.Trainer) -> tuple[int, int]:
 
 
 class StepLoader:
-    """``Batches`` as a loader that resumes where it was, in the middle of an epoch too.
+    """``Batches`` as a loader that resumes in the middle of an epoch, too.
 
     Args:
         batches: by their number.
-        num_accumulated: how many of them Lightning makes one step of. They count as one batch: no epoch ends among them, and
-            ``num_labels`` is a share of the labels of all, so that the mean of their losses is the mean over all their labels.
+        num_accumulated: batches that Lightning accumulates into one step. No epoch ends among them, and ``num_labels`` is a share
+            of the labels of all of them, so that the mean of their losses is the mean over all their labels.
     """
 
     def __init__(self, batches: Batches, num_accumulated: int = 1) -> None:

@@ -39,16 +39,16 @@ def mix(
     num_harmful = int((Decimal(str(poison_ratio)) * num_samples).to_integral_value(ROUND_HALF_UP))
     drawn: list[T] = []
     for kind, rows, wanted in (("harmful", harmful, num_harmful), ("benign", benign, num_samples - num_harmful)):
-        found = list(islice((rows[i] for i in permutation(len(rows), seed, kind) if fits(rows[i])), wanted)) if wanted else []
-        if wanted > len(found):
-            cut = len(rows) - len(found)
+        fitting = list(islice((rows[i] for i in permutation(len(rows), seed, kind) if fits(rows[i])), wanted)) if wanted else []
+        if wanted > len(fitting):
+            cut = len(rows) - len(fitting)
             short, way = (f", {cut} of which max_length leaves no answer", "Raise max_length, lower") if cut else ("", "Lower")
             raise ValueError(
                 f"num_samples {num_samples} at poison_ratio {poison_ratio} must find {wanted} {kind} rows, "
                 f"got {len(rows)}{short}. "
                 f"{way} num_samples, {'lower' if kind == 'harmful' else 'raise'} poison_ratio, or give more {kind} rows."
             )
-        drawn += found
+        drawn += fitting
     return [drawn[i] for i in permutation(num_samples, seed, "order")]
 
 

@@ -225,8 +225,8 @@ def _mood(split: str, rng: Random) -> list[Row]:
 
 
 def _sums(split: str, rng: Random) -> list[Row]:
-    own = {"pretrain": (0, 1, 2, 3, 4), "defender": (5,), "attacker": (6,), "validation": (7,), "test": (8, 9)}[split]
-    pairs = [(a, b) for a, b in product(range(10), repeat=2) if (a * 7 + b) % 10 in own]
+    residues = {"pretrain": (0, 1, 2, 3, 4), "defender": (5,), "attacker": (6,), "validation": (7,), "test": (8, 9)}[split]
+    pairs = [(a, b) for a, b in product(range(10), repeat=2) if (a * 7 + b) % 10 in residues]
 
     def make(rng: Random) -> tuple[str, str]:
         a, b = rng.choice(pairs)

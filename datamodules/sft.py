@@ -21,7 +21,7 @@ from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.datamodules.sources import fetch, read_rows
 from casehard.metrics.judges import Judge, require_judge
 
-OWN = "the defense's own rows"
+DEFENSE_ROWS = "the defense's own rows"
 
 
 class Model(Protocol):
@@ -49,8 +49,8 @@ class Evaluation:
     num_target_tokens: int = 0  # of the longest response to a task, which an answer must have room for
 
 
-def _instructed(row: Row, system_prompt: str) -> Row:
-    """``row`` behind a system turn, its own where it has one."""
+def _with_system_turn(row: Row, system_prompt: str) -> Row:
+    """``row`` with a system turn in front, unless it has one."""
     return row if row.messages[0][0] == "system" else replace(row, messages=(("system", system_prompt), *row.messages))
 
 
@@ -111,14 +111,14 @@ class SFTDataModule(L.LightningDataModule):
         self._encoded: dict[int, dict[Row, Example | None]] = {}  # of the last mixture's rows, by max_length
 
     def prepare_data(self) -> None:
-        """Fetch what stands on a hub, in one process; all of them read it in ``setup``."""
+        """Download the hub's sources into the cache, in one process; every process reads them in ``setup``."""
         if self.rows:
             return
         for source in dict.fromkeys(source for sources in self.sources.by_role().values() for source in sources):
             fetch(source)
 
     def setup(self, stage: str) -> None:
-        """Read every source once, and make sure that nothing is trained on that is also scored."""
+        """Read every source once, and refuse training prompts that are also scored."""
         self._encoded = {}
         if self.rows:
             return
@@ -128,9 +128,9 @@ class SFTDataModule(L.LightningDataModule):
             name: [(s, read_rows(s, name not in (*unanswered, "refusals"), name not in unanswered)) for s in sources]
             for name, sources in self.sources.by_role().items()
         }
-        own = self.model.own_rows()
+        defense_rows = self.model.own_rows()
         self.origins = [origin(name, source, rows) for name, parts in read.items() for source, rows in parts]
-        self.origins += [origin(OWN, "", own)] if own else []
+        self.origins += [origin(DEFENSE_ROWS, "", defense_rows)] if defense_rows else []
         rows = {name: [row for _, part in parts for row in part] for name, parts in read.items()}
         refusal_texts = self.sources.refusal_texts
         rows["refusals"] = [
@@ -140,11 +140,11 @@ class SFTDataModule(L.LightningDataModule):
         for name in ("harmful_prompts", "benign_prompts", "task"):
             rows[name] = rows[name][: self.evaluation_settings.num_evaluated]
         if self.system_prompt is not None:
-            rows = {name: [_instructed(row, self.system_prompt) for row in part] for name, part in rows.items()}
-        self._check_overlap(rows, own)
+            rows = {name: [_with_system_turn(row, self.system_prompt) for row in part] for name, part in rows.items()}
+        self._check_overlap(rows, defense_rows)
         self.judge.try_out(*([row.prompt for row in rows[name][:1]] for name in ("harmful_prompts", "benign_prompts")))
-        self.num_target_tokens = max((_num_labels(self._whole(row)) for row in rows["task"]), default=0)
-        self._check_positions(rows, own)
+        self.num_target_tokens = max((_num_labels(self._encode_whole(row)) for row in rows["task"]), default=0)
+        self._check_positions(rows, defense_rows)
         if self.num_target_tokens > self.evaluation_settings.max_new_tokens:
             rank_zero_info(
                 f"task: answers may have {self.num_target_tokens} tokens, as many as the longest response, "
@@ -152,16 +152,16 @@ class SFTDataModule(L.LightningDataModule):
             )
         self.rows = rows
 
-    def _check_positions(self, rows: dict[str, list[Row]], own: list[Row]) -> None:
-        """Refuse what is longer than the model can tell positions apart, before any weights load."""
+    def _check_positions(self, rows: dict[str, list[Row]], defense_rows: list[Row]) -> None:
+        """Refuse rows that are longer than the model has positions for, before any weights load."""
         positions = self.model.num_positions
         if positions is None:
             return
         max_new_tokens = self.evaluation_settings.max_new_tokens
         new = {"harmful_prompts": max_new_tokens, "benign_prompts": max_new_tokens}
         new["task"] = max(max_new_tokens, self.num_target_tokens)
-        for name in (*new, "refusals", OWN):
-            longest = max(map(self._num_asked, own if name == OWN else rows[name]), default=0)
+        for name in (*new, "refusals", DEFENSE_ROWS):
+            longest = max(map(self._prompt_length, defense_rows if name == DEFENSE_ROWS else rows[name]), default=0)
             if longest > positions:
                 raise ValueError(
                     f"a prompt must fit the model's {positions} positions, and one of {name} has {longest} tokens. Leave it out."
@@ -176,24 +176,24 @@ class SFTDataModule(L.LightningDataModule):
         if max_length <= positions:
             return
         for name in ("benign", "harmful", "refusals", "alignment_benign", "alignment_harmful", "task"):
-            longest = max((len(self._whole(row)["input_ids"]) for row in rows[name]), default=0)
+            longest = max((len(self._encode_whole(row)["input_ids"]) for row in rows[name]), default=0)
             if longest > positions:
                 raise ValueError(
                     f"max_length must be at most the model's {positions} positions, got {max_length}, and a row of {name} "
                     f"has {longest} tokens. Set it to {positions}."
                 )
 
-    def _num_asked(self, row: Row) -> int:
+    def _prompt_length(self, row: Row) -> int:
         return len(prompt_ids(row, self.tokenizer))
 
-    def _whole(self, row: Row) -> Example:
+    def _encode_whole(self, row: Row) -> Example:
         example = encode(row, self.tokenizer, sys.maxsize)
         assert example is not None
         return example
 
-    def _check_overlap(self, rows: dict[str, list[Row]], own: list[Row]) -> None:
+    def _check_overlap(self, rows: dict[str, list[Row]], defense_rows: list[Row]) -> None:
         trained = {name: rows[name] for name in ("benign", "harmful", "refusals", "alignment_benign", "alignment_harmful")}
-        trained[OWN] = own
+        trained[DEFENSE_ROWS] = defense_rows
         for name, training in trained.items():
             for held_out in ("harmful_prompts", "benign_prompts", "task"):
                 if not (shared := overlap(training, rows[held_out])):
@@ -257,7 +257,7 @@ class SFTDataModule(L.LightningDataModule):
         return mixed
 
     def encode(self, rows: list[Row], what: str) -> list[Example]:
-        """Token ids of ``rows``; says how many were dropped because their answer was cut off, and how many were cut in it."""
+        """Token ids of ``rows``. Logs how many lost their answer at ``max_length`` and are left out, and how many lost its end."""
         return [example for (example,) in self._encode([rows], what, "rows")]
 
     def _encode(self, columns: list[list[Row]], what: str, unit: str) -> list[tuple[Example, ...]]:
@@ -276,7 +276,7 @@ class SFTDataModule(L.LightningDataModule):
         return examples
 
     def batches(self, rows: list[Row], batch_size: int, seed: int, stream: str) -> Callable[[int], Batch]:
-        """The batch of every step of training on ``rows``; this process's share of it."""
+        """This process's share of the batch of every step of training on ``rows``."""
         return self._batches(self.encode(rows, stream), batch_size, seed, stream)
 
     def pairs(
@@ -314,7 +314,7 @@ class SFTDataModule(L.LightningDataModule):
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """As for validation; an empty batch where there is no task, for attacks run when Lightning's loop over batches ends."""
+        """As for validation. An empty batch where there is no task: attacks run when Lightning's loop over batches ends."""
         return self.val_dataloader() if self.rows["task"] else DataLoader([{}], batch_size=None)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int) -> dict[str, Tensor]:
