@@ -257,7 +257,7 @@ class SFTDataModule(L.LightningDataModule):
         return mixed
 
     def encode(self, rows: list[Row], what: str) -> list[Example]:
-        """Token ids of ``rows``. Logs how many lost their answer at ``max_length`` and are left out, and how many lost its end."""
+        """Token ids of ``rows``. Logs how many lost their answer at ``max_length`` and are left out, and how many its end."""
         return [example for (example,) in self._encode([rows], what, "rows")]
 
     def _encode(self, columns: list[list[Row]], what: str, unit: str) -> list[tuple[Example, ...]]:
