@@ -22,7 +22,7 @@ from test_results import ROW
 from toy import ROOT, mark
 
 from casehard.cli import main as cli
-from casehard.datamodules.fingerprint import origin
+from casehard.datamodules.fingerprint import Origin, origin
 from casehard.datamodules.sources import read_rows
 from casehard.engine.checkpoint import checkpoint_files
 from casehard.evidence.rejudge import write_run
@@ -318,6 +318,31 @@ def own_package(tmp_path, monkeypatch) -> Iterator[Path]:
 def rested_on(started: float = math.inf) -> dict[str, Any]:
     model = {"class_path": "a_users_lab.defense.Near", "init_args": {"checkpoint": "models/sandbox/base"}}
     return rests_on({"model": model, "data": {}, "trainer": {}}, [], cli.NAMED, started)
+
+
+def test_a_recipe_is_what_a_trained_model_rests_on_and_neither_its_seed_nor_how_it_is_scored():
+    def recipe(sha256: str = "a", sources: dict[str, Any] | None = None, **data: Any) -> str:
+        read = {"harmful": ["rows.jsonl"], "refusal_texts": ["No."], "task": ["task.jsonl"], "benign_prompts": []}
+        settings = {
+            "sources": read | (sources or {}),
+            "batching": {"batch_size": 8},
+            "evaluation": {"num_evaluated": 2},
+            "seed": 0,
+        }
+        model = {"class_path": "casehard.Defense", "init_args": {}}
+        origins = [Origin("harmful", "rows.jsonl", 1, sha256)]
+        return str(rests_on({"model": model, "data": settings | data, "trainer": {}}, origins, [], math.inf)["recipe"])
+
+    same = [{"seed": 1}, {"evaluation": {"num_evaluated": 9}}, {"judge": "another"}]
+    same += [{"sources": {name: ["moved.jsonl"]}} for name in ("harmful", "task", "benign_prompts")]
+    assert {recipe(**settings) for settings in same} == {recipe()}
+    other = [
+        {"sha256": "b"},
+        {"batching": {"batch_size": 9}},
+        {"train_on": "alignment"},
+        {"sources": {"refusal_texts": ["Never."]}},
+    ]
+    assert len({recipe(), *(recipe(**settings) for settings in other)}) == 5
 
 
 def test_the_code_of_a_run_is_what_it_loaded_and_did_not_install(own_package):
