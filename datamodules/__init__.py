@@ -1,1 +1,1 @@
-"""Rows to batches: the reader, chat masks, poisoned mixtures, the counter-based order, and the sandbox's world."""
+"""From rows to batches: reading, chat templates, poisoned mixtures, the counter-based order, and the sandbox."""
