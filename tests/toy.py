@@ -1,13 +1,15 @@
 """The tiny model and data that every test uses, and the list of defenses that the shared tests are crossed with."""
 
 import json
-import multiprocessing
+import os
 from collections.abc import Callable
 from importlib.metadata import version
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -96,10 +98,22 @@ def same_bits(ours: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 
 
 def on_ranks(check: Callable[..., None], folder: Path, *args: Any, world_size: int = 2) -> None:
-    """Run ``check(rank, *args)``, a module's own function, in gloo processes; they are forked from one that has the imports."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["lightning.pytorch", "peft", "transformers.models.llama"])
+    """Run ``check(rank, *args)``, a module's own function, in gloo processes of its own, and raise what it raises.
+
+    They are forked from a server that has imported everything and run nothing: a start costs tenths of a second, no check sees
+    what another left behind, and one may be killed. They meet through a file in ``folder``, so no port can be taken.
+    """
+    start_fork_server()
     everything = (check, world_size, folder / f"store-{check.__name__}", args)
     mp.start_processes(_on_rank, everything, nprocs=world_size, start_method="forkserver")
+
+
+def start_fork_server() -> None:
+    """Start the server that processes are forked from, unless it runs: one for each pytest process."""
+    forkserver.set_forkserver_preload(["toy", "pytest", "casehard.cli.main", "torch.distributed.fsdp", "transformers.models.llama"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        forkserver.ensure_running()
 
 
 def _on_rank(rank: int, check: Callable[..., None], world_size: int, store: Path, args: tuple[Any, ...]) -> None:
