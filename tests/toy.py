@@ -7,6 +7,7 @@ from importlib.metadata import version
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import lightning as L
 import pytest
@@ -104,7 +105,7 @@ def on_ranks(check: Callable[..., None], folder: Path, *args: Any, world_size: i
     what another left behind, and one may be killed. They meet through a file in ``folder``, so no port can be taken.
     """
     start_fork_server()
-    everything = (check, world_size, folder / f"store-{check.__name__}", args)
+    everything = (check, world_size, folder / f"store-{uuid4().hex}", args)
     mp.start_processes(_on_rank, everything, nprocs=world_size, start_method="forkserver")
 
 
