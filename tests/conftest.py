@@ -9,7 +9,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core, and a toy mode
 
 import pytest
 
-LONG = ["distributed", "cli", "study", "patcher", "sbr", "attacks", "memory", "compile", "dashboard"]  # begun first, so that both workers end together
+# files of long tests, which are begun first, so that both workers end together
+LONG = [
+    "distributed",
+    "cli",
+    "study",
+    "patcher",
+    "sbr",
+    "attacks",
+    "memory",
+    "compile",
+    "dashboard",
+    "card",
+    "adapters",
+    "report",
+]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,3 @@
-import csv
 import hashlib
 import io
 import json
@@ -23,7 +22,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch.distributed.checkpoint import CheckpointException
-from toy import ROOT
+from toy import ROOT, csv_rows
 
 import casehard
 from casehard.cli import main as cli
@@ -99,7 +98,7 @@ def test_run_leaves_its_folder_whole(finished):
     assert {"config.yaml", "metrics.csv", "attacks.csv", "generations.jsonl", "model", "checkpoints"} <= {
         p.name for p in finished.iterdir()
     }
-    rows = list(csv.DictReader((finished / "attacks.csv").open()))
+    rows = csv_rows(finished / "attacks.csv")
     assert [(r["defense"], r["num_attack_steps"]) for r in rows] == [("none", "0"), ("none", "2"), ("SBR", "0"), ("SBR", "2")]
     assert "train/anchor_drift" in (finished / "metrics.csv").read_text().splitlines()[0]
     assert not list(finished.rglob("*.partial"))
@@ -548,7 +547,7 @@ def test_sigterm_ends_a_test_in_the_middle_of_an_attack(tmp_path):
         finally:
             process.kill()
     assert process.returncode == 128 + signal.SIGTERM
-    assert [row["num_attack_steps"] for row in csv.DictReader(rows.open())] == ["0"]
+    assert [row["num_attack_steps"] for row in csv_rows(rows)] == ["0"]
     assert not (rows.parent / "done.json").exists()
 
 
@@ -578,7 +577,9 @@ def test_every_experiment_file_is_built(build, file):
 
 
 def test_an_experiment_that_no_class_takes_is_found_when_it_is_built(build):
-    steps = "{trainer: {callbacks: [{class_path: casehard.LoRAAttack, init_args: {threat_model: open_weight, score_steps: [9999]}}]}}"
+    steps = (
+        "{trainer: {callbacks: [{class_path: casehard.LoRAAttack, init_args: {threat_model: open_weight, score_steps: [9999]}}]}}"
+    )
     assert "score_steps must" in build(["experiments/sbr.yaml", steps], fails=True)
 
 
@@ -652,15 +653,14 @@ def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(finished, tmp_
     shape = ["--config", "experiments/sbr.yaml", "--config", str(attack), "--run.root", str(tmp_path), *TINY[:2], *TINY[6:8]]
     run("test", *shape, *SCORED, "--trainer.devices", "2", "--trainer.strategy", "ddp")
     folders = [finished, tmp_path / "sbr/version_0"]
-    one, two = ([row for row in csv.DictReader((folder / "attacks.csv").open())] for folder in folders)
+    one, two = (csv_rows(folder / "attacks.csv") for folder in folders)
     assert [(r["defense"], r["num_attack_steps"]) for r in one] == [(r["defense"], r["num_attack_steps"]) for r in two]
     for start in (0, 2):  # the same weights: nothing was trained yet
         for name in ("harmful_score", "num_scored", "finetune_accuracy", "refusal_rate_benign"):
             assert one[start][name] == two[start][name]
-    ours, theirs = (
-        [a for line in (folder / "generations.jsonl").open() if (a := json.loads(line))["num_attack_steps"] == 0] for folder in folders
-    )
-    assert [a["response"] for a in ours] == [a["response"] for a in theirs]
+    answers = ([json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()] for folder in folders)
+    ours, theirs = ([a["response"] for a in run if a["num_attack_steps"] == 0] for run in answers)
+    assert ours == theirs
     assert len(ours) == 2 * 3 * 7
 
 

@@ -1,6 +1,5 @@
 """Two processes with gloo do what one does at the same global batch: DDP, and FSDP2, where each holds half of every weight."""
 
-import csv
 import itertools
 import os
 import signal
@@ -24,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessExitedException
 from torch.testing import assert_close
-from toy import DEFENSES, ROOT, on_ranks, same_bits, save_toy_checkpoint, toy_trainer
+from toy import DEFENSES, ROOT, csv_rows, on_ranks, same_bits, save_toy_checkpoint, toy_trainer
 
 from casehard import Defense, FullParameterAttack, InnerAttacker, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
 from casehard.callbacks.results import Results
@@ -203,7 +202,7 @@ def answers(folder: Path) -> str:
 
 
 def rows(folder: Path) -> Iterator[dict[str, str]]:
-    for row in csv.DictReader((folder / "attacks.csv").open()):
+    for row in csv_rows(folder / "attacks.csv"):
         yield {name: value for name, value in row.items() if name != "wall_seconds"}
 
 

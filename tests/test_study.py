@@ -138,7 +138,11 @@ def test_a_study_that_is_killed_goes_on_and_runs_no_cell_twice(tmp_path, command
     assert second.exitcode == 0
     assert folders[0].stat().st_ino == running
     found = read_cells(root / "tiny")
-    assert [cell.name for cell in found] == command.ran() == ["aligned-train-seed0", "plain-one_step-seed0", "aligned-one_step-seed0"]
+    assert (
+        [cell.name for cell in found]
+        == command.ran()
+        == ["aligned-train-seed0", "plain-one_step-seed0", "aligned-one_step-seed0"]
+    )
     assert all(cell.done for cell in found)
     assert f"--model.init_args.checkpoint={found[0].folder}/model" in found[2].words
     run_study(resolve, str(file), str(root), 1, None, {})

@@ -1,5 +1,6 @@
 """The tiny model and data that every test uses, and the list of defenses that the shared tests are crossed with."""
 
+import csv
 import json
 import os
 from collections.abc import Callable
@@ -87,6 +88,12 @@ def toy_trainer(folder: Path, **settings: Any) -> L.Trainer:
     return L.Trainer(**(defaults | settings))
 
 
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    """What stands in a CSV file, by column."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def bits(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers as bytes: two states are the same if every entry is ``torch.equal``, nan included."""
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -111,7 +118,9 @@ def on_ranks(check: Callable[..., None], folder: Path, *args: Any, world_size: i
 
 def start_fork_server() -> None:
     """Start the server that processes are forked from, unless it runs: one for each pytest process."""
-    forkserver.set_forkserver_preload(["toy", "pytest", "casehard.cli.main", "torch.distributed.fsdp", "transformers.models.llama"])
+    forkserver.set_forkserver_preload(
+        ["toy", "pytest", "casehard.cli.main", "torch.distributed.fsdp", "transformers.models.llama"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
         forkserver.ensure_running()
