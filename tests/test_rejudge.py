@@ -1,4 +1,3 @@
-import csv
 import math
 import sys
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 from judge_server import serving
 from test_results import ROW
-from toy import toy_trainer
+from toy import csv_rows, toy_trainer
 
 import casehard
 from casehard.callbacks.results import Results
@@ -61,7 +60,7 @@ def call(monkeypatch, capsys) -> Callable[..., str]:
 
 
 def table(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "attacks.csv").open()))
+    return csv_rows(folder / "attacks.csv")
 
 
 def test_an_answer_that_never_came_is_not_judged(tmp_path):
