@@ -16,7 +16,7 @@ from toy import ROOT, bits, on_ranks, same_bits, toy_data, toy_trainer
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from casehard import Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, SFTDataModule
-from casehard.cli.main import AtomicCheckpointIO
+from casehard.cli.lightning_cli import AtomicCheckpointIO
 from casehard.datamodules.batches import Batches, StepLoader
 from casehard.datamodules.chat import collate
 from casehard.engine.forward import Batch
