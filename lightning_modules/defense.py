@@ -1,7 +1,7 @@
 """The base class of every defense; by itself it is plain SFT, the undefended baseline."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -344,6 +344,14 @@ class Defense(L.LightningModule):
         targets = targets[targets != -100]
         total = F.cross_entropy(logits.float(), targets, reduction="sum")
         return total / batch.get("num_labels", torch.tensor(float(len(targets)), device=total.device))
+
+    # ---- batches
+
+    def stream(self, rows: list[Row], batch_size: int, name: str) -> Callable[[int], Batch]:
+        """Batches of ``rows`` by a step number alone, this rank's share, on the device; ``name`` tells streams apart."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        batches = data.batches(rows, batch_size, data.seed, name)
+        return lambda step: {key: tensor.to(self.device) for key, tensor in batches(step).items()}
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """The trainer's precision, which Lightning enters around its own steps only; nothing outside a trainer."""
