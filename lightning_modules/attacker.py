@@ -76,7 +76,7 @@ class InnerAttacker:
         """
         if self.lora is not None:
             targets(module.model, self.lora)
-        data = module.trainer.datamodule  # type: ignore[attr-defined]
+        data = module.data
         rows = data.rows["alignment_harmful"] if self.harmful is None else self.own_rows()
         if not rows:
             raise ValueError(

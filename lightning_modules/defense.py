@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from casehard.datamodules.batches import share_of
 from casehard.datamodules.mixing import counter_seed
 from casehard.datamodules.rows import Row
+from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import LoRA, add_adapter, merged
 from casehard.engine.checkpoint import (
     WEIGHT_FILES,
@@ -356,10 +357,14 @@ class Defense(L.LightningModule):
 
     # ---- batches
 
+    @property
+    def data(self) -> SFTDataModule:
+        """What the trainer was given to train on."""
+        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+
     def stream(self, rows: list[Row], batch_size: int, name: str) -> Callable[[int], Batch]:
         """Batches of ``rows`` by a step number alone, this rank's share, on the device; ``name`` tells streams apart."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        batches = data.batches(rows, batch_size, data.seed, name)
+        batches = self.data.batches(rows, batch_size, self.data.seed, name)
         return lambda step: {key: tensor.to(self.device) for key, tensor in batches(step).items()}
 
     # ---- gradients

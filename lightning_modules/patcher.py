@@ -148,7 +148,7 @@ class PatcherModule(TwoRoles):
         """What attack ``number`` (from 0) adds to the weights, by name; they themselves come back bit for bit."""
         turn, which = divmod(number, len(self.attackers))
         attacker = self.attackers[which]
-        seed = counter_seed(self.trainer.datamodule.seed, "inner attack", number)  # type: ignore[attr-defined]
+        seed = counter_seed(self.data.seed, "inner attack", number)
         first_step = turn * attacker.num_inner_steps  # its rows go on where its last attack left them
         name = f"Round {self.progress['round']}, inner attack"
         with attacker.attack(self, self.streams[which], seed, first_step, name, self.copy_device) as attack:
@@ -191,7 +191,7 @@ class PatcherModule(TwoRoles):
         return (1 - self.attack_weight) * clean + self.attack_weight * attacked
 
     def _scale(self, step: int) -> float:
-        return uniform(self.trainer.datamodule.seed, "attack vector", step)  # type: ignore[attr-defined]
+        return uniform(self.data.seed, "attack vector", step)
 
     # ---- what a resume needs
 
