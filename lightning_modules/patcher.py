@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from casehard.datamodules.mixing import counter_seed, uniform
-from casehard.datamodules.rows import Row
+from casehard.datamodules.order import counter_seed, uniform
+from casehard.datamodules.row import Row
 from casehard.engine.forward import Batch
 from casehard.engine.gradients import norm
 from casehard.engine.optimizer import offloaded
