@@ -134,10 +134,8 @@ class PatcherModule(TwoRoles):
         if self.fresh_optimizer:
             optimizer.state.clear()
         self.synchronize()
-        if self.parallel:
-            self._keep(
-                self.num_attacks - 1, self.hand_over(self.kept.pop(f"vector_{self.num_attacks - 1}", {}), self.copy_device)
-            )
+        last = self.num_attacks - 1  # in the parallel form attackers have kept it until now
+        self._keep(last, self.hand_over(self.kept.pop(f"vector_{last}", {}), self.copy_device))
         if self.plays(ATTACKERS):
             with offloaded(optimizer, self.copy_device):
                 self._keep(self.num_attacks, self.attack(self.num_attacks))
@@ -186,7 +184,8 @@ class PatcherModule(TwoRoles):
         attacked, gradient = self.loss_and_gradient(attacked_rows, at=self.vector, scale=scale)
         self.add_gradient(gradient, self.attack_weight)
         clean = self.sft_loss(clean_rows)
-        self.num_passes -= self.one_pass_per_row  # the two passes are one over the batch
+        if self.one_pass_per_row and self.num_accumulated:
+            self.num_passes -= 1  # the two passes are one over the batch
         self.terms = {"clean_loss": clean.detach(), "attacked_loss": attacked, "loss_gap": attacked - clean.detach()}
         return (1 - self.attack_weight) * clean + self.attack_weight * attacked
 

@@ -304,6 +304,7 @@ def test_one_pass_per_row_expects_the_gradient_of_two(checkpoint):
     turns = [{key: value.roll(turn, 0) for key, value in batch.items()} for turn in range(4)]
     assert_close(torch.stack([gradient(b, True) for b in turns]).mean(0), gradient(batch, False), rtol=1e-4, atol=1e-5)
     assert (gradient(turns[0], True) - gradient(turns[1], True)).abs().max() > 1e-3
+    assert module.num_passes == 0  # which are those of ``fit``
 
 
 @pytest.mark.parametrize("attack_weight", [0.0, 0.1, 1.0])
