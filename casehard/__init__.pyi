@@ -7,8 +7,9 @@ from casehard.datamodules.sandbox_judge import SandboxJudge as SandboxJudge
 from casehard.datamodules.sft import SFTDataModule as SFTDataModule
 from casehard.engine.adapters import LoRA as LoRA
 from casehard.engine.optimizer import Optimizer as Optimizer
+from casehard.lightning_modules.booster import BoosterModule as BoosterModule
 from casehard.lightning_modules.defense import Defense as Defense
-from casehard.lightning_modules.patcher import InnerAttacker as InnerAttacker
+from casehard.lightning_modules.attacker import InnerAttacker as InnerAttacker
 from casehard.lightning_modules.patcher import PatcherModule as PatcherModule
 from casehard.lightning_modules.roles import RolesStrategy as RolesStrategy
 from casehard.lightning_modules.sbr import SBRModule as SBRModule

@@ -1,7 +1,7 @@
 """The base class of every defense; by itself it is plain SFT, the undefended baseline."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +18,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from casehard.datamodules.batches import share_of
 from casehard.datamodules.order import counter_seed
 from casehard.datamodules.row import Row
+from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import LoRA, add_adapter, merged
 from casehard.engine.checkpoint import (
     WEIGHT_FILES,
@@ -36,9 +38,11 @@ from casehard.engine.comparison import distance, logits_of, rounding, some_ids
 from casehard.engine.export import merge_error
 from casehard.engine.forward import Batch, decoder_layers, label_positions, states_and_logits
 from casehard.engine.generation import generate
+from casehard.engine.gradients import add_to_grad, loss_and_gradient
+from casehard.engine.kept import load_kept, save_kept
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import distribute, from_first, gathered, on_meta, sharded
-from casehard.engine.weights import borrowed, group_of, local, restore
+from casehard.engine.weights import Weights, borrowed, group_of, local, restore, shifted
 
 Stage = Literal["none", "alignment", "finetuning", "post_finetuning"]
 
@@ -108,6 +112,9 @@ class Defense(L.LightningModule):
         self.num_passes: float = 0  # forward and backward, over a batch each, that ``fit`` took; nan if a checkpoint knew none
         self.can_go_on = True  # with training: optimizer and gradients are as the last step left them
         self.progress: dict[str, int | str] = {}  # what the progress bar shows beside the losses
+        self.kept: dict[str, Weights] = {}  # by a name without dots: what a method remembers in the shape of its weights
+        self.num_accumulated = 0  # batches of a step of ``fit``; 0 outside of its training steps
+        self.under_attack = False  # an inner attacker has the weights
 
     # ---- the model
 
@@ -291,8 +298,11 @@ class Defense(L.LightningModule):
 
     # ---- what a defense overrides
 
-    def alignment_loss(self, batch: Batch) -> Tensor:
-        """Loss of the alignment stage, before release: plain SFT unless overridden."""
+    def alignment_loss(self, batch: Batch, step: int) -> Tensor:
+        """Loss of the alignment stage, before release, in optimizer step ``step`` (from 0): plain SFT unless overridden.
+
+        Pure: a gradient that is no part of the loss goes through ``add_gradient``.
+        """
         return self.sft_loss(batch)
 
     def finetuning_loss(self, batch: Batch) -> Tensor:
@@ -345,6 +355,84 @@ class Defense(L.LightningModule):
         total = F.cross_entropy(logits.float(), targets, reduction="sum")
         return total / batch.get("num_labels", torch.tensor(float(len(targets)), device=total.device))
 
+    # ---- batches
+
+    @property
+    def data(self) -> SFTDataModule:
+        """What the trainer was given to train on."""
+        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+
+    def stream(self, rows: list[Row], batch_size: int, name: str) -> Callable[[int], Batch]:
+        """Batches of ``rows`` by a step number alone, this rank's share, on the device; ``name`` tells streams apart."""
+        batches = self.data.batches(rows, batch_size, self.data.seed, name)
+        return lambda step: {key: tensor.to(self.device) for key, tensor in batches(step).items()}
+
+    # ---- gradients
+
+    def gradient(
+        self, batch: Batch, loss: Callable[[Batch], Tensor] | None = None, at: Weights | None = None, scale: float = 1.0
+    ) -> Weights:
+        """The gradient of a loss on a batch, as a value; see ``loss_and_gradient``."""
+        return self.loss_and_gradient(batch, loss, at, scale)[1]
+
+    def loss_and_gradient(
+        self, batch: Batch, loss: Callable[[Batch], Tensor] | None = None, at: Weights | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, Weights]:
+        """A loss on a batch, detached, and its gradient: by parameter name, by shard, the mean over the ranks.
+
+        One forward and one backward pass; weights and ``.grad`` are as before. Memory: the gradient, and with ``at`` a copy of
+        what it names, each entry of which goes as its gradient comes.
+
+        Args:
+            batch: this rank's share.
+            loss: of the batch; None for ``sft_loss``.
+            at: take it at ``weights + scale * at``; None for the weights as they are.
+            scale: of ``at``.
+        """
+
+        def value() -> Tensor:
+            with self.forward_context():
+                return (loss or self.sft_loss)(batch)
+
+        self.num_passes += self.num_accumulated > 0
+        with nullcontext() if at is None else shifted(self, at, scale, one_backward=True):
+            return loss_and_gradient(self, value, self.row_group)
+
+    def add_gradient(self, gradient: Weights, weight: float = 1.0) -> None:
+        """Add ``weight * gradient`` to the gradient of the step's own loss, before clipping and the optimizer.
+
+        It waits in ``.grad`` for the backward pass of the loss that is returned. ``gradient`` is empty afterwards, so that no
+        second copy of it is held. Where gradients are disabled nothing happens: a loss may be computed for its value alone.
+
+        Raises:
+            RuntimeError: in the block of an inner attack, after which ``.grad`` is as before.
+        """
+        if self.under_attack:
+            raise RuntimeError("add_gradient must be called after the inner attack's block: gradients added in it are dropped.")
+        if torch.is_grad_enabled():
+            add_to_grad(self, gradient, weight / max(1, self.num_accumulated))
+
+    @contextmanager
+    def _in_training_step(self) -> Iterator[None]:
+        """For a block, added gradients are divided as Lightning divides the loss, and passes are counted."""
+        self.num_accumulated = self.trainer.accumulate_grad_batches
+        try:
+            yield
+        finally:
+            self.num_accumulated = 0
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Nothing where Lightning calls it, between ``training_step`` and backward, when added gradients wait."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, then zero the gradients."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
+    def saves_folders(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether a checkpoint that is about to be written is the folder of a sharded one."""
+        return any(isinstance(w, DTensor) for w in checkpoint["state_dict"].values())
+
     def forward_context(self) -> AbstractContextManager[Any]:
         """The trainer's precision, which Lightning enters around its own steps only; nothing outside a trainer."""
         return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
@@ -354,6 +442,7 @@ class Defense(L.LightningModule):
     def on_train_start(self) -> None:
         """A fine-tuning stage defense takes its references before any step, unless a checkpoint brought them."""
         self._check_accumulation()
+        self.zero_grad()
         self.can_go_on = True
         if self.stage == "finetuning":
             self.begin_finetuning()
@@ -392,7 +481,9 @@ class Defense(L.LightningModule):
                 "loader's batch size instead, or give each the labels of all batches of its step / their number as num_labels."
             )
         name = "finetuning_loss" if self.stage == "finetuning" else "alignment_loss"
-        loss: Tensor = getattr(self, name)(batch)
+        with self._in_training_step():
+            acts = self.stage == "finetuning"
+            loss = self.finetuning_loss(batch) if acts else self.alignment_loss(batch, self.trainer.global_step)
         self.num_passes += 1
         shown = {f"train/{name}": loss, **{f"train/{k}": v for k, v in self.terms.items()}}
         self.log_dict(shown, prog_bar=True, sync_dist=True, sync_dist_group=self.row_group, batch_size=len(batch["input_ids"]))
@@ -403,10 +494,11 @@ class Defense(L.LightningModule):
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
         self.zero_grad()
+        self.kept = {}
         self.can_go_on = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The passes so far, whose checkpoint it is, and where random weights came from.
+        """The passes so far, whose checkpoint it is, what is ``kept``, and where random weights came from.
 
         Raises:
             ValueError: after training, unless weights are all that is saved.
@@ -418,6 +510,7 @@ class Defense(L.LightningModule):
             )
         checkpoint["num_passes"] = self.num_passes
         checkpoint["made_by"] = self.made_by()
+        save_kept(self, self.kept, checkpoint, self.saves_folders(checkpoint))
         if self.random_weights:
             checkpoint["drawn_from"] = self.drawn_from
 
@@ -455,8 +548,9 @@ class Defense(L.LightningModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting passes, from the same weights."""
+        """Go on counting passes, from the same weights, with what was ``kept``."""
         self.check_made_by(checkpoint)
+        self.kept = load_kept(self, checkpoint, str(self.trainer.ckpt_path))
         self.num_passes = checkpoint.get("num_passes", math.nan)  # of an earlier version
         if "drawn_from" in checkpoint:
             self.drawn_from = checkpoint["drawn_from"]

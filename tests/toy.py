@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from casehard import Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
+from casehard import BoosterModule, Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.records.marker import leaves
 
@@ -29,6 +29,7 @@ DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense i
     "none": (Defense, {}),
     "sbr": (SBRModule, {"anchors": "sandbox:defender/refusals#train[:3]", "anchor_weight": 10.0}),
     "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
+    "booster": (BoosterModule, {"harmful_batch_size": 4}),
 }
 
 
