@@ -12,7 +12,7 @@ from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.rows import read_rows
 from casehard.engine.forward import Batch
-from casehard.lightning_modules import Defense, Optimizer, train_steps
+from casehard.lightning_modules import Defense, Optimizer, Plain, train_steps
 
 SANDBOX = str(Path(__file__).parent.parent / "models/sandbox/aligned")
 
@@ -57,7 +57,7 @@ def main(
         def context() -> torch.autocast:
             return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
-        return train_steps(module, module.sft_loss, batches, 1 + num_warmup + num_pairs, Optimizer(1e-12), context)
+        return train_steps(module, Plain(module.sft_loss), batches, 1 + num_warmup + num_pairs, Optimizer(1e-12), context)
 
     plain, compiled = steps_of(None), steps_of(backend)
     next(plain)

@@ -17,7 +17,7 @@ from casehard.datamodules.mixing import mix
 from casehard.datamodules.rows import Row, read_rows
 from casehard.engine.forward import Batch, last_positions, states_and_logits
 from casehard.engine.weights import attack_vector, same_modes_after, snapshot, vector_norm
-from casehard.lightning_modules import Defense, Optimizer, train_steps
+from casehard.lightning_modules import Defense, Optimizer, Plain, train_steps
 
 
 def first_tokens(rows: list[Row], module: Defense) -> list[int]:
@@ -81,7 +81,9 @@ def main(
             draw = Batches(examples, batch_size, seed, "attack", tokenizer.pad_token_id)
             start, found = snapshot(module), {0: margins(module, prompts, refusing, complying).mean().item()}
             complies, distance = "-", ""
-            bar = tqdm(train_steps(module, module.sft_loss, draw, num_attack_steps, Optimizer(rate)), folder, num_attack_steps)
+            bar = tqdm(
+                train_steps(module, Plain(module.sft_loss), draw, num_attack_steps, Optimizer(rate)), folder, num_attack_steps
+            )
             for step, _ in bar:
                 found[step] = margins(module, prompts, refusing, complying).mean().item()
                 if complies == "-" and found[step] < 0:

@@ -11,7 +11,7 @@ from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.mixing import mix
 from casehard.datamodules.rows import read_rows
 from casehard.engine.weights import borrowed
-from casehard.lightning_modules import Defense, Optimizer, train_steps
+from casehard.lightning_modules import Defense, Optimizer, Plain, train_steps
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 
@@ -46,7 +46,7 @@ def main(
     draw = Batches(examples, batch_size, 0, "benchmark", module.tokenizer.pad_token_id)
     steps = train_steps(
         module,
-        module.sft_loss,
+        Plain(module.sft_loss),
         lambda step: {name: tensor.to(device) for name, tensor in draw(step).items()},
         num_warmup + num_pairs,
         Optimizer(),

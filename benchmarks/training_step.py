@@ -16,7 +16,7 @@ from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.rows import read_rows
 from casehard.engine.forward import Batch
-from casehard.lightning_modules import Defense, Optimizer, train_steps
+from casehard.lightning_modules import Defense, Optimizer, Plain, train_steps
 
 PRECISIONS = {"float32": False, "bfloat16": True}  # under autocast or not
 
@@ -73,7 +73,7 @@ def main(
                 return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=PRECISIONS[precision])
 
             steps: Iterator[tuple[int, float]] = train_steps(
-                module, loss, batches, num_warmup + num_pairs, Optimizer(1e-12), context
+                module, Plain(loss), batches, num_warmup + num_pairs, Optimizer(1e-12), context
             )
             return lambda: losses[name].append(next(steps)[1])
 

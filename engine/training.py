@@ -37,14 +37,20 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Plain(Task):
-    """A loss and nothing around it, such as plain SFT: ``Plain(defense.sft_loss)``."""
+class Plain:
+    """A loss and nothing around it, a Task, such as plain SFT: ``Plain(defense.sft_loss)``."""
 
     loss_of: Callable[[Batch], Tensor]
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """``loss_of`` the batch, the same at every step."""
         return self.loss_of(batch)
+
+    def before_step(self, step: int) -> None:
+        """Nothing."""
+
+    def after_step(self, step: int) -> None:
+        """Nothing."""
 
 
 def mean_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:

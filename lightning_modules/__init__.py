@@ -2,8 +2,9 @@
 
 from casehard.engine.adapters import LoRA
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import DivergedError, train_steps
-from casehard.lightning_modules.defense import Defense
+from casehard.engine.training import DivergedError, Plain, Task, train_steps
+from casehard.lightning_modules.defense import Defense, Stage
+from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.patcher import InnerAttacker, PatcherModule
 from casehard.lightning_modules.roles import RolesStrategy
 from casehard.lightning_modules.sbr import SBRModule
@@ -12,10 +13,14 @@ __all__ = [
     "Defense",
     "DivergedError",
     "InnerAttacker",
+    "Job",
     "LoRA",
     "Optimizer",
     "PatcherModule",
+    "Plain",
     "RolesStrategy",
     "SBRModule",
+    "Stage",
+    "Task",
     "train_steps",
 ]

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from casehard.engine.forward import Batch
-from casehard.engine.training import Task
 
 if TYPE_CHECKING:
     from casehard.lightning_modules.defense import Defense
 
 
-class Job(Task):
-    """A customer's fine-tuning at a service, with all of its state; by itself it is plain SFT.
+class Job:
+    """A customer's fine-tuning at a service, with all of its state: a Task; by itself it is plain SFT.
 
     A fine-tuning stage defense returns its own subclass from ``Defense.job``. What a job remembers belongs to the job and not to
     the defense: an attack in the middle of ``fit`` runs another job on the same defense. Hooks run in this order: ``freeze``,
@@ -26,7 +25,9 @@ class Job(Task):
 
     def __init__(self, defense: Defense) -> None:
         self.defense = defense
-        self.state: dict[str, Any] = {}  # tensors, Weights and numbers: saved with a checkpoint of ``fit``, brought back on resume
+        self.state: dict[
+            str, Any
+        ] = {}  # tensors, Weights and numbers: saved with a checkpoint of ``fit``, brought back on resume
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
 
     def freeze(self) -> None:

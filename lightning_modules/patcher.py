@@ -20,7 +20,7 @@ from casehard.engine.adapters import LoRA, adapter_vector, targets, trainable
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer, parked
 from casehard.engine.sharding import as_saved, saved_in, shard_of
-from casehard.engine.training import train_steps, watched
+from casehard.engine.training import Plain, train_steps, with_progress_bar
 from casehard.engine.weights import Weights, attack_vector, borrowed, check_device, local, reshard, shifted, vector_norm
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.roles import ATTACKERS, DEFENDERS, RolesStrategy
@@ -263,8 +263,8 @@ class PatcherModule(Defense):
         shown = f"Round {self.progress['round']}, inner attack"
         with borrowed(self, self._prepared(number, attacker), self.copy_device) as start:
             how = (attacker.optimizer, self.forward_context, self.row_group)
-            steps = train_steps(self, self.sft_loss, batches, attacker.num_inner_steps, *how)
-            for _ in watched(steps, attacker.num_inner_steps, shown, self.trainer, leave=False):
+            steps = train_steps(self, Plain(self.sft_loss), batches, attacker.num_inner_steps, *how)
+            for _ in with_progress_bar(steps, attacker.num_inner_steps, shown, self.trainer, leave=False):
                 pass
             if attacker.lora is None:
                 return {name: tensor.to(self.copy_device) for name, tensor in attack_vector(self, start).items()}
@@ -344,7 +344,7 @@ class PatcherModule(Defense):
             return super().training_step(batch, batch_idx)
         return torch.zeros((), device=self.device, requires_grad=True)
 
-    def alignment_loss(self, batch: Batch) -> Tensor:
+    def alignment_loss(self, batch: Batch, step: int) -> Tensor:
         """Value of the objective; its gradient comes in two parts.
 
         The attacked pass is over when this returns, forward and backward, because its weights are gone by then: its gradient is

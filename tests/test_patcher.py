@@ -132,9 +132,9 @@ def test_attacks_and_shifted_passes_leave_every_bit(checkpoint, tmp_path, dtype,
             assert any(v.any() for v in vector.values())
             return vector
 
-        def alignment_loss(self, batch):
+        def alignment_loss(self, batch, step):
             before, clean = bits(self), self.sft_loss(batch)
-            loss = super().alignment_loss(batch)
+            loss = super().alignment_loss(batch, step)
             assert same_bits(before, bits(self))
             if self.vector:
                 self.passes += 1
@@ -299,7 +299,7 @@ def test_one_pass_per_row_expects_the_gradient_of_two(checkpoint):
     def gradient(batch: Batch, one_pass: bool) -> torch.Tensor:
         module.zero_grad()
         module.one_pass_per_row = one_pass
-        module.alignment_loss(batch).backward()
+        module.alignment_loss(batch, 0).backward()
         return torch.cat([p.grad.flatten() for p in module.parameters()])
 
     turns = [{key: value.roll(turn, 0) for key, value in batch.items()} for turn in range(4)]
@@ -512,7 +512,7 @@ def test_a_vector_of_another_model_is_an_error(checkpoint):
     module.configure_model()
     module.vector = {"model.nowhere.weight": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"it has no 'model\.nowhere\.weight'"):
-        module.alignment_loss(collate(rows_of(), 0, "right"))
+        module.alignment_loss(collate(rows_of(), 0, "right"), 0)
 
 
 def test_a_diverging_inner_attack_says_which(checkpoint, tmp_path):
