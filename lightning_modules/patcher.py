@@ -23,6 +23,7 @@ from casehard.engine.sharding import as_saved, saved_in, shard_of
 from casehard.engine.training import Plain, train_steps, with_progress_bar
 from casehard.engine.weights import Weights, attack_vector, borrowed, check_device, local, reshard, shifted, vector_norm
 from casehard.lightning_modules.defense import Defense
+from casehard.lightning_modules.private import trainer_of
 from casehard.lightning_modules.roles import ATTACKERS, DEFENDERS, RolesStrategy
 
 
@@ -369,7 +370,7 @@ class PatcherModule(Defense):
     def _backward(self, loss: Tensor) -> None:
         """As Lightning would do it, out of autocast, for gradients that wait for those of the pass that Lightning sees."""
         with torch.autocast(self.device.type, enabled=False):
-            if self._trainer is None:
+            if trainer_of(self) is None:
                 loss.backward()
             else:
                 self.trainer.strategy.backward(loss / self.trainer.accumulate_grad_batches, None)

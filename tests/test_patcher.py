@@ -398,13 +398,6 @@ def test_a_run_goes_on_from_its_last_checkpoint_as_if_it_had_not_ended(checkpoin
     assert same_bits(bits(resumed), bits(whole))
 
 
-def test_a_checkpoint_after_training_is_an_error_that_names_the_way_out(checkpoint, tmp_path):
-    trainer = fitted(Defense(checkpoint), tmp_path, max_steps=1)
-    with pytest.raises(ValueError, match=r"save_checkpoint must be called before training ends, .* Add a ModelCheckpoint"):
-        trainer.save_checkpoint(tmp_path / "late.ckpt")
-    trainer.save_checkpoint(tmp_path / "late.ckpt", weights_only=True)
-
-
 def test_a_run_that_was_killed_in_an_inner_attack_ends_as_the_uninterrupted_one(checkpoint, tmp_path):
     program = textwrap.dedent(
         f"""
