@@ -10,7 +10,7 @@ from paired import paired, spread
 from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.mixing import mix
-from casehard.datamodules.rows import read_rows
+from casehard.datamodules.sources import read_rows
 from casehard.lightning_modules import Optimizer, Plain, SBRModule, Task, train_steps
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"

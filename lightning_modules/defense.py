@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from casehard.datamodules.batches import share_of
 from casehard.datamodules.chat import IGNORED, encode
-from casehard.datamodules.mixing import counter_seed
-from casehard.datamodules.rows import Row
+from casehard.datamodules.order import counter_seed
+from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import LoRA, add_adapter, fold_adapters, merged, plain_layers, training_adapters_off
 from casehard.engine.checkpoint import (

@@ -17,7 +17,7 @@ from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, 
 from casehard.callbacks.results import Results
 from casehard.datamodules.batches import Batches, StepLoader
 from casehard.datamodules.chat import collate
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 from casehard.engine.adapters import fold_adapters, merged, plain_layers
 from casehard.engine.weights import snapshot
 from casehard.lightning_modules import Job, private

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from casehard import Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 from casehard.engine.forward import Batch
 from casehard.engine.weights import Weights, local
 from casehard.lightning_modules import Job
