@@ -17,7 +17,8 @@ from casehard.datamodules.mixing import mix
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch, last_positions, states_and_logits
-from casehard.engine.weights import attack_vector, same_modes_after, snapshot, vector_norm
+from casehard.engine.gradients import norm
+from casehard.engine.weights import attack_vector, same_modes_after, snapshot
 from casehard.lightning_modules import Defense, Optimizer, Plain, train_steps
 
 
@@ -88,7 +89,7 @@ def main(
             for step, _ in bar:
                 found[step] = margins(module, prompts, refusing, complying).mean().item()
                 if complies == "-" and found[step] < 0:
-                    complies, distance = str(step), f"{vector_norm(module, attack_vector(module, start)):.2f}"
+                    complies, distance = str(step), f"{norm(module, attack_vector(module, start)):.2f}"
             name = "/".join(Path(folder).parts[-3:])
             slope = (found[min(5, num_attack_steps)] - found[0]) / min(5, num_attack_steps)
             cells = "".join(f"{found[step]:7.1f}" for step in looked_at)

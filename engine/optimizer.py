@@ -61,7 +61,7 @@ class Optimizer:
 
 
 @contextmanager
-def parked(optimizer: torch.optim.Optimizer, device: str | None) -> Iterator[None]:
+def offloaded(optimizer: torch.optim.Optimizer, device: str | None) -> Iterator[None]:
     """For a block in which it does not step, keep the optimizer's state (such as moments) on ``device``; None leaves it."""
     home = [
         (state, key, value.device) for state in optimizer.state.values() for key, value in state.items() if torch.is_tensor(value)

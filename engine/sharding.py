@@ -5,21 +5,18 @@ Under FSDP2 every forward pass is a collective: all ranks of a mesh must make th
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from casehard.engine.forward import decoder_layers
-from casehard.engine.weights import Weights, group_of, local, reshard
+from casehard.engine.weights import group_of, local, reshard
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -128,31 +125,3 @@ def most(module: nn.Module, number: int) -> int:
     shared = torch.tensor(number, device=next(module.parameters()).device)
     dist.all_reduce(shared, dist.ReduceOp.MAX, group)
     return int(shared)
-
-
-# ---- tensors that belong to parameters, such as attack vectors, in checkpoints
-
-
-def as_saved(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
-    """Shards as the DTensors that a sharded checkpoint takes; tensors of parameters that are not sharded stay as they are."""
-    reshard(module)
-    own = dict(module.named_parameters())
-    return {name: _like(own[name], w) for name, w in weights.items()}
-
-
-def _like(p: Tensor, part: Tensor) -> Tensor:
-    if not isinstance(p, DTensor):
-        return part
-    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-
-
-def saved_in(module: nn.Module, path: str | Path, prefix: str) -> Weights:
-    """This rank's shards of what a sharded checkpoint holds under ``prefix``, on any number of ranks, by parameter name."""
-    reshard(module)
-    own = dict(module.named_parameters())
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    start = f"state_dict.{prefix}"
-    wanted = {key: torch.empty_like(own[key.removeprefix(start)]) for key in stored if key.startswith(start)}
-    if wanted:
-        dcp.load(wanted, checkpoint_id=path)
-    return {key.removeprefix(start): local(tensor) for key, tensor in wanted.items()}

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from casehard.engine.forward import Batch
+from casehard.engine.gradients import average_gradients, mean_over_ranks
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.weights import reshard
 
@@ -51,26 +50,6 @@ class Plain:
 
     def after_step(self, step: int) -> None:
         """Nothing."""
-
-
-def mean_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Mean of a tensor over the ranks of ``group``, of all where it is None; the tensor itself where there is one rank."""
-    if not (dist.is_available() and dist.is_initialized()) or (size := dist.get_world_size(group)) == 1:
-        return value
-    value = value.clone()
-    dist.all_reduce(value, group=group)
-    return value / size
-
-
-def average_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
-    """Mean of the gradients over the ranks of ``group``, in one call; those of FSDP2's shards are means already."""
-    parameters = [p for p in parameters if not isinstance(p, DTensor)]
-    if not parameters or not (dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1):
-        return
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = mean_over_ranks(torch.cat([g.flatten() for g in gradients]), group)
-    for p, g, mean in zip(parameters, gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        p.grad = mean.view_as(g)
 
 
 def train_steps(

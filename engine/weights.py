@@ -26,6 +26,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def like_parameter(p: Tensor, part: Tensor) -> Tensor:
+    """``part``, this rank's part of a tensor laid out as ``p``, as a tensor of the kind that ``p`` is: a DTensor if it is one."""
+    if not isinstance(p, DTensor):
+        return part
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
 def group_of(module: nn.Module) -> dist.ProcessGroup | None:
     """The ranks over which the parameters are sharded; None where they are not."""
     return next((p.device_mesh.get_group() for p in module.parameters() if isinstance(p, DTensor)), None)
@@ -73,15 +80,6 @@ def attack_vector(module: nn.Module, start: Weights) -> Weights:
     return {
         name: own - saved.to(own.device) for (name, saved), (own, _) in zip(start.items(), _match(start, module), strict=True)
     }
-
-
-def vector_norm(module: nn.Module, vector: Weights) -> Tensor:
-    """Euclidean norm of an attack vector on ``module``, over all ranks where it is sharded."""
-    squares = torch.stack([v.detach().float().square().sum() for v in vector.values()]).sum()
-    if (group := group_of(module)) is not None:
-        squares = squares.to(next(module.parameters()).device)
-        dist.all_reduce(squares, group=group)
-    return squares.sqrt()
 
 
 @contextmanager

@@ -39,9 +39,11 @@ from casehard.engine.comparison import distance, logits_of, rounding, some_ids
 from casehard.engine.export import merge_error
 from casehard.engine.forward import Batch, decoder_layers, label_positions, states_and_logits
 from casehard.engine.generation import generate
+from casehard.engine.gradients import add_to_grad, loss_and_gradient
+from casehard.engine.kept import load_kept, save_kept
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.sharding import as_saved, distribute, from_first, gathered, on_meta, shard_of, sharded
-from casehard.engine.weights import Weights, borrowed, group_of, local, reshard, restore, same_modes_after
+from casehard.engine.sharding import distribute, from_first, gathered, on_meta, sharded
+from casehard.engine.weights import Weights, borrowed, group_of, local, reshard, restore, same_modes_after, shifted
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.private import trainer_of
 
@@ -53,6 +55,7 @@ STAGE_OF: dict[str, Stage] = {  # by the method that is overridden
     "job": "finetuning",
     "recover": "post_finetuning",
 }
+OF_JOB = "job_"  # before the names of what a job keeps in the shape of the weights
 
 
 def _require_same_shapes(own: set[tuple[str, torch.Size]], other: set[tuple[str, torch.Size]], checkpoint: str) -> None:
@@ -125,9 +128,11 @@ class Defense(L.LightningModule):
         self.running: Job | None = None  # the job of ``fit``, where it runs one
         self.trained: Literal["", "alignment", "job"] = ""  # what ``fit`` trains, or trained in the checkpoint that was loaded
         self.recovered = False  # whether ``recover`` has repaired what ``fit`` trained
-        self.kept: dict[str, Weights] = {}  # state in the shape of the weights
         self._saved_job: dict[str, Any] | None = None  # the state of a job that goes on
         self.progress: dict[str, int | str] = {}  # what the progress bar shows beside the losses
+        self.kept: dict[str, Weights] = {}  # by a name without dots: what a method remembers in the shape of its weights
+        self.num_accumulated = 0  # batches of a step of ``fit``; 0 outside of its training steps
+        self.under_attack = False  # an inner attacker has the weights
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -333,7 +338,10 @@ class Defense(L.LightningModule):
         return data.rows["refusals"] + data.rows["alignment_benign"]
 
     def alignment_loss(self, batch: Batch, step: int) -> Tensor:
-        """Loss of the alignment stage, before release: plain SFT unless overridden. ``step`` counts optimizer steps from 0."""
+        """Loss of the alignment stage, before release, in optimizer step ``step`` (from 0): plain SFT unless overridden.
+
+        Pure: a gradient that is no part of the loss goes through ``add_gradient``.
+        """
         return self.sft_loss(batch)
 
     def harden(self) -> None:
@@ -525,6 +533,7 @@ class Defense(L.LightningModule):
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
         self.zero_grad()
+        self.kept = {}
         self.training_state_intact = False
 
     # ---- losses
@@ -542,6 +551,67 @@ class Defense(L.LightningModule):
         targets = targets[targets != -100]
         total = F.cross_entropy(logits.float(), targets, reduction="sum")
         return total / batch.get("num_labels", torch.tensor(float(len(targets)), device=total.device))
+
+    # ---- gradients
+
+    def gradient(
+        self, batch: Batch, loss: Callable[[Batch], Tensor] | None = None, at: Weights | None = None, scale: float = 1.0
+    ) -> Weights:
+        """The gradient of a loss on a batch, as a value; see ``loss_and_gradient``."""
+        return self.loss_and_gradient(batch, loss, at, scale)[1]
+
+    def loss_and_gradient(
+        self, batch: Batch, loss: Callable[[Batch], Tensor] | None = None, at: Weights | None = None, scale: float = 1.0
+    ) -> tuple[Tensor, Weights]:
+        """A loss on a batch, detached, and its gradient: by parameter name, by shard, the mean over the ranks.
+
+        One forward and one backward pass; weights and ``.grad`` are as before. Memory: the gradient, and with ``at`` a copy of
+        what it names, each entry of which goes as its gradient comes.
+
+        Args:
+            batch: this rank's share.
+            loss: of the batch; None for ``sft_loss``.
+            at: take it at ``weights + scale * at``; None for the weights as they are.
+            scale: of ``at``.
+        """
+
+        def value() -> Tensor:
+            with self.forward_context():
+                return (loss or self.sft_loss)(batch)
+
+        self.num_passes += self.num_accumulated > 0
+        with nullcontext() if at is None else shifted(self, at, scale, one_backward=True):
+            return loss_and_gradient(self, value, self.row_group)
+
+    def add_gradient(self, gradient: Weights, weight: float = 1.0) -> None:
+        """Add ``weight * gradient`` to the gradient of the step's own loss, before clipping and the optimizer.
+
+        It waits in ``.grad`` for the backward pass of the loss that is returned. ``gradient`` is empty afterwards, so that no
+        second copy of it is held. Where gradients are disabled nothing happens: a loss may be computed for its value alone.
+
+        Raises:
+            RuntimeError: in the block of an inner attack, after which ``.grad`` is as before.
+        """
+        if self.under_attack:
+            raise RuntimeError("add_gradient must be called after the inner attack's block: gradients added in it are dropped.")
+        if torch.is_grad_enabled():
+            add_to_grad(self, gradient, weight / max(1, self.num_accumulated))
+
+    @contextmanager
+    def _in_training_step(self) -> Iterator[None]:
+        """For a block, added gradients are divided as Lightning divides the loss, and passes are counted."""
+        self.num_accumulated = self.trainer.accumulate_grad_batches
+        try:
+            yield
+        finally:
+            self.num_accumulated = 0
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Nothing where Lightning calls it, between ``training_step`` and backward, when added gradients wait."""
+
+    def saves_folders(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether a checkpoint that is about to be written is the folder of a sharded one."""
+        return any(isinstance(w, DTensor) for w in checkpoint["state_dict"].values())
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """The trainer's precision, which Lightning enters around its own steps only; nothing outside a trainer."""
@@ -590,6 +660,7 @@ class Defense(L.LightningModule):
                 "ckpt_path must be a checkpoint from before training ended to train on from, and it holds the released model, "
                 f"which {self.label} has {'recovered' if self.recovered else 'hardened'}. Name an earlier one of that run."
             )
+        self.zero_grad()
         self.training_state_intact = True
         if self.running is not None:
             if self._saved_job is None:
@@ -636,10 +707,11 @@ class Defense(L.LightningModule):
                 "loader's batch size instead, or give each the labels of all batches of its step / their number as num_labels."
             )
         step = self.trainer.global_step
-        if self.running is None:
-            name, loss, terms = "alignment_loss", self.alignment_loss(batch, step), self.terms
-        else:
-            name, loss, terms = "finetuning_loss", self.running.loss(batch, step), self.running.terms
+        with self._in_training_step():
+            if self.running is None:
+                name, loss, terms = "alignment_loss", self.alignment_loss(batch, step), self.terms
+            else:
+                name, loss, terms = "finetuning_loss", self.running.loss(batch, step), self.running.terms
         self.num_passes += 1
         logged = {f"train/{name}": loss, **{f"train/{k}": v for k, v in terms.items()}}
         self.log_dict(logged, prog_bar=True, sync_dist=True, sync_dist_group=self.row_group, batch_size=len(batch["input_ids"]))
@@ -651,11 +723,12 @@ class Defense(L.LightningModule):
             self.running.before_step(self.trainer.global_step)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step; then the job may change the weights."""
+        """Step; then the job may change the weights, and the gradients are zeroed."""
         step = self.trainer.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.running is not None:
             self.running.after_step(step)
+        optimizer.zero_grad()
 
     def on_train_end(self) -> None:
         """The model that is released, unless an export has asked for it already."""
@@ -666,7 +739,7 @@ class Defense(L.LightningModule):
         self.finish()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The passes so far, whose checkpoint it is, where random weights came from, and the state of the job.
+        """The passes so far, whose checkpoint it is, what is ``kept``, where random weights came from, and the job's state.
 
         Raises:
             ValueError: after an attack that followed training, unless weights are all that is saved.
@@ -678,23 +751,14 @@ class Defense(L.LightningModule):
             )
         checkpoint["num_passes"] = self.num_passes
         checkpoint["made_by"] = self.made_by()
+        state = {} if self.running is None else self.running.state
+        of_job = {f"{OF_JOB}{key}": value for key, value in state.items() if isinstance(value, dict)}
+        save_kept(self, self.kept | of_job, checkpoint, self.saves_folders(checkpoint))
+        checkpoint["job"] = {key: value for key, value in state.items() if not isinstance(value, dict)}
         if self.random_weights:
             checkpoint["drawn_from"] = self.drawn_from
         checkpoint["trained"], checkpoint["recovered"] = self.trained, self.recovered
         checkpoint["hardened_by"] = list(getattr(self.model.config, "hardened_by", []))
-        if self.running is not None:
-            checkpoint["job"] = {key: self._whole_of(value) for key, value in self.running.state.items()}
-
-    def _whole_of(self, value: Any) -> Any:
-        """A value of a job's state for a single file: whole where it is weights by shard."""
-        if not isinstance(value, dict):
-            return value
-        saved = as_saved(self, value)
-        return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in saved.items()}
-
-    def _shards_of(self, value: Any) -> Any:
-        own = dict(self.named_parameters())
-        return {name: shard_of(whole, own[name]) for name, whole in value.items()} if isinstance(value, dict) else value
 
     def made_by(self) -> dict[str, Any]:
         """What decides what the weights of a checkpoint mean: the class, the model it started from, the adapters' shape."""
@@ -730,8 +794,10 @@ class Defense(L.LightningModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting passes, from the same weights, in the same job."""
+        """Go on counting passes, from the same weights, in the same job, with what was ``kept``."""
         self.check_made_by(checkpoint)
+        kept = load_kept(self, checkpoint, str(self.trainer.ckpt_path))
+        self.kept = {key: weights for key, weights in kept.items() if not key.startswith(OF_JOB)}
         self.num_passes = checkpoint.get("num_passes", math.nan)  # of an earlier version
         if "drawn_from" in checkpoint:
             self.drawn_from = checkpoint["drawn_from"]
@@ -741,7 +807,8 @@ class Defense(L.LightningModule):
             of_earlier_version = "alignment" if "alignment" in self.stages or not self.stages else "job"
             self.trained = checkpoint.get("trained", of_earlier_version)
         elif "job" in checkpoint:
-            self._saved_job = {key: self._shards_of(value) for key, value in checkpoint["job"].items()}
+            of_job = {key.removeprefix(OF_JOB): weights for key, weights in kept.items() if key.startswith(OF_JOB)}
+            self._saved_job = checkpoint["job"] | of_job
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Plain loss on held-out rows, a mean over their labels."""

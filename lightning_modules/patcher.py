@@ -1,73 +1,22 @@
 """Patcher: adversarial training against malicious fine-tuning."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import lightning as L
-import torch
-import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from casehard.datamodules.mixing import mix
 from casehard.datamodules.order import counter_seed, uniform
 from casehard.datamodules.row import Row
-from casehard.datamodules.sources import read_rows
-from casehard.engine.adapters import LoRA, adapter_vector, targets, trainable
 from casehard.engine.forward import Batch
-from casehard.engine.optimizer import Optimizer, parked
-from casehard.engine.sharding import as_saved, saved_in, shard_of
-from casehard.engine.training import Plain, train_steps, with_progress_bar
-from casehard.engine.weights import Weights, attack_vector, borrowed, check_device, local, reshard, shifted, vector_norm
-from casehard.lightning_modules.defense import Defense
-from casehard.lightning_modules.private import trainer_of
-from casehard.lightning_modules.roles import ATTACKERS, DEFENDERS, RolesStrategy
+from casehard.engine.gradients import norm
+from casehard.engine.optimizer import offloaded
+from casehard.engine.weights import Weights, check_device
+from casehard.lightning_modules.attacker import InnerAttacker
+from casehard.lightning_modules.patcher_parallel import TwoRoles
+from casehard.lightning_modules.roles import ATTACKERS, DEFENDERS
 
 
-@dataclass(frozen=True)
-class InnerAttacker:
-    """The attacker that the defender trains against, on the data's ``alignment_harmful`` rows unless it has its own.
-
-    Args:
-        num_inner_steps: optimizer steps of an attack, >= 0; 0 leaves the attack vector zero.
-        optimizer: the attacker's own, built anew for every attack.
-        batch_size: rows a step, over all processes.
-        lora: train an adapter of this shape; null trains every parameter.
-        poison_ratio: harmful share of the attacker's rows, in (0, 1]; the others are the data's ``alignment_benign``.
-        num_samples: rows of the attacker; null takes all harmful rows, and then poison_ratio must be 1.
-        harmful: sources of this attacker's own harmful rows; null takes the data's ``alignment_harmful``.
-    """
-
-    num_inner_steps: int = 300
-    optimizer: Optimizer = Optimizer(learning_rate=1e-5)  # noqa: RUF009  frozen
-    batch_size: int = 8
-    lora: LoRA | None = None
-    poison_ratio: float = 1.0
-    num_samples: int | None = None
-    harmful: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_inner_steps < 0:
-            raise ValueError(f"num_inner_steps must be >= 0, got {self.num_inner_steps}. 0 is no attack.")
-        for name, value in (("batch_size", self.batch_size), ("num_samples", self.num_samples)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} of an inner attacker must be >= 1, got {value}.")
-        if not 0 < self.poison_ratio <= 1:
-            raise ValueError(f"poison_ratio of an inner attacker must lie in (0, 1], got {self.poison_ratio}. It is a share.")
-        if self.poison_ratio != 1 and self.num_samples is None:
-            raise ValueError(f"num_samples must be set where poison_ratio is not 1, got poison_ratio {self.poison_ratio}.")
-
-    def own_rows(self) -> list[Row]:
-        """Harmful rows of this attacker's own sources."""
-        return [row for source in self.harmful or [] for row in read_rows(source)]
-
-
-class PatcherModule(Defense):
+class PatcherModule(TwoRoles):
     """Patcher (arXiv:2606.07970), an alignment stage defense against full-parameter harmful fine-tuning.
 
     Every round an inner attacker fine-tunes the weights of the moment on harmful rows; what it adds to them is the *attack
@@ -112,7 +61,7 @@ class PatcherModule(Defense):
     def __init__(
         self,
         checkpoint: str,
-        attacker: InnerAttacker = InnerAttacker(),
+        attacker: InnerAttacker = InnerAttacker(),  # noqa: B008  frozen
         more_attackers: list[InnerAttacker] | None = None,
         num_outer_steps: int = 1000,
         num_sft_steps: int | None = None,
@@ -145,285 +94,128 @@ class PatcherModule(Defense):
         self.attack_every = attack_every or num_outer_steps // len(attackers)
         self.fresh_optimizer, self.random_scale, self.one_pass_per_row = fresh_optimizer, random_scale, one_pass_per_row
         self.vector_age, self.parallel, self.copy_device = vector_age, parallel, copy_device
-        self.vector: Weights = {}  # in use
-        self.pending: list[Weights] = []  # not yet old enough
-        self.num_attacks = 0
+        self.num_attacks = 0  # so far; vector n of them is kept as "vector_n" until it has been used
 
     def own_rows(self) -> list[Row]:
         """Harmful rows of the attackers' own."""
         return [row for attacker in self.attackers for row in attacker.own_rows()]
 
-    # ---- the inner attacker
+    # ---- the attack vector
 
     def on_fit_start(self) -> None:
-        """Lay out the attackers' rows and find what their adapters go on, so that bad settings show before the first step."""
+        """Lay out the attackers' rows and what their adapters go on, so that bad settings show before the first step."""
         check_device(self.copy_device)
-        for attacker in self.attackers:
-            if attacker.lora is not None and self.attack_weight:
-                targets(self.model, attacker.lora)
-        self.draws = [self._draw(which, attacker) for which, attacker in enumerate(self.attackers)] if self.attack_weight else []
-        if self.parallel and self.draws:
-            self._ask_for_sigterm_at_exchanges()
-            self._warn_of_checkpoints_between_exchanges()
+        self.streams: list[Callable[[int], Batch]] = []
+        if self.attack_weight:
+            self.streams = [a.stream(self, f"inner attacker {which}") for which, a in enumerate(self.attackers)]
+            super().on_fit_start()
 
-    def _ask_for_sigterm_at_exchanges(self) -> None:
-        """Have Lightning ask for SIGTERM where all ranks meet anyway, not before every batch.
-
-        It broadcasts what rank 0 knows, for which defenders would wait until the attack is over, so that the halves took turns.
-        Lightning 2.6 has no setting for it (Lightning-AI/pytorch-lightning#21487).
-
-        Raises:
-            ValueError: a Lightning that asks in another way.
-        """
-        loop = self.trainer.fit_loop.epoch_loop
-        ask = getattr(loop, "_broadcast_sigterm_tensor", None)
-        if ask is None:
-            raise ValueError(
-                f"parallel must be false under lightning {L.__version__}, whose training loop has no _broadcast_sigterm_tensor: "
-                "unless that is replaced, defenders wait for attackers. Leave vector_age at 1 for the same weights, or install "
-                "lightning 2.6."
-            )
-
-        def ask_if_due() -> None:
-            if self._attack_is_due():
-                self.trainer.strategy.barrier()
-                ask()
-
-        loop._broadcast_sigterm_tensor = ask_if_due  # type: ignore[method-assign]
-
-    def _warn_of_checkpoints_between_exchanges(self) -> None:
-        """Defenders wait there until the attack is over, and then attackers are idle for the rest of the interval."""
-        for callback in self.trainer.checkpoint_callbacks:
-            steps = getattr(callback, "_every_n_train_steps", None)  # 0 is one an epoch
-            if steps == 0 or (steps and (steps % self.attack_every or self.num_sft_steps % self.attack_every)):
-                rank_zero_warn(
-                    f"run.checkpoint_steps and num_sft_steps should be multiples of attack_every, {self.attack_every}, in the "
-                    f"parallel form, and they are {steps or 'one epoch'} and {self.num_sft_steps}: at a checkpoint between two "
-                    "exchanges the defenders wait until the attack is over."
-                )
-
-    def _draw(self, which: int, attacker: InnerAttacker) -> Callable[[int], Batch]:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        rows = data.rows["alignment_harmful"] if attacker.harmful is None else attacker.own_rows()
-        if not rows:
-            raise ValueError(
-                "data.alignment_harmful must name harmful rows for Patcher's inner attacker, got none. "
-                "Give rows that no attack is measured with, or set attack_weight to 0 for plain SFT."
-            )
-        if attacker.num_samples is not None:
-            rows = mix(data.rows["alignment_benign"], rows, attacker.num_samples, attacker.poison_ratio, data.seed)
-        draw: Callable[[int], Batch] = data.batches(rows, attacker.batch_size, data.seed, f"inner attacker {which}")
-        return draw
-
-    def _due(self, step: int) -> int:
-        """How many attacks are to be over before defender step ``step`` (from 0)."""
-        return max(0, (step - self.num_sft_steps) // self.attack_every + 1)
-
-    def _attack_is_due(self) -> bool:
-        return bool(self.attack_weight) and self._due(self.trainer.global_step) > self.num_attacks
+    def exchange_is_due(self) -> bool:
+        """Whether the next step begins with an attack."""
+        due = max(0, (self.trainer.global_step - self.num_sft_steps) // self.attack_every + 1)
+        return bool(self.attack_weight) and due > self.num_attacks
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Attack where one is due, before the first batch of a step."""
         super().on_train_batch_start(batch, batch_idx)
-        step = self.trainer.global_step
-        number = max(0, (step - self.num_sft_steps) // self.num_outer_steps + 1)
+        number = max(0, (self.trainer.global_step - self.num_sft_steps) // self.num_outer_steps + 1)
         self.progress = {"round": number, "phase": "harden" if number else "SFT"}
-        if self._attack_is_due():
-            if self.parallel:
-                names = ("train/defenders_waited", "train/attackers_waited")
-                waited = dict(zip(names, self.trainer.strategy.seconds_waited(), strict=True))  # type: ignore[attr-defined]
-                self.log_dict(waited, batch_size=len(batch["input_ids"]))
-            self._next_vector()
-            self.num_attacks += 1
+        if self.exchange_is_due():
+            terms: dict[str, float | Tensor] = {**self.seconds_waited()}
+            self.next_vector()
             if self.vector:
-                norm = vector_norm(self, self.vector)
-                self.log("train/attack_vector_norm", norm, batch_size=len(batch["input_ids"]))
+                terms["train/attack_vector_norm"] = norm(self, self.vector)
+            self.log_dict(terms, batch_size=len(batch["input_ids"]))
 
-    def _next_vector(self) -> None:
+    def next_vector(self) -> None:
+        """Drop the attack vector in use, run the next attack, and take the vector that is old enough into use."""
         optimizer = self.optimizers().optimizer  # type: ignore[union-attr]
-        self.vector = {}  # the last round's is not held beside the new one
+        self._drop_vector()  # it is not held beside the new one
         if self.fresh_optimizer:
             optimizer.state.clear()
+        self.synchronize()
         if self.parallel:
-            self.synchronize()
-            self.vector, self.pending = self._handed_over(), []
+            self._keep(
+                self.num_attacks - 1, self.hand_over(self.kept.pop(f"vector_{self.num_attacks - 1}", {}), self.copy_device)
+            )
         if self.plays(ATTACKERS):
-            with parked(optimizer, self.copy_device):
-                self.pending.append(self.attack(self.num_attacks))
+            with offloaded(optimizer, self.copy_device):
+                self._keep(self.num_attacks, self.attack(self.num_attacks))
         self.num_passes += self.attackers[self.num_attacks % len(self.attackers)].num_inner_steps
-        if not self.parallel and len(self.pending) > self.vector_age:
-            self.vector = self.pending.pop(0)
+        self.num_attacks += 1
 
     def attack(self, number: int) -> Weights:
         """What attack ``number`` (from 0) adds to the weights, by name; they themselves come back bit for bit."""
         turn, which = divmod(number, len(self.attackers))
-        attacker, draw = self.attackers[which], self.draws[which]
-
-        def batches(step: int) -> Batch:  # the attacker's rows go on where its last attack left them
-            batch = draw(turn * attacker.num_inner_steps + step)
-            return {name: tensor.to(self.device) for name, tensor in batch.items()}
-
-        shown = f"Round {self.progress['round']}, inner attack"
-        with borrowed(self, self._prepared(number, attacker), self.copy_device) as start:
-            how = (attacker.optimizer, self.forward_context, self.row_group)
-            steps = train_steps(self, Plain(self.sft_loss), batches, attacker.num_inner_steps, *how)
-            for _ in with_progress_bar(steps, attacker.num_inner_steps, shown, self.trainer, leave=False):
+        attacker = self.attackers[which]
+        seed = counter_seed(self.data.seed, "inner attack", number)
+        first_step = turn * attacker.num_inner_steps  # its rows go on where its last attack left them
+        name = f"Round {self.progress['round']}, inner attack"
+        with attacker.attack(self, self.streams[which], seed, first_step, name, self.copy_device) as attack:
+            for _ in attack.steps:
                 pass
-            if attacker.lora is None:
-                return {name: tensor.to(self.copy_device) for name, tensor in attack_vector(self, start).items()}
-            reshard(self)
-            added = adapter_vector(self.model)
-        own = {name: p for name, p in self.named_parameters() if id(p) in added}
-        return {name: shard_of(added[id(p)], p).to(self.copy_device) for name, p in own.items()}
-
-    @contextmanager
-    def _prepared(self, number: int, attacker: InnerAttacker) -> Iterator[None]:
-        seed = self.trainer.datamodule.seed  # type: ignore[attr-defined]
-        torch.manual_seed(counter_seed(seed, "inner attack", number))  # of adapters and dropout: the same on resume
-        with trainable(self, self.model, attacker.lora):
-            yield
-
-    # ---- roles
+            return {key: tensor.to(self.copy_device) for key, tensor in attack.vector().items()}
 
     @property
-    def num_roles(self) -> int:  # type: ignore[override]
-        """Two in the parallel form."""
-        return 2 if self.parallel else 1
+    def vector(self) -> Weights:
+        """The attack vector in use; {} before there is one, and on processes that only attack."""
+        return self.kept.get(self._in_use, {})
 
-    def plays(self, role: int) -> bool:
-        """Whether this process has a part: every process has both in the sequential form."""
-        return not self.parallel or self._roles().get_local_rank() == role
+    @property
+    def _in_use(self) -> str:
+        return f"vector_{self.num_attacks - 1 - self.vector_age}"
 
-    def _roles(self) -> DeviceMesh:
-        assert self.device_mesh is not None
-        return self.device_mesh["tensor_parallel"]  # a defender and the attacker that holds the same shard
+    def _keep(self, number: int, vector: Weights) -> None:
+        if vector:
+            self.kept[f"vector_{number}"] = vector
 
-    def configure_model(self) -> None:
-        """As for every defense; the parallel form needs its strategy."""
-        if self.parallel and not isinstance(self.trainer.strategy, RolesStrategy):
-            raise ValueError(
-                f"parallel must run under RolesStrategy, and the strategy is "
-                f"{type(self.trainer.strategy).__name__}. Add --config experiments/cluster/patcher_parallel.yaml."
-            )
-        super().configure_model()
+    def _drop_vector(self) -> None:
+        self.kept.pop(self._in_use, None)
 
-    @torch.no_grad()
-    def synchronize(self) -> None:
-        """In the parallel form, attackers get the defenders' weights, shard by shard."""
-        if self.parallel:
-            reshard(self)
-            for p in self.parameters():
-                if p.requires_grad:
-                    dist.broadcast(local(p), group=self._roles().get_group(), group_src=DEFENDERS)
-
-    def _handed_over(self) -> Weights:
-        """The last attack's vector, from the attackers to the defenders, shard by shard."""
-        pair, found = self._roles().get_group(), next(iter(self.pending), {})
-        names = [list(found)]
-        dist.broadcast_object_list(names, group=pair, group_src=ATTACKERS)
-        own, vector = dict(self.named_parameters()), {}
-        for name in names[0]:
-            shard = found[name].to(self.device).contiguous() if found else torch.empty_like(local(own[name]))
-            dist.broadcast(shard, group=pair, group_src=ATTACKERS)
-            if self.plays(DEFENDERS):
-                vector[name] = shard.to(self.copy_device)
-        return vector
-
-    def on_validation_start(self) -> None:
-        """Validate one model."""
-        self.synchronize()
-
-    def on_train_end(self) -> None:
-        """What comes now, such as attacks, is for all processes, and needs no vector."""
-        super().on_train_end()
-        self.vector, self.pending = {}, []
-        self.synchronize()
-
-    # ---- the defender
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The defender's step. Attackers have attacked before the first one of the interval, and only count the others."""
-        if self.plays(DEFENDERS):
-            return super().training_step(batch, batch_idx)
-        return torch.zeros((), device=self.device, requires_grad=True)
+    # ---- the defender's step
 
     def alignment_loss(self, batch: Batch, step: int) -> Tensor:
-        """Value of the objective; its gradient comes in two parts.
+        """``attack_weight * sft_loss(weights + vector) + (1 - attack_weight) * sft_loss(weights)``; plain SFT before any attack.
 
-        The attacked pass is over when this returns, forward and backward, because its weights are gone by then: its gradient is
-        on the parameters. The other pass's hangs on the returned loss, as everywhere. Before the first attack it is plain SFT.
+        The attacked pass is over when this returns, because its weights are gone by then: its gradient is added to the step's.
         """
         if not self.vector:
             return self.sft_loss(batch)
         attacked_rows, clean_rows = shared_out(batch, self.attack_weight) if self.one_pass_per_row else (batch, batch)
-        with shifted(self, self.vector, self._scale(), one_backward=True):
-            attacked = self.sft_loss(attacked_rows)
-            self._backward(self.attack_weight * attacked)
-        self.num_passes += not self.one_pass_per_row  # beside the one that every step counts
-        clean, attacked = self.sft_loss(clean_rows), attacked.detach()
+        scale = self._scale(step) if self.random_scale else 1.0
+        attacked, gradient = self.loss_and_gradient(attacked_rows, at=self.vector, scale=scale)
+        self.add_gradient(gradient, self.attack_weight)
+        clean = self.sft_loss(clean_rows)
+        self.num_passes -= self.one_pass_per_row  # the two passes are one over the batch
         self.terms = {"clean_loss": clean.detach(), "attacked_loss": attacked, "loss_gap": attacked - clean.detach()}
         return (1 - self.attack_weight) * clean + self.attack_weight * attacked
 
-    def _scale(self) -> float:
-        if not self.random_scale:
-            return 1.0
-        return uniform(self.trainer.datamodule.seed, "attack vector", self.trainer.global_step)  # type: ignore[attr-defined]
-
-    def _backward(self, loss: Tensor) -> None:
-        """As Lightning would do it, out of autocast, for gradients that wait for those of the pass that Lightning sees."""
-        with torch.autocast(self.device.type, enabled=False):
-            if trainer_of(self) is None:
-                loss.backward()
-            else:
-                self.trainer.strategy.backward(loss / self.trainer.accumulate_grad_batches, None)
-
-    def optimizer_zero_grad(self, *args: Any) -> None:
-        """Not before Lightning's backward, where the attacked pass's gradients already wait: after the step, below."""
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, then drop the gradients."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad()
+    def _scale(self, step: int) -> float:
+        return uniform(self.data.seed, "attack vector", step)
 
     # ---- what a resume needs
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The number of attacks, and the attack vector unless the next step begins with another attack.
-
-        The vector goes the way of the weights: shard by shard into a sharded checkpoint, whole into a single file.
-        """
+        """The number of attacks, and the attack vectors but for one that the next attack replaces."""
+        if self.exchange_is_due():
+            self._drop_vector()
         super().on_save_checkpoint(checkpoint)
-        kept = {"vector": {} if self._attack_is_due() else self.vector}
-        kept |= {f"pending_{i}": vector for i, vector in enumerate(self.pending)}
-        saved = {key: as_saved(self, vector) for key, vector in kept.items()}
-        if not self.parallel and not any(isinstance(w, DTensor) for w in checkpoint["state_dict"].values()):
-            whole = {key: {name: _whole(v) for name, v in vector.items()} for key, vector in saved.items()}
-            checkpoint["patcher"] = {"num_attacks": self.num_attacks, **whole}
-            return
-        checkpoint["state_dict"] |= {f"patcher.{key}.{name}": v for key, vector in saved.items() for name, v in vector.items()}
-        checkpoint["patcher"] = {"num_attacks": self.num_attacks}
+        checkpoint["num_attacks"] = self.num_attacks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the vectors of the interrupted round."""
         super().on_load_checkpoint(checkpoint)
-        state, path = checkpoint["patcher"], Path(str(self.trainer.ckpt_path))
-        own = dict(self.named_parameters())
-
-        def read(key: str) -> Weights:
-            if path.is_dir():
-                vector = saved_in(self, path, f"patcher.{key}.")
-            else:
-                vector = {name: shard_of(whole, own[name]) for name, whole in state.get(key, {}).items()}
-            return {name: v.to(self.copy_device) for name, v in vector.items()}
-
-        self.num_attacks, vector = state["num_attacks"], read("vector")
-        pending = [read(f"pending_{i}") for i in range(self.vector_age)]
-        self.vector = vector if self.plays(DEFENDERS) else {}
-        self.pending = [vector for vector in pending if vector and self.plays(ATTACKERS)]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if "num_attacks" not in checkpoint:
+            raise ValueError(
+                "ckpt_path must hold num_attacks, and it does not: an earlier version of casehard wrote it, which kept attack "
+                "vectors in another way. Train with that version, or from the start."
+            )
+        self.num_attacks = checkpoint["num_attacks"]
+        self.kept = {
+            key: {name: tensor.to(self.copy_device) for name, tensor in vector.items()}
+            for key, vector in self.kept.items()
+            if self.plays(DEFENDERS if key == self._in_use else ATTACKERS)
+        }
 
 
 def shared_out(batch: Batch, attack_weight: float) -> tuple[Batch, Batch]:

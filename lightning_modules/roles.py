@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from casehard.engine.fit_checkpoint import numbers_only, read_notes
+from casehard.lightning_modules.private import set_data_parallel_size
 
 T = TypeVar("T")
 DEFENDERS, ATTACKERS = 0, 1  # columns of the mesh
@@ -59,7 +60,7 @@ class RolesStrategy(ModelParallelStrategy):
                 f"devices * num_nodes must be even, as many processes attack as defend, and it is {processes}. "
                 "Take one more or one fewer."
             )
-        self._data_parallel_size = processes // 2
+        set_data_parallel_size(self, processes // 2)
         super().setup_environment()
 
     @contextmanager

@@ -28,8 +28,9 @@ from toy import DEFENSES, ROOT, on_ranks, same_bits, save_toy_checkpoint, toy_tr
 
 from casehard import Defense, FullParameterAttack, InnerAttacker, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
 from casehard.callbacks.results import Results
+from casehard.engine.gradients import norm
 from casehard.engine.sharding import from_first
-from casehard.engine.weights import reshard, shifted, snapshot, vector_norm
+from casehard.engine.weights import reshard, shifted, snapshot
 from casehard.lightning_modules.roles import DEFENDERS, RolesStrategy
 
 ROUNDS = {"num_outer_steps": 2, "num_sft_steps": 1}
@@ -181,7 +182,7 @@ def check_shift(module: Defense) -> None:
     batch |= {"labels": batch["input_ids"]}
     vector = {name: torch.full_like(shard, 0.05) for name, shard in snapshot(module).items()}
     num_weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    assert vector_norm(module, vector).item() == pytest.approx(0.05 * num_weights**0.5)  # of all shards together
+    assert norm(module, vector).item() == pytest.approx(0.05 * num_weights**0.5)  # of all shards together
     before = module.sft_loss(batch)
     with shifted(module, vector):
         assert abs(module.sft_loss(batch) - before) > 1e-3

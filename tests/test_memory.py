@@ -120,7 +120,8 @@ def test_a_round_of_patcher_holds_what_the_table_says(checkpoint, tmp_path, fres
     module = PatcherModule(checkpoint, ATTACKER, None, 2, 1, fresh_optimizer=fresh_optimizer)
     copies = Copies(module)
     copies.during("attack", "attack")
-    copies.during("_backward", "shifted pass")
+    copies.during("loss_and_gradient", "shifted pass")
+    copies.during("add_gradient", "shifted pass")
     found = copies.run("fit", tmp_path, data(), max_steps=5)
     assert found == {"step": 5, "attack": attack, "shifted pass": 5}
 

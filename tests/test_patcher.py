@@ -192,8 +192,8 @@ def test_attackers_take_turns_and_go_on_with_their_own_rows(checkpoint, tmp_path
     class Noted(PatcherModule):
         def on_fit_start(self):
             super().on_fit_start()
-            draws = list(self.draws)
-            self.draws = [lambda step, w=w: asked.append((w, step)) or draws[w](step) for w in range(len(draws))]
+            streams = list(self.streams)
+            self.streams = [lambda step, w=w: asked.append((w, step)) or streams[w](step) for w in range(len(streams))]
 
     module = Noted(checkpoint, ATTACKER, others, num_outer_steps=6, num_sft_steps=0, optimizer=ADAMW)
     fitted(module, tmp_path, max_steps=12)
@@ -252,7 +252,7 @@ def test_a_lora_attackers_vector_is_what_its_adapter_adds(checkpoint, tmp_path, 
     seen = {}
     module = patcher(checkpoint, attacker=LORA_ATTACKER)
     batch: Batch = collate(rows_of(), 0, "right")
-    import casehard.lightning_modules.patcher as under_test
+    import casehard.lightning_modules.attacker as under_test
 
     def noted(model):
         seen["attacked"] = module.sft_loss(batch).item()
@@ -276,13 +276,12 @@ def test_a_lora_attackers_vector_is_what_its_adapter_adds(checkpoint, tmp_path, 
 
 def test_a_random_scale_needs_its_step_number_and_nothing_else(checkpoint, tmp_path):
     module = patcher(checkpoint, random_scale=True)
-    trainer = fitted(module, tmp_path, max_steps=3)
-    here = module._scale()
+    fitted(module, tmp_path, max_steps=3)
+    here = module._scale(3)
     assert 0 <= here < 1
     torch.manual_seed(99)
-    assert module._scale() == here
-    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed += 1
-    assert module._scale() != here
+    assert module._scale(3) == here
+    assert module._scale(4) != here
     scales, steady = Watch(), Watch()
     fitted(patcher(checkpoint, random_scale=True), tmp_path, max_steps=3, callbacks=[scales])
     fitted(patcher(checkpoint), tmp_path, max_steps=3, callbacks=[steady])
@@ -293,7 +292,7 @@ def test_one_pass_per_row_expects_the_gradient_of_two(checkpoint):
     """Over every way to order the rows, the mean is the two passes' gradient."""
     module = patcher(checkpoint, attack_weight=0.25)
     module.configure_model()
-    module.vector = {n: 0.05 * torch.randn_like(p) for n, p in module.named_parameters()}
+    module.kept, module.num_attacks = {"vector_0": {n: 0.05 * torch.randn_like(p) for n, p in module.named_parameters()}}, 1
     batch = collate(rows_of(num_rows=4), 0, "right")
 
     def gradient(batch: Batch, one_pass: bool) -> torch.Tensor:
@@ -374,7 +373,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, setti
 
     whole = run()
     saved = tmp_path / "saved" / f"step={saved_at}.ckpt"
-    kept = torch.load(saved, weights_only=False)["patcher"]["vector"]
+    kept = torch.load(saved, weights_only=False)["kept"]
     if not {"more_attackers", "vector_age"} & set(settings):
         assert bool(kept) == (saved_at % 2 == 0)  # after steps 1 and 3 another attack begins: nothing to keep
     resumed = run(ckpt_path=saved)
@@ -393,7 +392,7 @@ def test_a_run_goes_on_from_its_last_checkpoint_as_if_it_had_not_ended(checkpoin
         return module
 
     whole, ended = run(6, "whole"), run(4, "ended")
-    assert not any([ended.vector, ended.pending, ended.trainer.optimizers[0].state])
+    assert not any([ended.kept, ended.trainer.optimizers[0].state])
     resumed = run(6, "resumed", ckpt_path=tmp_path / "ended/last.ckpt")
     assert same_bits(bits(resumed), bits(whole))
 
@@ -503,7 +502,7 @@ def test_no_harmful_rows_is_an_error_that_names_them(checkpoint, tmp_path):
 def test_a_vector_of_another_model_is_an_error(checkpoint):
     module = patcher(checkpoint)
     module.configure_model()
-    module.vector = {"model.nowhere.weight": torch.zeros(2)}
+    module.kept, module.num_attacks = {"vector_0": {"model.nowhere.weight": torch.zeros(2)}}, 1
     with pytest.raises(ValueError, match=r"it has no 'model\.nowhere\.weight'"):
         module.alignment_loss(collate(rows_of(), 0, "right"), 0)
 

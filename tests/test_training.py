@@ -12,8 +12,9 @@ from toy import bits, on_ranks, same_bits, toy_data, toy_trainer
 
 from casehard import Defense, Optimizer
 from casehard.datamodules.batches import Batches
-from casehard.engine.optimizer import parked
-from casehard.engine.training import DivergedError, Plain, average_gradients, train_steps, with_progress_bar
+from casehard.engine.gradients import average_gradients
+from casehard.engine.optimizer import offloaded
+from casehard.engine.training import DivergedError, Plain, train_steps, with_progress_bar
 
 NUM_STEPS = 6
 OPTIMIZERS = {
@@ -236,14 +237,14 @@ def test_two_ranks_that_share_a_batch_train_as_one_process_does(checkpoint, tmp_
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
 @pytest.mark.parametrize("device", [None, "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_parked_optimizer_goes_on_as_if_it_had_not_been(net, name, device):
+def test_an_offloaded_optimizer_goes_on_as_if_it_had_not_been(net, name, device):
     ends = []
     for parks in (False, True):
         model = copy.deepcopy(net)
         optimizer, _ = Optimizer(1e-2, name).build(model.parameters(), 4)
         for step in range(4):
             if parks and step == 2:
-                with parked(optimizer, device):
+                with offloaded(optimizer, device):
                     moved = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
                     assert moved
                     assert device is None or all(v.device.type == device for v in moved)

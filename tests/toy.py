@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from casehard import Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
+from casehard import BoosterModule, Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
 from casehard.datamodules.row import Row
 from casehard.engine.forward import Batch
 from casehard.engine.weights import Weights, local
@@ -74,6 +74,7 @@ DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense i
     "sbr": (SBRModule, {"anchors": "sandbox:defender/refusals#train[:3]", "anchor_weight": 10.0}),
     "everywhere": (Everywhere, {}),
     "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
+    "booster": (BoosterModule, {"harmful_batch_size": 4}),
 }
 
 

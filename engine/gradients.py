@@ -1,0 +1,154 @@
+"""Gradients as values: by parameter name, each rank its shard, the mean over the ranks that share out the rows of a batch."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from casehard.engine.weights import Weights, group_of, like_parameter, local, reshard
+
+BUCKET = 2**25  # entries that are averaged in one call
+
+
+def mean_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Mean of a tensor over the ranks of ``group``, of all where it is None; the tensor itself where there is one rank."""
+    if not (dist.is_available() and dist.is_initialized()) or (size := dist.get_world_size(group)) == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value, group=group)
+    return value / size
+
+
+def average_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:
+    """Replace every ``.grad`` by its mean over the ranks of ``group``; those of FSDP2's shards are means already.
+
+    A parameter that no rank has used gets zeros, because a rank knows its own passes only. Memory: one bucket, no copy of all.
+    """
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if not parameters or not (dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1):
+        return
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        mean = torch.cat([g.flatten() for g in bucket])
+        dist.all_reduce(mean, group=group)
+        mean /= dist.get_world_size(group)
+        for g, part in zip(bucket, mean.split([g.numel() for g in bucket]), strict=True):
+            g.copy_(part.view_as(g))
+
+
+def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of one dtype, at most ``BUCKET`` entries together (a larger tensor is alone)."""
+    buckets: list[list[Tensor]] = []
+    for tensor in tensors:
+        last = buckets[-1] if buckets else []
+        if last and last[0].dtype == tensor.dtype and sum(t.numel() for t in last) + tensor.numel() <= BUCKET:
+            last.append(tensor)
+        else:
+            buckets.append([tensor])
+    return buckets
+
+
+def loss_and_gradient(
+    module: nn.Module, loss: Callable[[], Tensor], group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Weights]:
+    """A loss, detached and of this rank's rows, and its gradient with respect to all that requires one.
+
+    ``backward`` is called here, so that it also holds for sharded parameters, which ``torch.autograd.grad`` does not see. What
+    waits in ``.grad`` is there again afterwards, after an exception too. Memory: one copy of what requires a gradient.
+
+    Args:
+        module: on one process, under DDP inside its forward pass or outside of it, or sharded (FSDP2). Comes back sharded.
+        loss: makes the forward pass and returns a scalar, under the caller's autocast.
+        group: the ranks that share out the rows; None for all.
+
+    Returns:
+        The loss, and by name the gradients of those parameters that it depends on.
+    """
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    waiting = [p.grad for p in parameters.values()]
+    try:
+        for p in parameters.values():
+            p.grad = None
+        with torch.enable_grad():
+            value = loss()
+            with torch.autocast(value.device.type, enabled=False):
+                value.backward()
+        average_gradients(list(parameters.values()), group)
+        return value.detach(), {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
+    finally:
+        for p, g in zip(parameters.values(), waiting, strict=True):
+            p.grad = g
+        reshard(module)
+
+
+def gradient(module: nn.Module, loss: Callable[[], Tensor], group: dist.ProcessGroup | None = None) -> Weights:
+    """The gradient of a loss, by name; see ``loss_and_gradient``."""
+    return loss_and_gradient(module, loss, group)[1]
+
+
+@torch.no_grad()
+def add_to_grad(module: nn.Module, gradient: Weights, weight: float = 1.0) -> None:
+    """Add ``weight * gradient`` to what waits in ``.grad``, parameter by parameter.
+
+    ``gradient`` is empty afterwards, so that its tensors go one by one and no second copy of it is held.
+
+    Raises:
+        ValueError: ``module`` lacks one of the names.
+    """
+    parameters = dict(module.named_parameters())
+    if unknown := sorted(set(gradient) - set(parameters)):
+        raise ValueError(f"gradients must be named as the module names its parameters, and it has no {unknown[0]!r}.")
+    for name in list(gradient):
+        p, part = parameters[name], weight * gradient.pop(name)
+        if p.grad is None:
+            p.grad = like_parameter(p, part.to(p.device, p.dtype))
+        else:
+            local(p.grad).add_(part.to(p.device))
+
+
+def norm(module: nn.Module, weights: Weights) -> Tensor:
+    """Euclidean norm of ``weights`` (a gradient, an attack vector), over all ranks where parameters are sharded; a scalar.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not weights:
+        raise ValueError("weights must hold at least one tensor, got none. A gradient is empty once it has been added.")
+    group = group_of(module)
+    if group is None:
+        return _squares(list(weights.values())).sqrt()
+    parameters = dict(module.named_parameters())
+    device = next(iter(parameters.values())).device
+    sharded: list[Tensor] = []
+    whole: list[Tensor] = []
+    for name, part in weights.items():
+        (sharded if isinstance(parameters.get(name), DTensor) else whole).append(part)
+    squares = _squares(sharded).to(device) if sharded else torch.zeros((), device=device)
+    dist.all_reduce(squares, group=group)
+    return (squares + _squares(whole).to(device) if whole else squares).sqrt()
+
+
+def _squares(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([t.detach().float().square().sum() for t in tensors]).sum()
+
+
+def scaled(weights: Weights, factor: float) -> Weights:
+    """``factor * weights``, by name. Memory: one copy."""
+    return {name: factor * tensor for name, tensor in weights.items()}
+
+
+def difference(first: Weights, second: Weights) -> Weights:
+    """``first - second``, by name; a name that one of them lacks counts as zero there. Memory: one copy."""
+    return summed(first, second, -1.0)
+
+
+def summed(first: Weights, second: Weights, weight: float = 1.0) -> Weights:
+    """``first + weight * second``, by name; a name that one of them lacks counts as zero there. Memory: one copy."""
+    total = {name: tensor.clone() for name, tensor in first.items()}
+    for name, tensor in second.items():
+        total[name] = total[name].add_(tensor, alpha=weight) if name in total else weight * tensor
+    return total
