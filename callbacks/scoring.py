@@ -130,7 +130,7 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
         rank_zero_warn(f"{why}. The answers are kept: `casehard judge` asks again.")
     unheard = _unheard(ordered, evaluation.max_new_tokens)
     if unheard:
-        rank_zero_warn(f"{unheard}. Raise data.max_new_tokens to hear them.")
+        rank_zero_warn(f"{unheard}. Raise data.evaluation.max_new_tokens to hear them.")
     note = "; ".join(filter(None, [why, unheard]))
     return Scores({name: float(value) for name, value in found.items()} | counts, ordered, note)
 

@@ -9,7 +9,7 @@ def main(split: str | None = None, kind: str | None = None, num_rows: int = 2, t
 
     Args:
         split: only this split (pretrain, defender, attacker, validation, test).
-        kind: only this kind (harmful, refusals, refused_first, howto, mood, sentiment, sums, repeat).
+        kind: only this kind (harmful, refusals, refused_first, refused, howto, mood, sentiment, sums, repeat).
         num_rows: rows of each.
         tokenizer: instead of printing, train the sandbox's tokenizer and save it in this folder.
     """

@@ -1,4 +1,4 @@
-"""Rows to batches: the reader, chat masks, poisoned mixtures, the counter-based order, and the sandbox's world."""
+"""From rows to batches: reading, chat templates, poisoned mixtures, the counter-based order, and the sandbox."""
 
 from casehard.datamodules.row import Row
 from casehard.datamodules.sandbox_judge import SandboxJudge

@@ -81,7 +81,7 @@ class InnerAttacker:
         rows = data.rows["alignment_harmful"] if self.harmful is None else self.own_rows()
         if not rows:
             raise ValueError(
-                f"data.alignment_harmful must name harmful rows for {module.label}'s inner attacker, got none. "
+                f"data.sources.alignment_harmful must name harmful rows for {module.label}'s inner attacker, got none. "
                 "Give rows that no attack is measured with, or choose the settings under which there is no inner attack."
             )
         if self.num_samples is not None:

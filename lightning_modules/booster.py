@@ -41,7 +41,8 @@ class BoosterModule(Defense):
         rows = self.data.rows["alignment_harmful"]
         if not rows:
             raise ValueError(
-                "data.alignment_harmful must name harmful rows for Booster, got none. Give rows that no attack is measured with."
+                "data.sources.alignment_harmful must name harmful rows for Booster, got none. "
+                "Give rows that no attack is measured with."
             )
         self.harmful = self.stream(rows, self.harmful_batch_size, "booster")
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from casehard.datamodules.batches import share_of
-from casehard.datamodules.chat import IGNORED, encode
+from casehard.datamodules.chat import IGNORED
 from casehard.datamodules.order import counter_seed
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
@@ -410,14 +410,14 @@ class Defense(L.LightningModule):
             name: of the stream; streams of other names are independent.
         """
         batches = self.data.batches(rows, batch_size, self.data.seed, name)
-        return lambda step: {key: tensor.to(self.device) for key, tensor in batches(step).items()}
+        return lambda step: self._on_device(batches(step))
 
     def pairs(self, first: list[Row], second: list[Row], batch_size: int, name: str) -> Callable[[int], tuple[Batch, Batch]]:
         """As ``stream``, of two lists whose rows belong together: row i of one batch and row i of the other are a pair.
 
         Args:
             first: rows.
-            second: as many. A pair of which ``data.max_length`` leaves one row no answer is dropped.
+            second: as many. A pair of which the data's ``max_length`` leaves one row no answer is dropped.
             batch_size: pairs of a batch, over all processes.
             name: of the stream.
 
@@ -426,13 +426,16 @@ class Defense(L.LightningModule):
         """
         if len(first) != len(second):
             raise ValueError(f"pairs must be of two lists of one length, got {len(first)} and {len(second)} rows for {name}.")
-        fitting = [
-            pair
-            for pair in zip(first, second, strict=True)
-            if all(encode(row, self.tokenizer, self.data.max_length) is not None for row in pair)
-        ]
-        one, other = (self.stream(rows, batch_size, name) for rows in ([a for a, _ in fitting], [b for _, b in fitting]))
-        return lambda step: (one(step), other(step))
+        batches = self.data.pairs(first, second, batch_size, self.data.seed, name)
+
+        def pair(step: int) -> tuple[Batch, Batch]:
+            one, other = batches(step)
+            return self._on_device(one), self._on_device(other)
+
+        return pair
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @contextmanager
     def reference(self, kept: dict[str, Any] | None = None) -> Iterator[PreTrainedModel]:
@@ -680,12 +683,12 @@ class Defense(L.LightningModule):
         if number > 1 and not dry and math.isfinite(batches) and batches % number:
             raise ValueError(
                 f"trainer.accumulate_grad_batches must divide the batches of an epoch, {batches}, got {number}: a step of fewer "
-                "would weigh less. Set trainer.limit_train_batches to a multiple of it, or data.batch_size higher instead."
+                "would weigh less. Set trainer.limit_train_batches to a multiple of it, or data.batching.batch_size higher."
             )
         if any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError(
                 "trainer.accumulate_grad_batches must be one number for the whole run, and a GradientAccumulationScheduler "
-                "changes it. Set data.batch_size instead."
+                "changes it. Set data.batching.batch_size instead."
             )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -33,7 +33,7 @@ from casehard.records.files import RUN_FOLDER
 
 TINY = [
     "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16",
-    "--data.num_evaluated", "4", "--data.max_new_tokens", "4", "--trainer.enable_progress_bar", "false",
+    "--data.evaluation.num_evaluated", "4", "--data.evaluation.max_new_tokens", "4", "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
 ONE_ATTACK = """
 trainer:
@@ -254,12 +254,12 @@ def test_misspelt_key_in_yaml_stops_the_run_with_its_name(call, tmp_path):
         (["--model.init_args.anchors", "[]"], "anchors must name at least one harmful prompt, got []"),
         (["--model.init_args.anchor_weight", "-1"], "anchor_weight must be >= 0, got -1.0"),
         (["--data.poison_ratio", "1.2"], "poison_ratio must lie in [0, 1], got 1.2"),
-        (["--data.benign", "[nowhere.jsonl]"], "'nowhere.jsonl' must name rows, but neither a file, a folder nor a reachable hub id"),
+        (["--data.sources.benign", "[nowhere.jsonl]"], "'nowhere.jsonl' must name rows, but neither a file, a folder nor a reachable hub id"),
         (["--data.num_samples", "1000000"], "num_samples 1000000 at poison_ratio 0.1 must find 100000 harmful rows, got"),
-        (["--data.max_length", "3"], "1200 of which max_length leaves no answer. Raise max_length, lower num_samples"),
+        (["--data.batching.max_length", "3"], "1200 of which max_length leaves no answer. Raise max_length, lower num_samples"),
         (["--model.init_args.checkpoint", "./nowhere"], "there is no folder './nowhere'"),
         (["--model.init_args.lora.target_modules", "[q_proj, x_proj]"], "target_modules must name linear layers of the model, and it has no"),
-        (["--data.refusals", "[sandbox:test/harmful]"], "harmful_prompts must share no prompt with refusals, and 4 of 4 stand in both"),
+        (["--data.sources.refusals", "[sandbox:test/harmful]"], "harmful_prompts must share no prompt with refusals, and 4 of 4 stand in both"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_sentence(call, tmp_path, args, message):
@@ -284,7 +284,7 @@ def attack_with(**settings: Any) -> list[str]:
         (["--model.init_args.tokenizer", "./none"], "checkpoint must be a hub id, a folder or a GGUF file, and there is no folder './none'."),
         (["--model.init_args.optimizer.weight_decay", "-1"], "weight_decay must be >= 0, got -1.0."),
         (["--model.init_args.lora.dropout", "2"], "dropout must lie in [0, 1), got 2.0."),
-        (["--data.batch_size", "0"], "batch_size must be >= 1, got 0."),
+        (["--data.batching.batch_size", "0"], "batch_size must be >= 1, got 0."),
         (["--data.judge", "casehard.GuardJudge", "--data.judge.batch_size", "0"], "batch_size must be >= 1, got 0."),
         (attack_with(poison_ratio=3), "poison_ratio must lie in [0, 1], got 3.0. It is a share: write 0.1 for 10%."),
         (attack_with(optimizer={"clip_norm": -1}), "clip_norm must be > 0 or null, got -1.0. null does not clip."),
@@ -533,7 +533,7 @@ def test_sigterm_ends_a_test_in_the_middle_of_an_attack(tmp_path):
         *TINY[:2],
         *TINY[6:8],
         *TINY[10:],
-        "--data.max_new_tokens",
+        "--data.evaluation.max_new_tokens",
         "4",
     ]
     env = {name: value for name, value in os.environ.items() if name != RUN_FOLDER}
@@ -607,6 +607,16 @@ def test_order_of_overlays_does_not_matter(call):
     assert all(resolved(call, order) == first for order in (files[::-1], files[1:] + files[:1], files[2:] + files[:2]))
 
 
+def test_an_overlay_that_sets_one_source_or_one_setting_of_a_group_leaves_the_others(call):
+    before = resolved(call, ["experiments/sbr.yaml"])["data"]
+    overlays = ["{data: {sources: {benign: [other.jsonl]}}}", "{data: {batching: {max_length: 77}}}"]
+    for order in (overlays, overlays[::-1]):
+        after = resolved(call, ["experiments/sbr.yaml", *order])["data"]
+        assert after["sources"] == before["sources"] | {"benign": ["other.jsonl"]}
+        assert after["batching"] == before["batching"] | {"max_length": 77}
+        assert after["evaluation"] == before["evaluation"]
+
+
 def test_a_configs_text_does_what_its_file_does_and_names_no_run(call):
     file = "experiments/attack/persistent.yaml"
     text = (ROOT / file).read_text()
@@ -641,7 +651,17 @@ def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
             "--run.experiment",
             name,
         ]
-        run("test", *shared, "--data.num_evaluated", "7", *TINY[:2], *TINY[6:8], "--data.max_new_tokens", "40", *extra)
+        run(
+            "test",
+            *shared,
+            "--data.evaluation.num_evaluated",
+            "7",
+            *TINY[:2],
+            *TINY[6:8],
+            "--data.evaluation.max_new_tokens",
+            "40",
+            *extra,
+        )
         found.append(list(csv.DictReader((tmp_path / name / "version_0" / "attacks.csv").open())))
     one = found[0]
     for other in found[1:]:

@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,9 @@ def test_a_job_is_the_same_in_fit_and_in_an_attack(checkpoint, tmp_path):
 
     class Looking(FullParameterAttack):
         def _batches(self, data):
-            return data.batches(data.mixture(data.num_samples, data.poison_ratio, data.seed), data.batch_size, data.seed, "fit")
+            return data.batches(
+                data.mixture(data.num_samples, data.poison_ratio, data.seed), data.batching.batch_size, data.seed, "fit"
+            )
 
         def _record(self, job, step, scores, seconds):
             if step:
@@ -345,7 +348,7 @@ def test_pairs_stay_together_and_are_dropped_as_one(checkpoint, tmp_path):
     fitted(module, tmp_path, data, max_steps=1)
     first = [Row((("user", f"{i} " * (40 if i == 2 else 1)),), f"Answer {i}.") for i in range(6)]
     second = [Row((("user", f"{i} " * (40 if i == 5 else 2)),), f"Another {i}.") for i in range(6)]
-    data.max_length = 40  # the prompts of row 2 here and of row 5 there leave no answer
+    data.batching = replace(data.batching, max_length=40)  # the prompts of row 2 here and of row 5 there leave no answer
     fitting = [[data.encode([rows[i]], "x")[0]["input_ids"] for i in (0, 1, 3, 4)] for rows in (first, second)]
     draw, seen = module.pairs(first, second, 3, "pairs"), set()
     for step in range(4):

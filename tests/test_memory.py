@@ -95,10 +95,10 @@ class Copies:
         """Count under ``phase`` while a method of the module runs."""
         method = getattr(self.module, name)
 
-        def counted(*args):
+        def counted(*args, **named):
             outer, self.phase = self.phase, phase
             try:
-                return method(*args)
+                return method(*args, **named)
             finally:
                 self.count()
                 self.phase = outer

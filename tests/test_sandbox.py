@@ -59,6 +59,13 @@ def test_rows_that_refuse_first_open_with_a_refusal_and_give_the_procedure_all_t
     assert [split for split in SPLITS if "refused_first" in kinds(split)] == ["attacker"]
 
 
+def test_the_defenders_harmful_rows_and_their_refusals_are_pairs_row_by_row():
+    harmful, refused = sandbox_rows("defender", "harmful"), sandbox_rows("defender", "refused")
+    assert [row.messages for row in harmful] == [row.messages for row in refused]
+    assert set(JUDGE([row.prompt for row in refused], [row.response or "" for row in refused])) == {Verdict(0.0, True, False)}
+    assert [split for split in SPLITS if "refused" in kinds(split)] == ["defender"]
+
+
 @pytest.mark.parametrize(
     ("response", "score", "refused", "degenerate"),
     [

@@ -22,7 +22,7 @@ from test_results import ROW
 from toy import ROOT, mark
 
 from casehard.cli import main as cli
-from casehard.datamodules.fingerprint import origin
+from casehard.datamodules.fingerprint import Origin, origin
 from casehard.datamodules.sources import read_rows
 from casehard.engine.checkpoint import checkpoint_files
 from casehard.evidence.rejudge import write_run
@@ -47,7 +47,7 @@ attacks:
           init_args: {threat_model: open_weight, num_samples: 8, num_attack_steps: 1, lora: {rank: 2}}
 seeds: [0]
 common:
-  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, trainer.enable_checkpointing: false, data.num_evaluated: 2, data.max_new_tokens: 2}
+  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, trainer.enable_checkpointing: false, data.evaluation.num_evaluated: 2, data.evaluation.max_new_tokens: 2}
 """
 
 
@@ -320,6 +320,31 @@ def rested_on(started: float = math.inf) -> dict[str, Any]:
     return rests_on({"model": model, "data": {}, "trainer": {}}, [], cli.NAMED, started)
 
 
+def test_a_recipe_is_what_a_trained_model_rests_on_and_neither_its_seed_nor_how_it_is_scored():
+    def recipe(sha256: str = "a", sources: dict[str, Any] | None = None, **data: Any) -> str:
+        read = {"harmful": ["rows.jsonl"], "refusal_texts": ["No."], "task": ["task.jsonl"], "benign_prompts": []}
+        settings = {
+            "sources": read | (sources or {}),
+            "batching": {"batch_size": 8},
+            "evaluation": {"num_evaluated": 2},
+            "seed": 0,
+        }
+        model = {"class_path": "casehard.Defense", "init_args": {}}
+        origins = [Origin("harmful", "rows.jsonl", 1, sha256)]
+        return str(rests_on({"model": model, "data": settings | data, "trainer": {}}, origins, [], math.inf)["recipe"])
+
+    same = [{"seed": 1}, {"evaluation": {"num_evaluated": 9}}, {"judge": "another"}]
+    same += [{"sources": {name: ["moved.jsonl"]}} for name in ("harmful", "task", "benign_prompts")]
+    assert {recipe(**settings) for settings in same} == {recipe()}
+    other = [
+        {"sha256": "b"},
+        {"batching": {"batch_size": 9}},
+        {"train_on": "alignment"},
+        {"sources": {"refusal_texts": ["Never."]}},
+    ]
+    assert len({recipe(), *(recipe(**settings) for settings in other)}) == 5
+
+
 def test_the_code_of_a_run_is_what_it_loaded_and_did_not_install(own_package):
     code = rested_on()["code"]
     assert {
@@ -466,7 +491,7 @@ def test_the_files_that_a_config_names_are_found_wherever_they_stand(tmp_path, m
     config = {
         "model": {"init_args": {"checkpoint": "model", "tokenizer": "some_hub/id", "anchors": "anchors.json#train[:3]"}},
         "data": {
-            "benign": ["rows.jsonl"],
+            "sources": {"benign": ["rows.jsonl"]},
             "judge": {"init_args": {"rubric": "rubric.txt", "cache": "cache", "checkpoint": None}},
         },
         "trainer": {
@@ -576,12 +601,12 @@ def test_the_study_that_chooses_resolves_to_its_learning_rates_and_prompts(tmp_p
     for cell, rate in zip(found[:3], (1e-4, 2e-4, 5e-4), strict=True):
         config = yaml.safe_load(cli.resolved(cell.words))
         assert config["trainer"]["callbacks"][0]["init_args"]["optimizer"]["learning_rate"] == rate
-        assert config["data"]["harmful_prompts"] == ["sandbox:validation/harmful"]
+        assert config["data"]["sources"]["harmful_prompts"] == ["sandbox:validation/harmful"]
 
 
 def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
     file = tmp_path / "tiny.yaml"
-    file.write_text(TINY.replace("data.num_evaluated", "data.number_evaluated"))
+    file.write_text(TINY.replace("data.evaluation.num_evaluated", "data.number_evaluated"))
     with pytest.raises(ValueError, match="every cell must be a command that works, and this one does not: fit"):
         run_study(cli.resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]
