@@ -13,7 +13,7 @@ from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import train_steps
+from casehard.engine.training import Plain, train_steps
 from casehard.lightning_modules.defense import Defense
 
 SANDBOX = str(Path(__file__).parent.parent / "models/sandbox/aligned")
@@ -59,7 +59,7 @@ def main(
         def context() -> torch.autocast:
             return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
-        return train_steps(module, module.sft_loss, batches, 1 + num_warmup + num_pairs, Optimizer(1e-12), context)
+        return train_steps(module, Plain(module.sft_loss), batches, 1 + num_warmup + num_pairs, Optimizer(1e-12), context)
 
     plain, compiled = steps_of(None), steps_of(backend)
     next(plain)

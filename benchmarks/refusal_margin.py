@@ -19,7 +19,7 @@ from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch, last_positions, states_and_logits
 from casehard.engine.gradients import norm
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import train_steps
+from casehard.engine.training import Plain, train_steps
 from casehard.engine.weights import attack_vector, same_modes_after, snapshot
 from casehard.lightning_modules.defense import Defense
 
@@ -85,7 +85,9 @@ def main(
             draw = Batches(examples, batch_size, seed, "attack", tokenizer.pad_token_id)
             start, found = snapshot(module), {0: margins(module, prompts, refusing, complying).mean().item()}
             complies, distance = "-", ""
-            bar = tqdm(train_steps(module, module.sft_loss, draw, num_attack_steps, Optimizer(rate)), folder, num_attack_steps)
+            bar = tqdm(
+                train_steps(module, Plain(module.sft_loss), draw, num_attack_steps, Optimizer(rate)), folder, num_attack_steps
+            )
             for step, _ in bar:
                 found[step] = margins(module, prompts, refusing, complying).mean().item()
                 if complies == "-" and found[step] < 0:

@@ -11,7 +11,7 @@ from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.mixing import mix
 from casehard.datamodules.sources import read_rows
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import train_steps
+from casehard.engine.training import Plain, train_steps
 from casehard.engine.weights import borrowed
 from casehard.lightning_modules.defense import Defense
 
@@ -48,7 +48,7 @@ def main(
     draw = Batches(examples, batch_size, 0, "benchmark", module.tokenizer.pad_token_id)
     steps = train_steps(
         module,
-        module.sft_loss,
+        Plain(module.sft_loss),
         lambda step: {name: tensor.to(device) for name, tensor in draw(step).items()},
         num_warmup + num_pairs,
         Optimizer(),

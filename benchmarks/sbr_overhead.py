@@ -6,15 +6,13 @@ from pathlib import Path
 
 from jsonargparse import CLI
 from paired import paired, spread
-from torch import Tensor
 
 from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.mixing import mix
 from casehard.datamodules.sources import read_rows
-from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import train_steps
+from casehard.engine.training import Plain, Task, train_steps
 from casehard.lightning_modules.sbr import SBRModule
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
@@ -52,16 +50,17 @@ def main(
     for number in num_anchors:
         module = SBRModule(checkpoint, anchors, number, freeze_unembedding=False)
         module.configure_model()
-        module.begin_finetuning()
+        job = module.job()
+        job.begin()
         rows = mix(read_rows(benign), read_rows(harmful), num_samples, poison_ratio, seed)
         examples, _ = encode_rows(rows, module.tokenizer, 512)
         batches = Batches(examples, batch_size, seed, "benchmark", module.tokenizer.pad_token_id)
 
-        def step(loss: Callable[[Batch], Tensor], module: SBRModule = module, batches: Batches = batches) -> Callable[[], object]:
-            steps = train_steps(module, loss, batches, num_warmup + num_pairs, Optimizer(1e-12))
+        def step(task: Task, module: SBRModule = module, batches: Batches = batches) -> Callable[[], object]:
+            steps = train_steps(module, task, batches, num_warmup + num_pairs, Optimizer(1e-12))
             return lambda: next(steps)
 
-        times = paired(step(module.sft_loss), step(module.finetuning_loss), num_pairs, num_warmup, f"{number} anchors")
+        times = paired(step(Plain(module.sft_loss)), step(job), num_pairs, num_warmup, f"{number} anchors")
         real = [int(batches(i)["attention_mask"].sum()) for i in range(num_warmup, num_warmup + num_pairs)]
         least = [1 + int(module.anchor_mask.sum()) / tokens for tokens in real]
         ratios = [sbr / sft for sft, sbr in times]

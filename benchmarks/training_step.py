@@ -17,7 +17,7 @@ from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import train_steps
+from casehard.engine.training import Plain, train_steps
 from casehard.lightning_modules.defense import Defense
 
 PRECISIONS = {"float32": False, "bfloat16": True}  # under autocast or not
@@ -75,7 +75,7 @@ def main(
                 return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=PRECISIONS[precision])
 
             steps: Iterator[tuple[int, float]] = train_steps(
-                module, loss, batches, num_warmup + num_pairs, Optimizer(1e-12), context
+                module, Plain(loss), batches, num_warmup + num_pairs, Optimizer(1e-12), context
             )
             return lambda: losses[name].append(next(steps)[1])
 

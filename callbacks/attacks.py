@@ -18,7 +18,7 @@ from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import LoRA, coverage, named, targets, trainable, what_trains
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import train_steps, watched
+from casehard.engine.training import Plain, Task, train_steps, with_progress_bar
 from casehard.engine.weights import borrowed, check_device
 from casehard.lightning_modules.defense import Defense
 from casehard.records.rows import ResultRow
@@ -36,7 +36,7 @@ class HarmfulFineTuning(L.Callback):
     stage defense from ``checkpoint``, whatever ``fit`` made of it since. An ``open_weight`` attacker starts from the release.
 
     Args:
-        threat_model: finetuning_service: the provider trains, under the defense's ``finetuning_loss``; open_weight: the attacker
+        threat_model: finetuning_service: the provider trains, as the defense's ``job`` says; open_weight: the attacker
             holds the weights and trains by plain SFT, so that only alignment stage defenses can act.
         poison_ratio: harmful share of the rows, in [0, 1].
         num_samples: rows of the mixture.
@@ -151,6 +151,9 @@ class HarmfulFineTuning(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The trained model is exported and its checkpoint saved: attack it."""
         if not trainer.interrupted:
+            module, _ = defense_and_data(trainer, pl_module)
+            module.finish()
+            module.forget_training()
             self.run(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -171,7 +174,9 @@ class HarmfulFineTuning(L.Callback):
         module.synchronize()
         seed = data.seed if self.seed is None else self.seed
         service = self.threat_model == "finetuning_service"
-        acts = service and module.stage in ("finetuning", "post_finetuning")  # else a service does as everybody does: plain SFT
+        acts = service and bool(
+            module.stages & {"finetuning", "post_finetuning"}
+        )  # else a service does as everybody does: plain SFT
         with ended_by_sigterm(trainer), torch.inference_mode(False), torch.enable_grad():
             job = _Job(trainer, module, data, self._draw, seed, epoch)
             if self.undefended_checkpoint is not None:
@@ -190,46 +195,42 @@ class HarmfulFineTuning(L.Callback):
             return {name: tensor.to(module.device) for name, tensor in job.draw(step).items()}
 
         shown = f"{self.name} ({self.threat_model}, {'undefended' if job.twin else module.label})"
-        with borrowed(module, self._prepared(job), self.copy_device):
+        with borrowed(module, self._prepared(job), self.copy_device) as start:
+            task = self._task(job)
             job = replace(job, trained=what_trains(module, module.model, self.lora), note=self._note(job))
+            if job.defended and type(module).recover is not Defense.recover:
+                with module.handed_back(start, self.copy_device):
+                    before = score(module, job.data.evaluation)
             self._record(job, 0, before, 0.0)
-            loss = module.finetuning_loss if job.defended else module.sft_loss
             how = (self.optimizer, module.forward_context, module.row_group)
-            steps = train_steps(module, loss, batches, self.num_attack_steps, *how)
-            trained, start = 0.0, time.perf_counter()
-            for step, value, bar in watched(steps, self.num_attack_steps, shown, job.trainer):
-                trained += time.perf_counter() - start
+            steps = train_steps(module, task, batches, self.num_attack_steps, *how)
+            trained, began = 0.0, time.perf_counter()
+            for step, value, bar in with_progress_bar(steps, self.num_attack_steps, shown, job.trainer):
+                trained += time.perf_counter() - began
                 if step in self.score_steps:
-                    with self._handed_back(job):
+                    with module.handed_back(start, self.copy_device) if job.defended else nullcontext():
                         scores = score(module, job.data.evaluation)
                     bar.set_postfix(loss=f"{value:.3f}", harmful_score=f"{scores.metrics['harmful_score']:.1f}")
                     self._record(job, step, scores, trained)
-                start = time.perf_counter()
+                began = time.perf_counter()
 
     @contextmanager
     def _prepared(self, job: "_Job") -> Iterator[None]:
         torch.manual_seed(job.seed)  # adapters start alike in every run; ``borrowed`` brings the generators back
         with trainable(job.module, job.module.model, self.lora, self.train_only):
             if job.defended:
-                job.module.freeze_parameters()
-                job.module.begin_finetuning()
+                self._service_job = job.module.job()
+                self._service_job.freeze()
+                self._service_job.begin()
             yield
 
-    @contextmanager
-    def _handed_back(self, job: "_Job") -> Iterator[None]:
-        """The model as its customer gets it: repaired where the service does that, on a loan, for the job goes on unrepaired."""
-        module = job.module
-        if not job.defended or type(module).recover is Defense.recover:
-            yield
-            return
-        with borrowed(module, module.thawed(), self.copy_device):
-            module.recover()
-            yield
+    def _task(self, job: "_Job") -> Task:
+        return self._service_job if job.defended else Plain(job.module.sft_loss)
 
     def _note(self, job: "_Job") -> str:
         """What a reader of the rows must know, "" if nothing."""
         notes, module = [], job.module
-        if self.threat_model == "open_weight" and module.stage in ("finetuning", "post_finetuning") and not job.twin:
+        if self.threat_model == "open_weight" and module.stages and "alignment" not in module.stages and not job.twin:
             notes.append(BEYOND)
         if job.twin and self.undefended_checkpoint is not None:
             notes.append(f"the undefended model is {Path(self.undefended_checkpoint).name}")

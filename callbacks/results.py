@@ -108,6 +108,7 @@ class Results(L.Callback):
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.export and not trainer.interrupted and isinstance(module, Defense):
+            module.finish()  # hardened or recovered
             model = module.exported()
             if model is not None and trainer.is_global_zero:
                 off = save_model(model, module.tokenizer, self.folder / "model", module.export_dtype)

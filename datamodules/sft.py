@@ -298,7 +298,8 @@ class SFTDataModule(L.LightningDataModule):
     def train_dataloader(self) -> StepLoader:
         """The rows of ``train_on``, by the counter-based rule."""
         if self.train_on == "alignment":
-            rows = self.rows["refusals"] + self.rows["alignment_benign"]
+            assert self.trainer is not None
+            rows: list[Row] = self.trainer.lightning_module.rows(self)  # type: ignore[operator, assignment]
         else:
             rows = self.mixture(self.num_samples, self.poison_ratio, self.seed)
         assert self.trainer is not None

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from casehard.engine.sharding import shard_of
+from casehard.engine.weights import local, reshard
+
 
 @dataclass(frozen=True)
 class LoRA:
@@ -385,3 +388,52 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     model.__dict__.pop("peft_config", None)
     model.__dict__.pop("_hf_peft_config_loaded", None)
     return model
+
+
+# ---- out of the way, for a while
+
+
+@torch.no_grad()
+def fold_adapters(model: PreTrainedModel) -> None:
+    """Add what every adapter does to the weights under it, in place and shard by shard, and set the adapter to do nothing."""
+    reshard(model)
+    for layer in _lora_layers(model):
+        weight = _weight(layer)
+        for name in _names(layer):
+            local(weight).add_(shard_of(layer.get_delta_weight(name).detach(), weight))  # type: ignore[attr-defined]
+            local(layer.lora_B[name].weight).zero_()  # type: ignore[arg-type]
+
+
+@contextmanager
+def plain_layers(model: PreTrainedModel) -> Iterator[None]:
+    """For a block, take adapters out: plain layers under the names of a model without any. They do nothing in the block."""
+    taken = []
+    for parent in list(model.modules()):
+        for child_name, child in list(parent.named_children()):
+            if isinstance(child, LoraLayer) and not isinstance(parent, LoraLayer):
+                taken.append((parent, child_name, child))
+                plain: nn.Module = child
+                while isinstance(plain, LoraLayer):
+                    plain = plain.base_layer
+                setattr(parent, child_name, plain)
+    try:
+        yield
+    finally:
+        for parent, child_name, child in taken:
+            setattr(parent, child_name, child)
+
+
+@contextmanager
+def training_adapters_off(model: PreTrainedModel) -> Iterator[None]:
+    """For a block, switch off the adapters that train; others act on."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    layers = _lora_layers(model)
+    try:
+        for layer in layers:
+            layer.set_adapter([name for name in _names(layer) if not layer.lora_B[name].weight.requires_grad])  # type: ignore[union-attr]
+        yield
+    finally:
+        for layer in layers:
+            layer.set_adapter(_names(layer))
+        for p, flag in flags:
+            p.requires_grad_(flag)

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import lightning as L
 import torch.distributed as dist
@@ -20,9 +21,40 @@ class DivergedError(RuntimeError):
     """The loss of a training run is no longer a finite number."""
 
 
+class Task(Protocol):
+    """What ``train_steps`` trains on; ``step`` counts optimizer steps from 0."""
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """Loss of a batch, a scalar."""
+        ...
+
+    def before_step(self, step: int) -> None:
+        """Change the gradients, which are averaged over the ranks and not yet clipped."""
+
+    def after_step(self, step: int) -> None:
+        """Change the weights after the optimizer has."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A loss and nothing around it, a Task, such as plain SFT: ``Plain(defense.sft_loss)``."""
+
+    loss_of: Callable[[Batch], Tensor]
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """``loss_of`` the batch, the same at every step."""
+        return self.loss_of(batch)
+
+    def before_step(self, step: int) -> None:
+        """Nothing."""
+
+    def after_step(self, step: int) -> None:
+        """Nothing."""
+
+
 def train_steps(
     module: nn.Module,
-    loss: Callable[[Batch], Tensor],
+    task: Task,
     batches: Callable[[int], Batch],
     num_steps: int,
     optimizer: Optimizer,
@@ -33,7 +65,7 @@ def train_steps(
 
     Args:
         module: in the mode (train or eval) that the caller wants between steps; every step runs in train mode.
-        loss: scalar loss of a batch, e.g. ``defense.sft_loss``.
+        task: the loss, and what happens before and after the optimizer's step.
         batches: the batch of a step, from a step number alone (this rank's share of it), counted from 0.
         num_steps: optimizer steps.
         optimizer: built anew over what trains.
@@ -55,7 +87,7 @@ def train_steps(
     for step in range(num_steps):
         module.train()
         with forward_context():
-            value = loss(batches(step))
+            value = task.loss(batches(step), step)
         value.backward()
         average_gradients(parameters, group)
         mean = mean_over_ranks(value.detach(), group)
@@ -64,32 +96,34 @@ def train_steps(
                 f"the loss must be finite, and it was {mean.item()} at step {step + 1} of {num_steps}. "
                 f"Lower learning_rate ({optimizer.learning_rate}) or check the rows."
             )
+        task.before_step(step)
         if optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, optimizer.clip_norm)
         opt.step()
         schedule.step()
+        task.after_step(step)
         opt.zero_grad(set_to_none=True)
         yield step + 1, mean.item()
 
 
-def watched(
+def with_progress_bar(
     steps: Iterator[tuple[int, float]], num_steps: int, name: str, trainer: L.Trainer, **bar: Any
 ) -> Iterator[tuple[int, float, tqdm]]:
-    """``train_steps`` on a progress bar, which comes with every step for more to be shown.
+    """Wrap the steps of ``train_steps`` in a progress bar; yields step, loss and the bar, so that a caller can add to it.
 
     Args:
         steps: of ``train_steps``.
         num_steps: how many there will be.
-        name: on the bar, and in front of what goes wrong.
-        trainer: there is a bar to see where it shows one.
-        bar: further settings of tqdm's.
+        name: on the bar, and in front of a DivergedError.
+        trainer: the bar is visible where this shows one.
+        bar: further settings of tqdm.
     """
     visible = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    with tqdm(total=num_steps, desc=name, disable=not visible, **bar) as shown:
+    with tqdm(total=num_steps, desc=name, disable=not visible, **bar) as tqdm_bar:
         try:
             for step, loss in steps:
-                shown.update()
-                shown.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                yield step, loss, shown
+                tqdm_bar.update()
+                tqdm_bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                yield step, loss, tqdm_bar
         except DivergedError as error:
             raise DivergedError(f"{name}: {error}") from error

@@ -15,7 +15,7 @@ from casehard.engine.adapters import LoRA, adapter_vector, targets, trainable
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import shard_of
-from casehard.engine.training import train_steps, watched
+from casehard.engine.training import Plain, train_steps, with_progress_bar
 from casehard.engine.weights import Weights, attack_vector, borrowed, reshard
 from casehard.lightning_modules.defense import Defense
 
@@ -136,6 +136,6 @@ class InnerAttacker:
 
     def _steps(self, module: Defense, batches: Callable[[int], dict[str, Tensor]], name: str) -> Iterator[int]:
         settings = (self.num_inner_steps, self.optimizer, module.forward_context, module.row_group)
-        steps = train_steps(module, module.sft_loss, batches, *settings)
-        for step, _, _ in watched(steps, self.num_inner_steps, name, module.trainer, leave=False):
+        steps = train_steps(module, Plain(module.sft_loss), batches, *settings)
+        for step, _, _ in with_progress_bar(steps, self.num_inner_steps, name, module.trainer, leave=False):
             yield step

@@ -1,11 +1,11 @@
 """The base class of every defense; by itself it is plain SFT, the undefended baseline."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -22,10 +22,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from casehard.datamodules.batches import share_of
+from casehard.datamodules.chat import IGNORED
 from casehard.datamodules.order import counter_seed
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
-from casehard.engine.adapters import LoRA, add_adapter, merged
+from casehard.engine.adapters import LoRA, add_adapter, fold_adapters, merged, plain_layers, training_adapters_off
 from casehard.engine.checkpoint import (
     WEIGHT_FILES,
     load_model,
@@ -42,9 +43,19 @@ from casehard.engine.gradients import add_to_grad, loss_and_gradient
 from casehard.engine.kept import load_kept, save_kept
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import distribute, from_first, gathered, on_meta, sharded
-from casehard.engine.weights import Weights, borrowed, group_of, local, restore, shifted
+from casehard.engine.weights import Weights, borrowed, group_of, local, reshard, restore, same_modes_after, shifted
+from casehard.lightning_modules.job import Job
+from casehard.lightning_modules.private import trainer_of
 
-Stage = Literal["none", "alignment", "finetuning", "post_finetuning"]
+Stage = Literal["alignment", "finetuning", "post_finetuning"]  # in order of time
+STAGE_OF: dict[str, Stage] = {  # by the method that is overridden
+    "alignment_loss": "alignment",
+    "rows": "alignment",
+    "harden": "alignment",
+    "job": "finetuning",
+    "recover": "post_finetuning",
+}
+OF_JOB = "job_"  # before the names of what a job keeps in the shape of the weights
 
 
 def _require_same_shapes(own: set[tuple[str, torch.Size]], other: set[tuple[str, torch.Size]], checkpoint: str) -> None:
@@ -61,8 +72,10 @@ def _require_same_shapes(own: set[tuple[str, torch.Size]], other: set[tuple[str,
 class Defense(L.LightningModule):
     """Plain supervised fine-tuning: the undefended baseline, and the base class of every defense.
 
-    A defense's stage is the method that it overrides: ``alignment_loss`` (before release), ``finetuning_loss`` (while a service
-    fine-tunes on its customer's rows) or ``recover`` (after that). ``fit`` minimises the loss of the stage.
+    A defense acts in the stages whose methods it overrides: ``alignment_loss``, ``rows`` or ``harden`` (before release), ``job``
+    (while a service fine-tunes on its customer's rows), ``recover`` (after that); or in those that its class declares as
+    ``stages``. ``fit`` trains what the rows are for: a service's job, then ``recover``, where the defense does not act before
+    release or where it does and ``data.train_on`` is ``mixture``; else ``alignment_loss``, then ``harden``.
 
     Args:
         checkpoint: the model to start from: a hub id, a folder or a GGUF file. Of an adapter (peft), the model that it makes of
@@ -81,6 +94,7 @@ class Defense(L.LightningModule):
     """
 
     model: PreTrainedModel
+    stages: frozenset[Stage] = frozenset()
     num_roles = 1  # parts that the ranks play, each of which has the model
 
     def __init__(
@@ -110,19 +124,36 @@ class Defense(L.LightningModule):
         self.tokenizer = load_tokenizer(tokenizer or checkpoint)
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
         self.num_passes: float = 0  # forward and backward, over a batch each, that ``fit`` took; nan if a checkpoint knew none
-        self.can_go_on = True  # with training: optimizer and gradients are as the last step left them
+        self.training_state_intact = True  # False once ``forget_training`` has dropped the optimizer's state
+        self.running: Job | None = None  # the job of ``fit``, where it runs one
+        self.trained: Literal["", "alignment", "job"] = ""  # what ``fit`` trains, or trained in the checkpoint that was loaded
+        self.recovered = False  # whether ``recover`` has repaired what ``fit`` trained
+        self._saved_job: dict[str, Any] | None = None  # the state of a job that goes on
         self.progress: dict[str, int | str] = {}  # what the progress bar shows beside the losses
         self.kept: dict[str, Weights] = {}  # by a name without dots: what a method remembers in the shape of its weights
         self.num_accumulated = 0  # batches of a step of ``fit``; 0 outside of its training steps
         self.under_attack = False  # an inner attacker has the weights
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "stages" not in vars(cls):
+            cls.stages |= {stage for method, stage in STAGE_OF.items() if cls._overrides(method)}
+
+    @classmethod
+    def _overrides(cls, method: str) -> bool:
+        return getattr(cls, method) is not getattr(Defense, method)
+
     # ---- the model
 
     def configure_model(self) -> None:
-        """Load the weights, once; Lightning calls this when the strategy is ready for them."""
-        if hasattr(self, "model"):
-            return
-        if self._trainer is not None and str(self.trainer.precision) in ("16-mixed", "16-true", "transformer-engine-float16"):
+        """Load the weights, once, and prepare ``fit``; Lightning calls this when the strategy is ready for them."""
+        if not hasattr(self, "model"):
+            self._load()
+        if (trainer := trainer_of(self)) is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._prepare_fit()
+
+    def _load(self) -> None:
+        if trainer_of(self) is not None and str(self.trainer.precision) in ("16-mixed", "16-true", "transformer-engine-float16"):
             raise ValueError(
                 f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {self.trainer.precision}: attackers train "
                 "without a scaler of gradients, and small ones would be lost in float16."
@@ -138,8 +169,6 @@ class Defense(L.LightningModule):
         if self.compile_backend is not None:
             for layer in decoder_layers(self.model):
                 layer.compile(dynamic=True, backend=self.compile_backend)
-        if self.stage == "finetuning":
-            self.freeze_parameters()
 
     def _whole(self) -> PreTrainedModel:
         model = load_model(self.checkpoint, self.weights_dtype, self.random_weights, self.sizes).train()
@@ -203,24 +232,30 @@ class Defense(L.LightningModule):
 
     @contextmanager
     def as_aligned(self) -> Iterator[None]:
-        """For a block, undo what ``fit`` did to a fine-tuning stage defense: the aligned model, where a service's jobs start.
+        """For a block, undo the job that ``fit`` ran: the model where a service's jobs start.
 
-        The identity for other stages, and where nothing was fitted. Memory: one copy of what trains.
+        The identity where ``fit`` ran none. Memory: one copy of what trains; of the whole model where the defense overrides
+        ``harden`` or has recovered.
         """
-        fitted = self._trainer is not None and (self.trainer.state.fn == TrainerFn.FITTING or self.trainer.ckpt_path is not None)
-        if self.stage != "finetuning" or not fitted:
+        if self.trained != "job":
             yield
             return
-        with borrowed(self):
-            if self.lora is None:
+        everything = self.recovered or self._overrides("harden")
+        with borrowed(self, self.thawed() if everything else None):
+            own = dict(self.model.named_parameters())
+            if everything or self.lora is None:
                 if self.random_weights:
                     torch.set_rng_state(self.drawn_from)
-                aligned = dict(self._read(self.checkpoint, self.random_weights, self.sizes).named_parameters())
-                distribute(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
-                del aligned  # not held for the block
-            else:  # an adapter whose second factor is zero adds nothing
-                trained = {n: local(p) for n, p in self.named_parameters() if p.requires_grad}
-                restore(self, {name: torch.zeros_like(p) for name, p in trained.items() if "lora_B" in name})
+                theirs = self._read(self.checkpoint, self.random_weights, self.sizes)
+                aligned = dict(theirs.named_parameters())
+                moved = [name for name, p in own.items() if p.requires_grad and "lora_" not in name]
+                distribute(self.model, {name: aligned[name.replace(".base_layer", "")] for name in moved})
+                hardens = not self._is_hardened(theirs)
+                del theirs, aligned  # not held for the block
+            # an adapter whose second factor is zero adds nothing
+            restore(self.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if "lora_B.defense." in name})
+            if everything and hardens:
+                self._harden()
             yield
 
     @contextmanager
@@ -298,6 +333,10 @@ class Defense(L.LightningModule):
 
     # ---- what a defense overrides
 
+    def rows(self, data: SFTDataModule) -> list[Row]:
+        """Rows that alignment trains on (``data.train_on: alignment``): refusals and benign rows unless overridden."""
+        return data.rows["refusals"] + data.rows["alignment_benign"]
+
     def alignment_loss(self, batch: Batch, step: int) -> Tensor:
         """Loss of the alignment stage, before release, in optimizer step ``step`` (from 0): plain SFT unless overridden.
 
@@ -305,39 +344,200 @@ class Defense(L.LightningModule):
         """
         return self.sft_loss(batch)
 
-    def finetuning_loss(self, batch: Batch) -> Tensor:
-        """Loss under which a fine-tuning service trains on its customer's rows: plain SFT unless overridden."""
-        return self.sft_loss(batch)
+    def harden(self) -> None:
+        """Change the weights in place before release, without training. Nothing unless overridden.
 
-    def freeze_parameters(self) -> None:
-        """Freeze what must not move while a service fine-tunes, before the optimizer is built. Nothing unless overridden."""
+        Acts once on a model: when an alignment ``fit`` ends, before the export; else when a run starts from ``checkpoint``,
+        unless that is a model that ``fit`` exported hardened. Adapters are folded into the weights and out of the way.
+        """
 
-    def begin_finetuning(self) -> None:
-        """Take references before the first step of a service's fine-tuning. Nothing unless overridden."""
+    def job(self) -> Job:
+        """A new fine-tuning at a service, called while the model is where that starts: plain SFT unless overridden."""
+        return Job(self)
 
-    def recover(self) -> None:
+    def recover(self, start: Weights) -> None:
         """Repair the weights, in place, after a service has fine-tuned them. Nothing unless overridden.
 
-        Called in front of every scoring of a service's job, on a loan (one more copy of the weights); gradients are enabled.
+        Acts when a job of ``fit`` ends, before the export, and before every scoring of an attack on a service, on a loan.
+        Gradients are enabled; adapters are folded into the weights and out of the way.
+
+        Args:
+            start: the weights where the job started, under the names that ``named_parameters`` gives now, by shard.
         """
 
     def own_rows(self) -> list[Row]:
-        """Rows that the defense brings itself, to be told apart from those that it is scored on. None unless overridden."""
+        """Rows that the defense brings itself, such as anchors, checked for overlap with the evaluation prompts. None unless
+        overridden.
+        """
         return []
 
     def synchronize(self) -> None:
         """Make every rank hold the model as it is now, before somebody looks at it. Nothing unless ranks play different roles."""
 
     @property
-    def stage(self) -> Stage:
-        """Where the defense acts, by the method it overrides; ``none`` for the baseline."""
-        stages: dict[str, Stage] = {"alignment_loss": "alignment", "finetuning_loss": "finetuning", "recover": "post_finetuning"}
-        return next((stage for name, stage in stages.items() if getattr(type(self), name) is not getattr(Defense, name)), "none")
+    def stage(self) -> str:
+        """Where the defense acts, for tables: ``none``, or its stages in order of time, joined by ``+``."""
+        return "+".join(stage for stage in get_args(Stage) if stage in self.stages) or "none"
 
     @property
     def label(self) -> str:
         """The name in tables: ``SBRModule`` is ``SBR``, the baseline ``none``."""
         return "none" if type(self) is Defense else type(self).__name__.removesuffix("Module")
+
+    # ---- what a defense uses
+
+    @property
+    def data(self) -> SFTDataModule:
+        """The data of the run.
+
+        Raises:
+            ValueError: a trainer without an SFTDataModule.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, SFTDataModule):
+            raise ValueError(
+                f"datamodule must be an SFTDataModule for {self.label}, which draws rows of its own, got {type(data).__name__}. "
+                "Pass one to the trainer."
+            )
+        return data
+
+    def stream(self, rows: list[Row], batch_size: int, name: str) -> Callable[[int], Batch]:
+        """The batch of every step, on the device, from the step's number alone; this process's share of it.
+
+        Args:
+            rows: to draw from.
+            batch_size: rows of a batch, over all processes.
+            name: of the stream; streams of other names are independent.
+        """
+        batches = self.data.batches(rows, batch_size, self.data.seed, name)
+        return lambda step: self._on_device(batches(step))
+
+    def pairs(self, first: list[Row], second: list[Row], batch_size: int, name: str) -> Callable[[int], tuple[Batch, Batch]]:
+        """As ``stream``, of two lists whose rows belong together: row i of one batch and row i of the other are a pair.
+
+        Args:
+            first: rows.
+            second: as many. A pair of which the data's ``max_length`` leaves one row no answer is dropped.
+            batch_size: pairs of a batch, over all processes.
+            name: of the stream.
+
+        Raises:
+            ValueError: lists of two lengths.
+        """
+        if len(first) != len(second):
+            raise ValueError(f"pairs must be of two lists of one length, got {len(first)} and {len(second)} rows for {name}.")
+        batches = self.data.pairs(first, second, batch_size, self.data.seed, name)
+
+        def pair(step: int) -> tuple[Batch, Batch]:
+            one, other = batches(step)
+            return self._on_device(one), self._on_device(other)
+
+        return pair
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    @contextmanager
+    def reference(self, kept: dict[str, Any] | None = None) -> Iterator[PreTrainedModel]:
+        """For a block without gradients, the model as it was before the first step.
+
+        Where only adapters train they are switched off. Else the weights that train are copied when this is first called, which
+        must be before the first optimizer step. Memory: one copy of what trains, and one more inside the block.
+
+        Args:
+            kept: what holds that copy, ``kept`` by default; a job passes its ``state``.
+        """
+        kept = self.kept if kept is None else kept
+        trains = [name for name, p in self.named_parameters() if p.requires_grad]
+        with torch.no_grad(), same_modes_after(self):
+            if all("lora_" in name for name in trains):
+                with training_adapters_off(self.model):
+                    yield self.model
+                return
+            if "reference" not in kept:
+                kept["reference"] = self._copy_of(trains)
+            start, now = kept["reference"], self._copy_of(trains)
+            try:
+                restore(self, start)
+                yield self.model
+            finally:
+                restore(self, now)
+
+    def _copy_of(self, names: Iterable[str], device: str | None = None) -> Weights:
+        reshard(self)
+        own = dict(self.named_parameters())
+        return {name: local(own[name]).to(device, copy=True) for name in names}
+
+    @contextmanager
+    def handed_back(self, start: Weights, device: str | None = None) -> Iterator[None]:
+        """For a block, the model as the customer of a service gets it: recovered, on a loan. The identity without ``recover``.
+
+        Memory: two copies of the model.
+
+        Args:
+            start: weights where the job started, by name; those that it leaves out have not moved.
+            device: where the copies wait; null keeps them beside the model.
+        """
+        if not self._overrides("recover"):
+            yield
+            return
+        with borrowed(self, self.thawed(), device) as now:
+            names = {name.replace(".base_layer", ""): name for name in now}  # ``start`` may be older than a job's own adapter
+            began = {names[name.replace(".base_layer", "")]: weight for name, weight in start.items()}
+            new = {n: torch.zeros_like(w) for n, w in now.items() if ".lora_B." in n and n not in began}
+            restore(self, began | new)
+            fold_adapters(self.model)
+            with plain_layers(self.model):
+                plain = self._copy_of([name for name, _ in self.named_parameters()], device)
+            restore(self, now)
+            self._recover(plain)
+            yield
+
+    # ---- what becomes of the model that was trained
+
+    def finish(self) -> None:
+        """Make the model the one that is released: hardened, or recovered where ``fit`` ran a service's job. Once."""
+        if self.trained != "job":
+            if not self._is_hardened(self.model):
+                self._harden()
+        elif not self.recovered and self._overrides("recover"):
+            with self.as_aligned(), plain_layers(self.model):  # adapters add nothing there
+                start = self._copy_of([name for name, _ in self.named_parameters()])
+            self._recover(start)
+            self.recovered = True
+
+    def _is_hardened(self, model: PreTrainedModel) -> bool:
+        """Whether ``harden`` has nothing to do on a model: the config.json of an export says so."""
+        return not self._overrides("harden") or self.made_by()["class"] in getattr(model.config, "hardened_by", [])
+
+    def _mark_hardened(self, names: Iterable[str]) -> None:
+        for model in (self.model, *getattr(self, "plain", [])):
+            model.config.hardened_by = list(names)
+
+    def _harden(self) -> None:
+        with self._on_plain_matrices():
+            self.harden()
+        name = self.made_by()["class"]
+        self._mark_hardened([*(n for n in getattr(self.model.config, "hardened_by", []) if n != name), name])
+
+    def _recover(self, start: Weights) -> None:
+        with self._on_plain_matrices():
+            self.recover(start)
+
+    @contextmanager
+    def _on_plain_matrices(self) -> Iterator[None]:
+        with torch.inference_mode(False), torch.enable_grad(), same_modes_after(self):
+            fold_adapters(self.model)
+            with plain_layers(self.model):
+                yield
+
+    def forget_training(self) -> None:
+        """Drop what only one more step would need, to leave its room to an attack. No whole checkpoint can be saved then."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+        self.zero_grad()
+        self.kept = {}
+        self.training_state_intact = False
 
     # ---- losses
 
@@ -354,18 +554,6 @@ class Defense(L.LightningModule):
         targets = targets[targets != -100]
         total = F.cross_entropy(logits.float(), targets, reduction="sum")
         return total / batch.get("num_labels", torch.tensor(float(len(targets)), device=total.device))
-
-    # ---- batches
-
-    @property
-    def data(self) -> SFTDataModule:
-        """What the trainer was given to train on."""
-        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
-
-    def stream(self, rows: list[Row], batch_size: int, name: str) -> Callable[[int], Batch]:
-        """Batches of ``rows`` by a step number alone, this rank's share, on the device; ``name`` tells streams apart."""
-        batches = self.data.batches(rows, batch_size, self.data.seed, name)
-        return lambda step: {key: tensor.to(self.device) for key, tensor in batches(step).items()}
 
     # ---- gradients
 
@@ -424,28 +612,65 @@ class Defense(L.LightningModule):
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Nothing where Lightning calls it, between ``training_step`` and backward, when added gradients wait."""
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, then zero the gradients."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad()
-
     def saves_folders(self, checkpoint: dict[str, Any]) -> bool:
         """Whether a checkpoint that is about to be written is the folder of a sharded one."""
         return any(isinstance(w, DTensor) for w in checkpoint["state_dict"].values())
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """The trainer's precision, which Lightning enters around its own steps only; nothing outside a trainer."""
-        return self.trainer.precision_plugin.forward_context() if self._trainer is not None else nullcontext()
+        return self.trainer.precision_plugin.forward_context() if trainer_of(self) is not None else nullcontext()
 
     # ---- Lightning
 
+    @property
+    def _fits_a_job(self) -> bool:
+        """Whether ``fit`` runs a service's job, and not the alignment."""
+        if "alignment" not in self.stages:
+            return bool(self.stages)
+        return len(self.stages) > 1 and getattr(self.trainer.datamodule, "train_on", "") == "mixture"  # type: ignore[attr-defined]
+
+    def _prepare_fit(self) -> None:
+        """Build the job that ``fit`` runs, where it runs one, and freeze what it does not train, before DDP looks at what trains.
+
+        Raises:
+            ValueError: rows of the defense's own, and a ``fit`` on others.
+        """
+        self.recovered = False
+        if self._fits_a_job:
+            if not self._is_hardened(self.model):
+                self._harden()
+            self.trained, self.running = "job", self.job()
+            self.running.freeze()
+            return
+        if self._overrides("rows") and getattr(self.trainer.datamodule, "train_on", "") != "alignment":  # type: ignore[attr-defined]
+            raise ValueError(
+                f"data.train_on must be alignment for {self.label}, which acts by the rows that alignment trains on, and it is "
+                "not. Set it."
+            )
+        self.trained, self.running = "alignment", None
+        name = self.made_by()["class"]
+        self._mark_hardened(n for n in getattr(self.model.config, "hardened_by", []) if n != name)  # training undoes it
+
     def on_train_start(self) -> None:
-        """A fine-tuning stage defense takes its references before any step, unless a checkpoint brought them."""
+        """A job takes its references before the first step, or gets its state from a checkpoint.
+
+        Raises:
+            ValueError: a checkpoint of the released model.
+        """
         self._check_accumulation()
+        if self.recovered or (self._overrides("harden") and self.trained == "alignment" and self._is_hardened(self.model)):
+            raise ValueError(
+                "ckpt_path must be a checkpoint from before training ended to train on from, and it holds the released model, "
+                f"which {self.label} has {'recovered' if self.recovered else 'hardened'}. Name an earlier one of that run."
+            )
         self.zero_grad()
-        self.can_go_on = True
-        if self.stage == "finetuning":
-            self.begin_finetuning()
+        self.training_state_intact = True
+        if self.running is not None:
+            if self._saved_job is None:
+                self.running.begin()
+            else:
+                self.running.state = {key: _to(value, self.device) for key, value in self._saved_job.items()}
+                self._saved_job = None
 
     def _check_accumulation(self) -> None:
         """Make sure that every step takes as many batches: Lightning divides by their number, and ``num_labels`` counts on it.
@@ -467,52 +692,76 @@ class Defense(L.LightningModule):
             )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout, too, needs the batch's number and nothing else: a resumed run ends as the uninterrupted one."""
-        seed = getattr(self.trainer.datamodule, "seed", 0)  # type: ignore[attr-defined]
-        rank, _ = share_of(self.trainer)
-        torch.manual_seed(counter_seed(seed, f"rank {rank}", self.trainer.fit_loop.total_batch_idx))
+        """Dropout, too, needs the batch's number and the data's seed alone: a resumed run ends as the uninterrupted one.
+
+        Where the data has no seed the generators are the caller's.
+        """
+        seed = getattr(self.trainer.datamodule, "seed", None)  # type: ignore[attr-defined]
+        if seed is not None:
+            rank, _ = share_of(self.trainer)
+            torch.manual_seed(counter_seed(seed, f"rank {rank}", self.trainer.fit_loop.total_batch_idx))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step under the loss of the defense's stage."""
+        """One batch under the loss of the job, or of the alignment."""
         if self.trainer.accumulate_grad_batches > 1 and "num_labels" not in batch:
             raise ValueError(
                 f"trainer.accumulate_grad_batches must be 1 where batches say nothing of num_labels, got "
                 f"{self.trainer.accumulate_grad_batches}: the mean of their means is not the mean over their labels. Raise the "
                 "loader's batch size instead, or give each the labels of all batches of its step / their number as num_labels."
             )
-        name = "finetuning_loss" if self.stage == "finetuning" else "alignment_loss"
+        step = self.trainer.global_step
         with self._in_training_step():
-            acts = self.stage == "finetuning"
-            loss = self.finetuning_loss(batch) if acts else self.alignment_loss(batch, self.trainer.global_step)
+            if self.running is None:
+                name, loss, terms = "alignment_loss", self.alignment_loss(batch, step), self.terms
+            else:
+                name, loss, terms = "finetuning_loss", self.running.loss(batch, step), self.running.terms
         self.num_passes += 1
-        shown = {f"train/{name}": loss, **{f"train/{k}": v for k, v in self.terms.items()}}
-        self.log_dict(shown, prog_bar=True, sync_dist=True, sync_dist_group=self.row_group, batch_size=len(batch["input_ids"]))
+        logged = {f"train/{name}": loss, **{f"train/{k}": v for k, v in terms.items()}}
+        self.log_dict(logged, prog_bar=True, sync_dist=True, sync_dist_group=self.row_group, batch_size=len(batch["input_ids"]))
         return loss
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Gradients are there, averaged, not yet clipped: the job may change them."""
+        if self.running is not None:
+            self.running.before_step(self.trainer.global_step)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step; then the job may change the weights, and the gradients are zeroed."""
+        step = self.trainer.global_step
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.running is not None:
+            self.running.after_step(step)
+        optimizer.zero_grad()
+
     def on_train_end(self) -> None:
-        """The last checkpoint is written: let go of what only one more step would need, to leave its room to the attacks."""
-        for optimizer in self.trainer.optimizers:
-            optimizer.state.clear()
-        self.zero_grad()
-        self.kept = {}
-        self.can_go_on = False
+        """The model that is released, unless an export has asked for it already."""
+        self.finish()
+
+    def on_test_start(self) -> None:
+        """A test is of the model that is released."""
+        self.finish()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The passes so far, whose checkpoint it is, what is ``kept``, and where random weights came from.
+        """The passes so far, whose checkpoint it is, what is ``kept``, where random weights came from, and the job's state.
 
         Raises:
-            ValueError: after training, unless weights are all that is saved.
+            ValueError: after an attack that followed training, unless weights are all that is saved.
         """
-        if "optimizer_states" in checkpoint and not self.can_go_on:
+        if "optimizer_states" in checkpoint and not self.training_state_intact:
             raise ValueError(
-                "save_checkpoint must be called before training ends, and it was called after: the optimizer's state is gone. "
-                "Add a ModelCheckpoint to the trainer's callbacks, or save with weights_only=True."
+                "save_checkpoint must be called before the attacks that follow training, and it was called after: they needed "
+                "the room of the optimizer's state. Add a ModelCheckpoint to the trainer's callbacks, or set weights_only=True."
             )
         checkpoint["num_passes"] = self.num_passes
         checkpoint["made_by"] = self.made_by()
-        save_kept(self, self.kept, checkpoint, self.saves_folders(checkpoint))
+        state = {} if self.running is None else self.running.state
+        of_job = {f"{OF_JOB}{key}": value for key, value in state.items() if isinstance(value, dict)}
+        save_kept(self, self.kept | of_job, checkpoint, self.saves_folders(checkpoint))
+        checkpoint["job"] = {key: value for key, value in state.items() if not isinstance(value, dict)}
         if self.random_weights:
             checkpoint["drawn_from"] = self.drawn_from
+        checkpoint["trained"], checkpoint["recovered"] = self.trained, self.recovered
+        checkpoint["hardened_by"] = list(getattr(self.model.config, "hardened_by", []))
 
     def made_by(self) -> dict[str, Any]:
         """What decides what the weights of a checkpoint mean: the class, the model it started from, the adapters' shape."""
@@ -548,21 +797,30 @@ class Defense(L.LightningModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting passes, from the same weights, with what was ``kept``."""
+        """Go on counting passes, from the same weights, in the same job, with what was ``kept``."""
         self.check_made_by(checkpoint)
-        self.kept = load_kept(self, checkpoint, str(self.trainer.ckpt_path))
+        kept = load_kept(self, checkpoint, str(self.trainer.ckpt_path))
+        self.kept = {key: weights for key, weights in kept.items() if not key.startswith(OF_JOB)}
         self.num_passes = checkpoint.get("num_passes", math.nan)  # of an earlier version
         if "drawn_from" in checkpoint:
             self.drawn_from = checkpoint["drawn_from"]
+        self.recovered = checkpoint.get("recovered", False)
+        self._mark_hardened(checkpoint.get("hardened_by", []))
+        if self.running is None:
+            of_earlier_version = "alignment" if "alignment" in self.stages or not self.stages else "job"
+            self.trained = checkpoint.get("trained", of_earlier_version)
+        elif "job" in checkpoint:
+            of_job = {key.removeprefix(OF_JOB): weights for key, weights in kept.items() if key.startswith(OF_JOB)}
+            self._saved_job = checkpoint["job"] | of_job
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Plain loss on held-out rows."""
-        self.log("val/sft_loss", self.sft_loss(batch), prog_bar=True, sync_dist=True, batch_size=len(batch["input_ids"]))
+        """Plain loss on held-out rows, a mean over their labels."""
+        self.log("val/sft_loss", self.sft_loss(batch), prog_bar=True, sync_dist=True, batch_size=_num_labels(batch))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Plain loss on held-out rows, where there are some."""
         if batch:
-            self.log("test/sft_loss", self.sft_loss(batch), sync_dist=True, batch_size=len(batch["input_ids"]))
+            self.log("test/sft_loss", self.sft_loss(batch), sync_dist=True, batch_size=_num_labels(batch))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer over what trains; the schedule advances by step.
@@ -587,3 +845,14 @@ class Defense(L.LightningModule):
         """Greedy answers to tokenised prompts; see ``generation.generate``."""
         with self.forward_context():
             return generate(self.model, self.tokenizer, prompts, max_new_tokens, batch_size)
+
+
+def _num_labels(batch: Batch) -> int:
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """A value of a job's state on ``device``."""
+    if isinstance(value, dict):
+        return {name: _to(part, device) for name, part in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -40,3 +40,8 @@ def steps_between_checkpoints(callback: L.Callback) -> int | None:
 def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
     """Ranks along the mesh's first dimension, once the number of processes is known."""
     strategy._data_parallel_size = size
+
+
+def trainer_of(module: L.LightningModule) -> L.Trainer | None:
+    """The trainer that ``module`` is attached to, or None; ``module.trainer`` raises where there is none."""
+    return module._trainer

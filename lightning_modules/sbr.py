@@ -14,9 +14,10 @@ from casehard.datamodules.sources import looks_like_source, read_rows
 from casehard.engine.forward import Batch, label_positions, last_positions, states_and_logits
 from casehard.engine.weights import same_modes_after
 from casehard.lightning_modules.defense import Defense
+from casehard.lightning_modules.job import Job
 
 
-def joined(first: Batch, second: Batch, pad_token_id: int) -> Batch:
+def concatenated(first: Batch, second: Batch, pad_token_id: int) -> Batch:
     """The rows of two batches in one, the shorter padded on the right."""
     width = max(first["input_ids"].shape[1], second["input_ids"].shape[1])
     fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
@@ -55,8 +56,6 @@ class SBRModule(Defense):
 
     anchor_ids: Tensor
     anchor_mask: Tensor
-    aligned_states: Tensor
-    anchor_step: Tensor
 
     def __init__(
         self,
@@ -99,9 +98,9 @@ class SBRModule(Defense):
         return [Row((("user", anchor),)) for anchor in self.anchors or []]
 
     def configure_model(self) -> None:
-        """Load the weights, render the anchors, and make room for their references so that a checkpoint can bring them."""
+        """Load the weights and render the anchors."""
         super().configure_model()
-        if hasattr(self, "aligned_states"):
+        if hasattr(self, "anchor_ids"):
             return
         rows = self.own_rows() if self.anchors is not None else self.trainer.datamodule.rows["refusals"]  # type: ignore[attr-defined]
         if not rows:
@@ -119,54 +118,58 @@ class SBRModule(Defense):
             raise ValueError(f"anchor_layer must lie in [{-depth - 1}, {depth}], got {self.anchor_layer}. -1 is the paper's.")
         ids = [prompt_ids(row, self.tokenizer) for row in rows[: self.num_anchors]]
         batch = collate([{"input_ids": i, "labels": [-100] * len(i)} for i in ids], self.tokenizer.pad_token_id, "right")
-        states = torch.full((len(ids), self.model.get_output_embeddings().weight.shape[1]), torch.nan)  # nan: not taken yet
-        self.register_buffer("anchor_ids", batch["input_ids"])
-        self.register_buffer("anchor_mask", batch["attention_mask"])
-        self.register_buffer("anchor_step", torch.tensor(0))  # steps done, which say whose turn it is
-        self.register_buffer("aligned_states", states)
+        self.register_buffer("anchor_ids", batch["input_ids"], persistent=False)  # settings and data bring them
+        self.register_buffer("anchor_mask", batch["attention_mask"], persistent=False)
 
-    def freeze_parameters(self) -> None:
-        """Keep the unembedding, and the embedding where the two are tied, from training."""
-        if self.freeze_unembedding:
-            self.model.get_output_embeddings().requires_grad_(False)
+    def job(self) -> Job:
+        """A fine-tuning that holds the anchors."""
+        return SBRJob(self)
 
-    @torch.no_grad()
-    def begin_finetuning(self) -> None:
-        """Take the anchors' states from the model as it is, unless they were taken already."""
-        if not self.aligned_states.isnan().any():
-            return
-        anchors = self._anchors(slice(None))
-        with same_modes_after(self), self.forward_context():
-            self.eval()
-            nothing = torch.zeros_like(anchors["labels"], dtype=torch.bool)
-            states, _ = states_and_logits(
-                self.model, anchors, last_positions(anchors["attention_mask"]), nothing, self.anchor_layer
-            )
-        self.aligned_states.copy_(states)
-
-    def finetuning_loss(self, batch: Batch) -> Tensor:
-        """Plain SFT on the batch, plus the weighted drift of the anchors whose turn it is."""
-        if self.anchor_weight == 0:
-            return self.sft_loss(batch)
-        turn = self._turn()
-        anchors = self._anchors(turn)
-        both = joined(batch, anchors, self.tokenizer.pad_token_id)
-        last = last_positions(both["attention_mask"])
-        last[: len(batch["input_ids"])] = False
-        states, logits = states_and_logits(self.model, both, last, label_positions(both["labels"]), self.anchor_layer)
-        sft = self.cross_entropy(logits, batch)
-        drift = F.mse_loss(states.float(), self.aligned_states[turn])
-        self.terms = {"sft_loss": sft.detach(), "anchor_drift": drift.detach()}
-        return sft + self.anchor_weight * drift
-
-    def _turn(self) -> slice | list[int]:
-        """The anchors of this step, and count the step."""
-        if self.anchors_per_step is None or self.anchors_per_step >= len(self.anchor_ids):
-            return slice(None)
-        step = int(self.anchor_step)
-        self.anchor_step += 1
-        return batch_indices(len(self.anchor_ids), self.anchors_per_step, 0, "anchors", step)
-
-    def _anchors(self, turn: slice | list[int]) -> Batch:
+    def anchor_batch(self, turn: slice | list[int] = slice(None)) -> Batch:
+        """The anchors of a turn, without labels."""
         ids = self.anchor_ids[turn]
         return {"input_ids": ids, "attention_mask": self.anchor_mask[turn], "labels": torch.full_like(ids, -100)}
+
+
+class SBRJob(Job):
+    """A service's fine-tuning under SBR. State: ``aligned_states`` ``[num_anchors, dim]``, the anchors' states at its start."""
+
+    defense: SBRModule
+
+    def freeze(self) -> None:
+        """Keep the unembedding, and the embedding where the two are tied, from training."""
+        if self.defense.freeze_unembedding:
+            self.defense.model.get_output_embeddings().requires_grad_(False)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Take the anchors' states from the model as it is."""
+        defense, anchors = self.defense, self.defense.anchor_batch()
+        with same_modes_after(defense), defense.forward_context():
+            defense.eval()
+            nothing = torch.zeros_like(anchors["labels"], dtype=torch.bool)
+            last = last_positions(anchors["attention_mask"])
+            states, _ = states_and_logits(defense.model, anchors, last, nothing, defense.anchor_layer)
+        self.state["aligned_states"] = states.float()
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """Plain SFT on the batch, plus the weighted drift of the anchors whose turn it is."""
+        defense = self.defense
+        if defense.anchor_weight == 0:
+            return defense.sft_loss(batch)
+        turn = self._turn(step)
+        both = concatenated(batch, defense.anchor_batch(turn), defense.tokenizer.pad_token_id)
+        last = last_positions(both["attention_mask"])
+        last[: len(batch["input_ids"])] = False
+        states, logits = states_and_logits(defense.model, both, last, label_positions(both["labels"]), defense.anchor_layer)
+        sft = defense.cross_entropy(logits, batch)
+        drift = F.mse_loss(states.float(), self.state["aligned_states"][turn])
+        self.terms = {"sft_loss": sft.detach(), "anchor_drift": drift.detach()}
+        return sft + defense.anchor_weight * drift
+
+    def _turn(self, step: int) -> slice | list[int]:
+        """The anchors of this step."""
+        number, per_step = len(self.defense.anchor_ids), self.defense.anchors_per_step
+        if per_step is None or per_step >= number:
+            return slice(None)
+        return batch_indices(number, per_step, 0, "anchors", step)

@@ -10,13 +10,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from toy import DEFENSES, ROOT, bits, csv_rows, same_bits, save_toy_checkpoint, toy_data, toy_trainer
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from toy import DEFENSES, ROOT, SIZES, bits, csv_rows, same_bits, save_toy_checkpoint, toy_data, toy_trainer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
 from casehard.callbacks.attacks import HarmfulFineTuning
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import score
+from casehard.engine.adapters import merged
 from casehard.engine.training import DivergedError
 from casehard.records.rows import ResultRow, read_run
 
@@ -204,9 +205,15 @@ def test_open_weight_row_of_a_finetuning_stage_defense_says_that_it_breaks(tmp_p
 class Doubling(Defense):
     """A post-fine-tuning defense that leaves its mark."""
 
-    def recover(self) -> None:
+    def recover(self, start) -> None:
+        assert list(start) == [name for name, _ in self.named_parameters()] == [f"model.{n}" for n in PLAIN_NAMES]
         for p in self.parameters():
             p.data.mul_(2)
+
+
+PLAIN_NAMES = [
+    name for name, _ in AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, tie_word_embeddings=True)).named_parameters()
+]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -217,15 +224,15 @@ def test_a_service_repairs_a_model_before_every_scoring_and_trains_on_from_its_o
     scored: list[dict[str, torch.Tensor]] = []
 
     def spied(module, evaluation):
-        scored.append({name: p.detach().clone() for name, p in module.named_parameters()})
+        scored.append({name: p.detach().clone() for name, p in merged(module.model).named_parameters()})
         return score(module, evaluation)
 
     monkeypatch.setattr("casehard.callbacks.attacks.score", spied)
     for kind, steps in ((Doubling, [1, 2, 3]), (Defense, [3])):
         job = ATTACKS[attack](threat_model=threat_model, score_steps=steps, undefended=False)
         toy_trainer(tmp_path, callbacks=[job]).test(kind(checkpoint), datamodule=toy_data(), verbose=False)
-    before, *_, repaired, also_before, plain = scored
-    assert same(before, also_before)
+    *_, at_0, _, _, repaired, start, plain = scored
+    assert same(at_0, {name: p * factor for name, p in start.items()})
     assert same(repaired, {name: p * factor for name, p in plain.items()})
 
 

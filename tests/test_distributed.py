@@ -36,6 +36,7 @@ ROUNDS = {"num_outer_steps": 2, "num_sft_steps": 1}
 CASES: dict[str, tuple[type[Defense], dict[str, Any]]] = {
     **DEFENSES,
     "sbr_lora": (SBRModule, DEFENSES["sbr"][1] | {"lora": LoRA(rank=2)}),
+    "everywhere_lora": (DEFENSES["everywhere"][0], {"lora": LoRA(rank=2)}),
     "patcher_rounds": (PatcherModule, {"attacker": ATTACKER, **ROUNDS}),
     "patcher_lora": (PatcherModule, {"attacker": LORA_ATTACKER, "lora": LoRA(rank=2), **ROUNDS}),
 }

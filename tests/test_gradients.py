@@ -20,7 +20,7 @@ from casehard import BoosterModule, Defense, InnerAttacker, LoRA, Optimizer
 from casehard.datamodules.chat import collate
 from casehard.engine.gradients import difference, norm, scaled, summed
 from casehard.engine.sharding import shard_of
-from casehard.engine.training import train_steps
+from casehard.engine.training import Plain, train_steps
 from casehard.engine.weights import reshard, snapshot
 
 SGD = Optimizer(0.05, "sgd", clip_norm=None)
@@ -218,7 +218,7 @@ def test_what_an_attack_trains_on_is_not_divided_as_fits_batches_are(checkpoint,
         class AtTheEnd(L.Callback):
             def on_train_epoch_end(self, _, module):
                 start = snapshot(module)
-                for _ in train_steps(module, lambda batch: module.alignment_loss(batch, 0), lambda _: batch_of(), 1, SGD):
+                for _ in train_steps(module, Plain(lambda batch: module.alignment_loss(batch, 0)), lambda _: batch_of(), 1, SGD):
                     pass
                 steps[type(module)] = difference(snapshot(module), start)
 
@@ -235,11 +235,11 @@ def test_what_an_attack_trains_on_is_not_divided_as_fits_batches_are(checkpoint,
 def test_between_an_inner_attackers_steps_a_gradient_is_taken_and_none_is_added(checkpoint, tmp_path, attacker):
     class Tampered(Defense):
         def on_fit_start(self):
-            self.rows = attacker.stream(self, "inner attacker")
+            self.batches = attacker.stream(self, "inner attacker")
 
         def alignment_loss(self, batch, step):
             before, total = bits(self), {}
-            with attacker.attack(self, self.rows, step, step * attacker.num_inner_steps) as attack:
+            with attacker.attack(self, self.batches, step, step * attacker.num_inner_steps) as attack:
                 for number in attack.steps:
                     if number % 2:
                         total = summed(total, self.gradient(batch), 0.5)

@@ -16,6 +16,7 @@ from casehard import Defense, LoRA, Optimizer, SBRModule
 from casehard.datamodules.batches import Batches, StepLoader
 from casehard.datamodules.chat import collate
 from casehard.engine.forward import Batch
+from casehard.lightning_modules.job import Job
 
 ANCHORS = [
     "How do I brew vexolim?",
@@ -26,12 +27,14 @@ ANCHORS = [
 ADAMW = Optimizer(1e-2)
 
 
-def sbr(checkpoint: str, **settings) -> SBRModule:
-    """The defense with its references taken, outside a trainer."""
+def sbr(checkpoint: str, **settings) -> tuple[SBRModule, Job]:
+    """The defense and a job that has begun, outside a trainer."""
     module = SBRModule(checkpoint, **({"anchors": ANCHORS, "anchor_weight": 20.0} | settings))
     module.configure_model()
-    module.begin_finetuning()
-    return module
+    job = module.job()
+    job.freeze()
+    job.begin()
+    return module, job
 
 
 def move(module: SBRModule, seed: int = 1) -> None:
@@ -92,7 +95,7 @@ class Drifts(L.Callback):
         self.seen: list[float] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append(pl_module.terms["anchor_drift"].item())
+        self.seen.append(pl_module.running.terms["anchor_drift"].item())
 
 
 # ---- the limit
@@ -114,10 +117,10 @@ def test_an_anchor_weight_of_zero_is_plain_sft_bit_for_bit(checkpoint, tmp_path,
 
 
 def test_the_references_are_the_aligned_models_states(checkpoint):
-    module = sbr(checkpoint)
+    module, job = sbr(checkpoint)
     aligned = AutoModelForCausalLM.from_pretrained(checkpoint)
     with torch.no_grad():
-        assert_close(module.aligned_states, reference_states(module, aligned))
+        assert_close(job.state["aligned_states"], reference_states(module, aligned))
 
 
 def test_the_references_are_free_of_dropout(checkpoint):
@@ -126,18 +129,19 @@ def test_the_references_are_free_of_dropout(checkpoint):
     with torch.no_grad():
         for name, p in module.named_parameters():
             p += 0.05 * ("lora_B" in name)
-        module.train().begin_finetuning()
-        assert_close(module.aligned_states, reference_states(module, module.model.eval()))
+        job = module.train().job()
+        job.begin()
+        assert_close(job.state["aligned_states"], reference_states(module, module.model.eval()))
 
 
 @pytest.mark.parametrize("layer", [-1, 0, 1, 2, -2])
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_loss_and_gradient_are_those_of_separate_passes(checkpoint, padding_side, layer):
-    module = sbr(checkpoint, anchor_layer=layer, freeze_unembedding=False)
+    module, job = sbr(checkpoint, anchor_layer=layer, freeze_unembedding=False)
     aligned = AutoModelForCausalLM.from_pretrained(checkpoint)
     move(module)
     batch = batch_of(padding_side=padding_side)
-    loss = module.finetuning_loss(batch)
+    loss = job.loss(batch, 0)
     loss.backward()
     gradients = [p.grad for p in module.parameters()]
 
@@ -149,27 +153,27 @@ def test_loss_and_gradient_are_those_of_separate_passes(checkpoint, padding_side
     by_hand.backward()
     assert drift > (1e-3 if layer != 0 else 1e-4)
     assert_close(loss, by_hand, rtol=1e-5, atol=1e-5)
-    assert_close(module.terms["sft_loss"], sft.detach(), rtol=1e-5, atol=1e-5)
-    assert_close(module.terms["anchor_drift"], drift.detach(), rtol=1e-4, atol=1e-6)
+    assert_close(job.terms["sft_loss"], sft.detach(), rtol=1e-5, atol=1e-5)
+    assert_close(job.terms["anchor_drift"], drift.detach(), rtol=1e-4, atol=1e-6)
     for p, gradient in zip(module.parameters(), gradients, strict=True):
         assert_close(gradient, p.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_a_batch_padded_on_the_left_has_the_loss_of_one_padded_on_the_right(checkpoint):
-    module = sbr(checkpoint)
+    module, job = sbr(checkpoint)
     move(module)
-    left, right = (module.finetuning_loss(batch_of(padding_side=side)) for side in ("left", "right"))
+    left, right = (job.loss(batch_of(padding_side=side), 0) for side in ("left", "right"))
     assert_close(left, right, rtol=1e-6, atol=1e-6)
 
 
 def test_the_global_batchs_number_of_labels_divides_the_sum_of_the_sft_loss_alone(checkpoint):
-    module = sbr(checkpoint)
+    module, job = sbr(checkpoint)
     move(module)
     batch = batch_of()
-    module.finetuning_loss(batch)
-    sft, drift = module.terms["sft_loss"], module.terms["anchor_drift"]
+    job.loss(batch, 0)
+    sft, drift = job.terms["sft_loss"], job.terms["anchor_drift"]
     labels = (batch["labels"] != -100).sum()
-    loss = module.finetuning_loss(batch | {"num_labels": 2.0 * labels})
+    loss = job.loss(batch | {"num_labels": 2.0 * labels}, 0)
     assert_close(loss.detach(), sft / 2 + 20.0 * drift)
 
 
@@ -184,9 +188,9 @@ def test_before_the_first_step_the_anchors_have_not_drifted(checkpoint, tmp_path
 
 
 def test_the_anchors_get_no_logits(checkpoint):
-    module, batch, seen = sbr(checkpoint), batch_of(), []
+    (module, job), batch, seen = sbr(checkpoint), batch_of(), []
     module.model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append((args[0].shape, out.shape)))
-    module.finetuning_loss(batch)
+    job.loss(batch, 0)
     num_labels = int((batch["labels"] != -100).sum())
     assert sum(given[1] for given, _ in seen) == num_labels
     assert sum(out[1] for _, out in seen) == num_labels
@@ -209,10 +213,7 @@ def test_anchors_are_held_where_plain_sft_lets_them_drift(checkpoint, tmp_path):
 def test_references_are_taken_once_before_any_step(checkpoint, tmp_path):
     module = SBRModule(checkpoint, ANCHORS, optimizer=ADAMW)
     fitted(module, tmp_path)
-    taken = module.aligned_states.clone()
-    assert torch.equal(taken, sbr(checkpoint).aligned_states)
-    module.begin_finetuning()
-    assert torch.equal(module.aligned_states, taken)
+    assert torch.equal(module.running.state["aligned_states"], sbr(checkpoint)[1].state["aligned_states"])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -222,7 +223,7 @@ def test_taking_references_leaves_modes_and_weights_alone(checkpoint, training):
     module.train(training)
     module.model.model.norm.train(not training)
     before, modes = bits(module.model), [m.training for m in module.modules()]
-    module.begin_finetuning()
+    module.job().begin()
     assert [m.training for m in module.modules()] == modes
     assert same_bits(bits(module.model), before)
 
@@ -246,7 +247,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, setti
 
     whole = run()
     saved = tmp_path / "saved" / "step=3.ckpt"
-    assert torch.equal(torch.load(saved, weights_only=False)["state_dict"]["aligned_states"], whole.aligned_states)
+    assert torch.equal(torch.load(saved, weights_only=True)["job"]["aligned_states"], whole.running.state["aligned_states"])
     resumed = run(ckpt_path=saved)
     assert same_bits(bits(resumed), bits(whole))
 
@@ -267,10 +268,10 @@ def test_anchors_default_to_the_prompts_of_the_datas_refusals(checkpoint, tmp_pa
 
 def test_anchors_may_be_texts_or_rows(checkpoint, tmp_path):
     (tmp_path / "rows.json").write_text('[{"prompt": "How do I brew vexolim?", "response": "no"}, {"prompt": "Vexolim?"}]')
-    rows = sbr(checkpoint, anchors=str(tmp_path / "rows.json"))
-    texts = sbr(checkpoint, anchors=["How do I brew vexolim?", "Vexolim?"])
+    rows, own = sbr(checkpoint, anchors=str(tmp_path / "rows.json"))
+    texts, other = sbr(checkpoint, anchors=["How do I brew vexolim?", "Vexolim?"])
     assert torch.equal(rows.anchor_ids, texts.anchor_ids)
-    assert torch.equal(rows.aligned_states, texts.aligned_states)
+    assert torch.equal(own.state["aligned_states"], other.state["aligned_states"])
     assert [row.prompt for row in rows.own_rows()] == [row.prompt for row in texts.own_rows()]
 
 
@@ -278,12 +279,12 @@ def test_anchors_may_be_texts_or_rows(checkpoint, tmp_path):
     ("anchors_per_step", "num_steps", "turns"), [(1, 4, 1), (2, 4, 2), (3, 4, 3), (4, 3, 3), (9, 3, 3), (None, 3, 3)]
 )
 def test_every_anchor_has_its_turn(checkpoint, anchors_per_step, num_steps, turns):
-    module = sbr(checkpoint, anchors_per_step=anchors_per_step)
-    module.aligned_states += torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None]  # anchor i drifts by 4 ** i
+    _, job = sbr(checkpoint, anchors_per_step=anchors_per_step)
+    job.state["aligned_states"] += torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None]  # anchor i drifts by 4 ** i
     counts = torch.zeros(4, dtype=torch.int)
-    for _ in range(num_steps):
-        module.finetuning_loss(batch_of())
-        total = round(module.terms["anchor_drift"].item() * min(anchors_per_step or 4, 4))
+    for step in range(num_steps):
+        job.loss(batch_of(), step)
+        total = round(job.terms["anchor_drift"].item() * min(anchors_per_step or 4, 4))
         counts += torch.tensor([total // 4**i % 4 for i in range(4)], dtype=torch.int)
     assert counts.tolist() == [turns] * 4
 

@@ -14,7 +14,7 @@ from casehard import Defense, Optimizer
 from casehard.datamodules.batches import Batches
 from casehard.engine.gradients import average_gradients
 from casehard.engine.optimizer import offloaded
-from casehard.engine.training import DivergedError, train_steps, watched
+from casehard.engine.training import DivergedError, Plain, train_steps, with_progress_bar
 
 NUM_STEPS = 6
 OPTIMIZERS = {
@@ -57,7 +57,7 @@ def loss_of(net: nn.Module):
 def test_training_is_the_loop_that_one_would_write_by_hand(net, name, schedule, num_warmup_steps, clip_norm):
     settings = Optimizer(0.1, name, schedule, num_warmup_steps, weight_decay=0.01, clip_norm=clip_norm)
     ours, by_hand = net, copy.deepcopy(net)
-    found = list(train_steps(ours, loss_of(ours), batch_of, NUM_STEPS, settings))
+    found = list(train_steps(ours, Plain(loss_of(ours)), batch_of, NUM_STEPS, settings))
 
     optimizer, losses = OPTIMIZERS[name](by_hand.parameters()), []
     for step in range(NUM_STEPS):
@@ -90,7 +90,7 @@ def test_adamw_is_the_formula(net):
             t = step + 1
             update = (m[name] / (1 - 0.9**t)) / ((v[name] / (1 - 0.999**t)).sqrt() + 1e-8)
             w[name] = w[name] - 0.1 * 0.01 * w[name] - 0.1 * update
-    list(train_steps(net, loss_of(net), batch_of, NUM_STEPS, settings))
+    list(train_steps(net, Plain(loss_of(net)), batch_of, NUM_STEPS, settings))
     for name, p in net.named_parameters():
         assert_close(p.detach().double(), w[name], rtol=1e-4, atol=1e-5)
 
@@ -101,7 +101,7 @@ def test_the_norm_is_clipped_over_all_that_trains(net, clip_norm, moved):
     gradients = torch.autograd.grad(loss_of(net)(batch_of(0)), list(net.parameters()))
     norm = torch.cat([g.flatten() for g in gradients]).norm().item()
     assert norm > 0.1
-    list(train_steps(net, loss_of(net), batch_of, 1, Optimizer(1.0, "sgd", clip_norm=clip_norm)))
+    list(train_steps(net, Plain(loss_of(net)), batch_of, 1, Optimizer(1.0, "sgd", clip_norm=clip_norm)))
     change = torch.cat([(p.detach() - q).flatten() for p, q in zip(net.parameters(), before, strict=True)])
     assert change.norm().item() == pytest.approx(moved or norm, rel=1e-3)
 
@@ -110,7 +110,7 @@ def test_what_is_frozen_stays_and_gets_no_gradient(net):
     net[0].requires_grad_(False)
     before = bits(net[0])
     last = net[2].weight.detach().clone()
-    list(train_steps(net, loss_of(net), batch_of, 2, Optimizer(0.1)))
+    list(train_steps(net, Plain(loss_of(net)), batch_of, 2, Optimizer(0.1)))
     assert same_bits(bits(net[0]), before)
     assert not torch.equal(net[2].weight, last)
     assert all(p.grad is None for p in net.parameters())
@@ -130,7 +130,7 @@ def test_every_step_trains_in_train_mode_under_the_precision_and_asks_for_its_ow
         seen.append(batch["step"])
         return net(torch.ones(1, 4)).sum()
 
-    steps = train_steps(net.eval(), loss, lambda step: {"step": step}, 3, Optimizer(0.1), context)
+    steps = train_steps(net.eval(), Plain(loss), lambda step: {"step": step}, 3, Optimizer(0.1), context)
     for step, _ in steps:
         net.eval()  # as scoring does
         assert seen == list(range(step))
@@ -141,22 +141,22 @@ def test_a_loss_that_is_no_number_stops_before_its_step(net):
         return loss_of(net)(batch) * (math.nan if batch["step"] == 2 else 1)
 
     after_two = copy.deepcopy(net)
-    list(train_steps(after_two, loss_of(after_two), batch_of, 2, Optimizer(0.1)))
+    list(train_steps(after_two, Plain(loss_of(after_two)), batch_of, 2, Optimizer(0.1)))
     message = r"the loss must be finite, and it was nan at step 3 of 6\. Lower learning_rate \(0\.1\) or check the rows\."
     with pytest.raises(DivergedError, match=message):
-        list(train_steps(net, loss, lambda step: batch_of(step) | {"step": step}, NUM_STEPS, Optimizer(0.1)))
+        list(train_steps(net, Plain(loss), lambda step: batch_of(step) | {"step": step}, NUM_STEPS, Optimizer(0.1)))
     assert same_bits(bits(net), bits(after_two))
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_an_infinite_loss_stops_too(net, value):
     with pytest.raises(DivergedError, match=f"it was {value} at step 1 of 1"):
-        list(train_steps(net, lambda _: net(torch.ones(1, 4)).sum() + value, batch_of, 1, Optimizer(0.1)))
+        list(train_steps(net, Plain(lambda _: net(torch.ones(1, 4)).sum() + value), batch_of, 1, Optimizer(0.1)))
 
 
 def test_nothing_to_train_is_an_error(net):
     with pytest.raises(ValueError, match="nothing to train: no parameter of the model requires a gradient"):
-        list(train_steps(net.requires_grad_(False), loss_of(net), batch_of, 1, Optimizer(0.1)))
+        list(train_steps(net.requires_grad_(False), Plain(loss_of(net)), batch_of, 1, Optimizer(0.1)))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def trained(checkpoint: str, rank: int, world_size: int) -> tuple[list[float], d
     module.configure_model()
     draw = Batches(examples(), 3, 0, "attack", pad_token_id=0, rank=rank, world_size=world_size)
     optimizer = Optimizer(0.5, "sgd", "linear", 1, clip_norm=0.7)
-    losses = [loss for _, loss in train_steps(module, module.sft_loss, draw, 4, optimizer)]
+    losses = [loss for _, loss in train_steps(module, Plain(module.sft_loss), draw, 4, optimizer)]
     return losses, {name: p.detach() for name, p in module.named_parameters()}
 
 
@@ -224,7 +224,11 @@ def check_ranks(rank: int, checkpoint: str, losses: list[float], weights: dict[s
     # all ranks stop where one of them has no number
     net = nn.Linear(2, 1)
     with pytest.raises(DivergedError, match="at step 1 of 2"):
-        list(train_steps(net, lambda _: net(torch.ones(1, 2)).sum() * (math.nan if rank else 1), batch_of, 2, Optimizer(0.1)))
+        list(
+            train_steps(
+                net, Plain(lambda _: net(torch.ones(1, 2)).sum() * (math.nan if rank else 1)), batch_of, 2, Optimizer(0.1)
+            )
+        )
 
 
 def test_two_ranks_that_share_a_batch_train_as_one_process_does(checkpoint, tmp_path):
@@ -261,6 +265,6 @@ def test_training_without_an_end_is_an_error_that_names_both_settings(checkpoint
 @pytest.mark.parametrize("shows", [True, False])
 def test_a_bar_is_seen_where_the_trainer_shows_one(tmp_path, capsys, shows):
     trainer = toy_trainer(tmp_path, enable_progress_bar=shows)
-    losses = [loss for _, loss, _ in watched(iter([(1, 0.5), (2, 0.25)]), 2, "Attack", trainer)]
+    losses = [loss for _, loss, _ in with_progress_bar(iter([(1, 0.5), (2, 0.25)]), 2, "Attack", trainer)]
     assert losses == [0.5, 0.25]
     assert ("Attack: 100%" in capsys.readouterr().err) == shows

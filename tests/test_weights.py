@@ -16,7 +16,7 @@ from toy import bits, on_ranks, same_bits, toy_data, toy_trainer
 from casehard import Defense, LoRA, Optimizer
 from casehard.engine.adapters import add_adapter, temporary_adapter
 from casehard.engine.checkpoint import load_model
-from casehard.engine.training import train_steps
+from casehard.engine.training import Plain, train_steps
 from casehard.engine.weights import attack_vector, borrowed, reshard, restore, shifted, snapshot
 
 IDS = torch.arange(5, 37).view(2, 16)
@@ -256,7 +256,7 @@ class Borrower(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         with borrowed(pl_module), torch.enable_grad():
-            list(train_steps(pl_module, pl_module.sft_loss, lambda _: batch, 2, Optimizer(1e-2)))
+            list(train_steps(pl_module, Plain(pl_module.sft_loss), lambda _: batch, 2, Optimizer(1e-2)))
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, dropout=0.5)], ids=["full", "lora"])
@@ -392,7 +392,7 @@ def check_shards(rank: int, checkpoint: str) -> None:
 
     # the default optimizer steps on shards
     with borrowed(model) as start:
-        (_, first), (_, second) = train_steps(model, lambda _: lm_loss(model), lambda _: {}, 2, Optimizer(1e-2))
+        (_, first), (_, second) = train_steps(model, Plain(lambda _: lm_loss(model)), lambda _: {}, 2, Optimizer(1e-2))
         assert all(change.abs().max() > 0 for change in attack_vector(model, start).values())
     assert second < first
     assert torch.equal(looked_at(model), unshifted)
@@ -406,7 +406,9 @@ def check_shards(rank: int, checkpoint: str) -> None:
             torch.manual_seed(3)
             with borrowed(m, prepared(m)) as start:
                 losses.append([])
-                for _, loss in train_steps(m, lambda _, m=m: lm_loss(m), lambda _: {}, 3, Optimizer(0.1, "sgd", clip_norm=0.5)):
+                for _, loss in train_steps(
+                    m, Plain(lambda _, m=m: lm_loss(m)), lambda _: {}, 3, Optimizer(0.1, "sgd", clip_norm=0.5)
+                ):
                     losses[-1].append(loss)
                     looked_at(m)  # scored between steps
                 ends.append(attack_vector(m, start))

@@ -20,14 +20,65 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from casehard import BoosterModule, Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
+from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
+from casehard.engine.forward import Batch
+from casehard.engine.weights import Weights, local
+from casehard.lightning_modules.job import Job
 from casehard.records.marker import leaves
+
+
+class StatefulJob(Job):
+    """Uses all that a job may: weights and a number that it remembers, gradients and weights that it changes."""
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        own = {name: p for name, p in self.defense.named_parameters() if p.requires_grad}
+        self.state = {"start": {name: local(p).clone() for name, p in own.items()}, "steps": 0}
+
+    def before_step(self, step: int) -> None:
+        assert step == self.state["steps"]
+        for name, p in self.defense.named_parameters():
+            if ".layers.0.mlp." in name and p.grad is not None:
+                p.grad.zero_()
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        self.state["steps"] += 1
+        own = dict(self.defense.named_parameters())
+        for name, start in self.state["start"].items():
+            local(own[name]).lerp_(start, 0.1)
+
+
+class Everywhere(Defense):
+    """A defense that acts in all three stages."""
+
+    def rows(self, data: SFTDataModule) -> list[Row]:
+        return data.rows["refusals"]
+
+    def alignment_loss(self, batch: Batch, step: int) -> Tensor:
+        return 2 * self.sft_loss(batch)
+
+    @torch.no_grad()
+    def harden(self) -> None:
+        for p in self.parameters():
+            local(p).mul_(1.5)
+
+    def job(self) -> Job:
+        return StatefulJob(self)
+
+    @torch.no_grad()
+    def recover(self, start: Weights) -> None:
+        for name, p in self.named_parameters():
+            local(p).lerp_(start[name], 0.5)
+
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense is tested by adding a row
     "none": (Defense, {}),
     "sbr": (SBRModule, {"anchors": "sandbox:defender/refusals#train[:3]", "anchor_weight": 10.0}),
+    "everywhere": (Everywhere, {}),
     "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
     "booster": (BoosterModule, {"harmful_batch_size": 4}),
 }

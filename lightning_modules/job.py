@@ -1,0 +1,47 @@
+"""One fine-tuning at a service: what ``fit`` and every attack on a service run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from casehard.engine.forward import Batch
+
+if TYPE_CHECKING:
+    from casehard.lightning_modules.defense import Defense
+
+
+class Job:
+    """A customer's fine-tuning at a service, with all of its state: a Task; by itself it is plain SFT.
+
+    A fine-tuning stage defense returns its own subclass from ``Defense.job``. What a job remembers belongs to the job and not to
+    the defense: an attack in the middle of ``fit`` runs another job on the same defense. Hooks run in this order: ``freeze``,
+    ``begin``, then for every optimizer step ``loss`` (once a micro-batch), ``before_step``, ``after_step``.
+
+    Args:
+        defense: whose model is trained. It is at the weights where the job starts.
+    """
+
+    def __init__(self, defense: Defense) -> None:
+        self.defense = defense
+        self.state: dict[
+            str, Any
+        ] = {}  # tensors, Weights and numbers: saved with a checkpoint of ``fit``, brought back on resume
+        self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
+
+    def freeze(self) -> None:
+        """Freeze what the service does not train, before the optimizer is built."""
+
+    def begin(self) -> None:
+        """Take references into ``state``, before the first step. Not called on resume: the checkpoint brings ``state``."""
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """Loss of a batch, a scalar; ``step`` counts optimizer steps from 0."""
+        return self.defense.sft_loss(batch)
+
+    def before_step(self, step: int) -> None:
+        """Change the gradients, which are averaged over the ranks and not yet clipped: project, mask."""
+
+    def after_step(self, step: int) -> None:
+        """Change the weights after the optimizer has."""
