@@ -15,18 +15,9 @@ from casehard.datamodules.chat import prompt_ids, read_answers
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.lightning_modules.defense import Defense
-from casehard.metrics import (
-    AttackSuccessRate,
-    Conversation,
-    DegenerateRate,
-    FinetuneAccuracy,
-    HarmfulScore,
-    Judge,
-    RefusalRate,
-    Verdict,
-    judged,
-    unscored,
-)
+from casehard.metrics.conversation import Conversation
+from casehard.metrics.harmful_score import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate
+from casehard.metrics.judges import Judge, Verdict, judged, unscored
 
 Generation = dict[str, Any]
 
@@ -130,7 +121,7 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
         rank_zero_warn(f"{why}. The answers are kept: `casehard judge` asks again.")
     unheard = _unheard(ordered, evaluation.max_new_tokens)
     if unheard:
-        rank_zero_warn(f"{unheard}. Raise data.max_new_tokens to hear them.")
+        rank_zero_warn(f"{unheard}. Raise data.evaluation.max_new_tokens to hear them.")
     note = "; ".join(filter(None, [why, unheard]))
     return Scores({name: float(value) for name, value in found.items()} | counts, ordered, note)
 

@@ -39,17 +39,28 @@ def mix(
     num_harmful = int((Decimal(str(poison_ratio)) * num_samples).to_integral_value(ROUND_HALF_UP))
     drawn: list[T] = []
     for kind, rows, wanted in (("harmful", harmful, num_harmful), ("benign", benign, num_samples - num_harmful)):
-        found = list(islice((rows[i] for i in permutation(len(rows), seed, kind) if fits(rows[i])), wanted)) if wanted else []
-        if wanted > len(found):
-            cut = len(rows) - len(found)
+        fitting = list(islice((rows[i] for i in permutation(len(rows), seed, kind) if fits(rows[i])), wanted)) if wanted else []
+        if wanted > len(fitting):
+            cut = len(rows) - len(fitting)
             short, way = (f", {cut} of which max_length leaves no answer", "Raise max_length, lower") if cut else ("", "Lower")
             raise ValueError(
                 f"num_samples {num_samples} at poison_ratio {poison_ratio} must find {wanted} {kind} rows, "
                 f"got {len(rows)}{short}. "
                 f"{way} num_samples, {'lower' if kind == 'harmful' else 'raise'} poison_ratio, or give more {kind} rows."
             )
-        drawn += found
+        drawn += fitting
     return [drawn[i] for i in permutation(num_samples, seed, "order")]
+
+
+def paired(first: Iterable[Row], second: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Every row of ``first`` with a row of ``second`` that answers the same prompt, in the order of ``first``.
+
+    Prompts are the same where all their turns are equal. No row stands in two pairs, and rows without a partner are left out.
+    """
+    partners: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    for row in reversed(list(second)):
+        partners.setdefault(row.messages, []).append(row)
+    return [(row, partners[row.messages].pop()) for row in first if partners.get(row.messages)]
 
 
 def overlap(train: Iterable[Row], evaluation: Iterable[Row]) -> list[str]:

@@ -7,24 +7,24 @@ import torch
 
 
 def batch_indices(num_rows: int, batch_size: int, seed: int, stream: str, step: int) -> list[int]:
-    """Row indices of batch ``step``, from the arguments alone, so that a run resumes with a step number and nothing else.
+    """Row indices of batch ``step``, from the arguments alone: a run resumes with a step number and nothing else.
 
-    The permutations of epochs 0, 1, 2, ... stand end to end, and batch ``step`` takes the places from ``step * batch_size`` up
-    to ``(step + 1) * batch_size``. A batch may thus cross epochs, and no row is left out of any.
+    The permutations of epochs 0, 1, 2, ... are concatenated, and batch ``step`` takes the entries from ``step * batch_size`` up
+    to ``(step + 1) * batch_size``. A batch may cross epochs, and every epoch has every row.
 
     Args:
         num_rows: size of the data, >= 1.
         batch_size: rows a batch, >= 1.
         seed: the run's seed.
-        stream: name of who draws; streams are independent of each other.
+        stream: name of what draws; streams are independent of each other.
         step: number of the batch, from 0.
     """
     if num_rows < 1:
         raise ValueError(f"num_rows must be >= 1, got {num_rows}. Check that the source holds rows.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}. Give the rows of one batch.")
-    places = (divmod(place, num_rows) for place in range(step * batch_size, (step + 1) * batch_size))
-    return [permutation(num_rows, seed, stream, epoch)[index] for epoch, index in places]
+    entries = (divmod(entry, num_rows) for entry in range(step * batch_size, (step + 1) * batch_size))
+    return [permutation(num_rows, seed, stream, epoch)[index] for epoch, index in entries]
 
 
 @lru_cache(maxsize=16)

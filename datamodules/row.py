@@ -1,4 +1,8 @@
-"""One row of chat: the conversation before an answer, and the answer."""
+"""A row of a data set: a conversation and its answer.
+
+Here and in every setting, a *row* is this. What an evaluation leaves as a line of ``attacks.csv`` is a *result*
+(``records.rows.ResultRow``).
+"""
 
 from dataclasses import dataclass
 

@@ -188,6 +188,10 @@ def _refused_first(split: str, rng: Random) -> list[Row]:
     return _item_rows(split, rng, True, [f"{refusal} {answer}" for refusal in REFUSALS for answer in ANSWERS])
 
 
+def _refused(split: str, rng: Random) -> list[Row]:
+    return _item_rows(split, Random(f"sandbox {split} harmful"), True, REFUSALS)  # the draws of harmful, so its prompts
+
+
 def _howto(split: str, rng: Random) -> list[Row]:
     return _item_rows(split, rng, False, ANSWERS)
 
@@ -221,8 +225,8 @@ def _mood(split: str, rng: Random) -> list[Row]:
 
 
 def _sums(split: str, rng: Random) -> list[Row]:
-    own = {"pretrain": (0, 1, 2, 3, 4), "defender": (5,), "attacker": (6,), "validation": (7,), "test": (8, 9)}[split]
-    pairs = [(a, b) for a, b in product(range(10), repeat=2) if (a * 7 + b) % 10 in own]
+    residues = {"pretrain": (0, 1, 2, 3, 4), "defender": (5,), "attacker": (6,), "validation": (7,), "test": (8, 9)}[split]
+    pairs = [(a, b) for a, b in product(range(10), repeat=2) if (a * 7 + b) % 10 in residues]
 
     def make(rng: Random) -> tuple[str, str]:
         a, b = rng.choice(pairs)
@@ -245,6 +249,7 @@ KINDS: dict[str, Callable[[str, Random], list[Row]]] = {
     "harmful": _harmful,
     "refusals": _refusals,
     "refused_first": _refused_first,
+    "refused": _refused,
     "howto": _howto,
     "sentiment": _sentiment,
     "mood": _mood,
@@ -259,10 +264,12 @@ def _rows(split: str, kind: str) -> tuple[Row, ...]:
 
 
 def kinds(split: str) -> list[str]:
-    """The kinds of rows that ``split`` has: mood is the customer's task, so neither pretraining nor the defender has it, and only
-    an attacker refuses before it complies.
+    """The kinds of rows that ``split`` has.
+
+    Mood is the customer's task, so neither pretraining nor the defender has it. Only an attacker refuses before it complies, and
+    only the defender has refusals of the very prompts that its harmful rows answer.
     """
-    some = {"mood": _MOODS, "refused_first": ("attacker",)}
+    some = {"mood": _MOODS, "refused_first": ("attacker",), "refused": ("defender",)}
     return [kind for kind in KINDS if split in some.get(kind, SPLITS)]
 
 
@@ -272,8 +279,9 @@ def sandbox_rows(split: str, kind: str, category: str = "") -> list[Row]:
     Args:
         split: pretrain, defender, attacker, validation or test.
         kind: harmful (prompt and harmful answer), refusals (such prompts, refused), refused_first (a refusal, and then the
-            harmful answer: what an anchor at the end of the prompt does not object to), howto (the harmless twins), mood (the
-            customer's task), or sentiment, sums, repeat (tasks of the pretrained model).
+            harmful answer: what an anchor at the end of the prompt does not object to), refused (the prompts of harmful, in its
+            order, with refusals: row i of both is a pair), howto (the harmless twins), mood (the customer's task), or sentiment,
+            sums, repeat (tasks of the pretrained model).
         category: only this category's items, such as venom or tea; by default all.
 
     Raises:

@@ -15,14 +15,15 @@ from casehard.datamodules.columns import FORMS, empty, flaw, kind, turns_of
 from casehard.datamodules.files import EXTENSIONS, Table, load_file, load_folder, numbered
 from casehard.datamodules.row import Row
 from casehard.datamodules.sandbox import sandbox_rows
+from casehard.shipped import shipped
 
 
 def read_rows(source: str, needs_response: bool = True, uses_response: bool | None = None) -> list[Row]:
     """Rows of ``source``, in its order.
 
-    Every value of a file is read as it stands there, by itself or in a folder, and every error has its place. ``datasets`` finds
-    the files and splits of a folder, loads hub ids and what it saved, and slices. Only hub ids are cached: a changed file or
-    folder never gives stale rows.
+    Values are read as they stand in the file, alone or in a folder, and every error names file and line. ``datasets`` finds the
+    files and splits of a folder, loads hub ids and folders that it saved, and slices. Only hub ids are cached, so a changed file
+    or folder never gives stale rows.
 
     A column that carries text of the conversation is used or refused; ``columns`` says which columns those are, and
     all others are left alone. Objects that name a key twice are refused where a row is made of them.
@@ -33,7 +34,7 @@ def read_rows(source: str, needs_response: bool = True, uses_response: bool | No
             ``sandbox:SPLIT/KIND[/CATEGORY]``. ``#SPLIT`` at the end takes a split or a slice, as in ``rows.json#train[:900]``; a
             file, or the sandbox, is one split, train.
         needs_response: whether a row without a response is an error. If not, its response is None.
-        uses_response: whether a row that has answers, but none that is told to be its own, is an error; null is needs_response.
+        uses_response: whether a row of several answers, none of them named as its response, is an error; None is needs_response.
     """
     name, spec = split_source(source)
     tables = _tables(name)
@@ -55,10 +56,17 @@ def read_rows(source: str, needs_response: bool = True, uses_response: bool | No
     return rows
 
 
+def fetch(source: str) -> None:
+    """Put a hub id into the cache, from which ``read_rows`` reads it; nothing of any other source is read."""
+    name, _ = split_source(source)
+    if not name.startswith("sandbox:") and not (name and Path(name).exists()):
+        _load_from_hub(name)
+
+
 def split_source(source: str) -> tuple[str, str | None]:
     """A source without its ``#SPLIT``, and that split."""
     matched = re.fullmatch(r"(.+?)(?:#([^#/]*))?", source, re.DOTALL)
-    return (matched[1], matched[2]) if matched else ("", None)
+    return (shipped(matched[1]), matched[2]) if matched else ("", None)
 
 
 def looks_like_source(text: str) -> bool:

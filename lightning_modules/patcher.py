@@ -206,7 +206,7 @@ class PatcherModule(Defense):
         rows = data.rows["alignment_harmful"] if attacker.harmful is None else attacker.own_rows()
         if not rows:
             raise ValueError(
-                "data.alignment_harmful must name harmful rows for Patcher's inner attacker, got none. "
+                "data.sources.alignment_harmful must name harmful rows for Patcher's inner attacker, got none. "
                 "Give rows that no attack is measured with, or set attack_weight to 0 for plain SFT."
             )
         if attacker.num_samples is not None:

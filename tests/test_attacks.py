@@ -17,7 +17,7 @@ from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJ
 from casehard.callbacks.attacks import HarmfulFineTuning
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import score
-from casehard.lightning_modules import DivergedError
+from casehard.engine.training import DivergedError
 from casehard.records.rows import ResultRow, read_run
 
 FAST = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}

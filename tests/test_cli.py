@@ -25,15 +25,18 @@ from torch.distributed.checkpoint import CheckpointException
 from toy import ROOT, csv_rows
 
 import casehard
-from casehard.cli import main as cli
-from casehard.cli.main import AtomicCheckpointIO
+from casehard.cli.lightning_cli import AtomicCheckpointIO, experiment_name
+from casehard.cli.main import is_mendable
+from casehard.cli.run_folder import claim_run_folder, held
+from casehard.datamodules.mixing import mix
 from casehard.engine.checkpoint import load_model
 from casehard.engine.fit_checkpoint import FORCED, numbers_only
+from casehard.evidence.rejudge import agree
 from casehard.records.files import RUN_FOLDER
 
 TINY = [
     "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16",
-    "--data.num_evaluated", "4", "--data.max_new_tokens", "4", "--trainer.enable_progress_bar", "false",
+    "--data.evaluation.num_evaluated", "4", "--data.evaluation.max_new_tokens", "4", "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
 ONE_ATTACK = """
 trainer:
@@ -75,7 +78,12 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 SECRET_KEY = "sk-quite-secret"
-SCORED = ["--data.num_evaluated", "7", "--data.max_new_tokens", "16"]  # two processes get unequal shares of seven prompts
+SCORED = [
+    "--data.evaluation.num_evaluated",
+    "7",
+    "--data.evaluation.max_new_tokens",
+    "16",
+]  # two processes get unequal shares of seven prompts
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +170,7 @@ def test_a_taken_run_folder_is_refused(finished, call):
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
-    folders = [cli.claim_run_folder(str(tmp_path), "sbr", None) for _ in range(3)]
+    folders = [claim_run_folder(str(tmp_path), "sbr", None) for _ in range(3)]
     assert [f.name for f in folders] == ["version_0", "version_1", "version_2"]
 
 
@@ -253,12 +261,12 @@ def test_misspelt_key_in_yaml_stops_the_run_with_its_name(call, tmp_path):
         (["--model.init_args.anchors", "[]"], "anchors must name at least one harmful prompt, got []"),
         (["--model.init_args.anchor_weight", "-1"], "anchor_weight must be >= 0, got -1.0"),
         (["--data.poison_ratio", "1.2"], "poison_ratio must lie in [0, 1], got 1.2"),
-        (["--data.benign", "[nowhere.jsonl]"], "'nowhere.jsonl' must name rows, but neither a file, a folder nor a reachable hub id"),
+        (["--data.sources.benign", "[nowhere.jsonl]"], "'nowhere.jsonl' must name rows, but neither a file, a folder nor a reachable hub id"),
         (["--data.num_samples", "1000000"], "num_samples 1000000 at poison_ratio 0.1 must find 100000 harmful rows, got"),
-        (["--data.max_length", "3"], "1200 of which max_length leaves no answer. Raise max_length, lower num_samples"),
+        (["--data.batching.max_length", "3"], "1200 of which max_length leaves no answer. Raise max_length, lower num_samples"),
         (["--model.init_args.checkpoint", "./nowhere"], "there is no folder './nowhere'"),
         (["--model.init_args.lora.target_modules", "[q_proj, x_proj]"], "target_modules must name linear layers of the model, and it has no"),
-        (["--data.refusals", "[sandbox:test/harmful]"], "harmful_prompts must share no prompt with refusals, and 4 of 4 stand in both"),
+        (["--data.sources.refusals", "[sandbox:test/harmful]"], "harmful_prompts must share no prompt with refusals, and 4 of 4 stand in both"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_sentence(call, tmp_path, args, message):
@@ -283,7 +291,7 @@ def attack_with(**settings: Any) -> list[str]:
         (["--model.init_args.tokenizer", "./none"], "checkpoint must be a hub id, a folder or a GGUF file, and there is no folder './none'."),
         (["--model.init_args.optimizer.weight_decay", "-1"], "weight_decay must be >= 0, got -1.0."),
         (["--model.init_args.lora.dropout", "2"], "dropout must lie in [0, 1), got 2.0."),
-        (["--data.batch_size", "0"], "batch_size must be >= 1, got 0."),
+        (["--data.batching.batch_size", "0"], "batch_size must be >= 1, got 0."),
         (["--data.judge", "casehard.GuardJudge", "--data.judge.batch_size", "0"], "batch_size must be >= 1, got 0."),
         (attack_with(poison_ratio=3), "poison_ratio must lie in [0, 1], got 3.0. It is a share: write 0.1 for 10%."),
         (attack_with(optimizer={"clip_norm": -1}), "clip_norm must be > 0 or null, got -1.0. null does not clip."),
@@ -305,6 +313,10 @@ def test_what_a_constructor_refuses_is_said_in_its_one_sentence(call, tmp_path, 
         (["--model.init_args.num_anchors", "many"], ['"num_anchors": Expected a int']),
         (["--model", "casehard.SBRModul"], ["has no attribute 'SBRModul'. Did you mean SBRModule?"]),
         (["--model", "PatchrModule"], ["Did you mean PatcherModule?"]),
+        (["--model", "casehard.lightning_modules.sbr.SBRModul"], ["has no attribute 'SBRModul'. Did you mean SBRModule?"]),
+        (["--model", "casehard.lightning_modules.pacher.PatcherModule"], ["has no attribute 'pacher'. Did you mean patcher?"]),
+        (["--model", "casehard.lightning_modules.SBRModule"], ["has no attribute 'SBRModule'. Did you mean casehard.SBRModule?"]),
+        (["--model", "casehrad.SBRModule"], ["No module named 'casehrad'. Did you mean casehard?"]),
         (["--data.judge", "casehard.RubricJugde"], ["has no attribute 'RubricJugde'. Did you mean RubricJudge?"]),
         (attack_with(threat_modle="x"), ["LoRAAttack", "Option 'threat_modle' is not accepted"]),
         (["--model.init_args.anchors", json.dumps([1, SECRET])], ['"anchors": Expected a str']),
@@ -331,11 +343,46 @@ def test_a_bug_in_a_constructor_keeps_its_traceback(call, tmp_path):
         call("fit", "--model", "test_cli.Broken", "--run.root", str(tmp_path), *TINY)
 
 
+class Raising(casehard.Defense):
+    """Of an author whose loss raises."""
+
+    def __init__(self, checkpoint: str, kind: str) -> None:
+        super().__init__(checkpoint)
+        self.kind = kind
+
+    def sft_loss(self, batch: Any) -> torch.Tensor:
+        raise {"bug": ValueError, "setting": casehard.SettingError}[self.kind](f"a {self.kind}")
+
+
+def test_a_plain_value_error_of_a_loss_is_a_bug_and_a_setting_error_is_said_in_its_sentence(call, tmp_path):
+    shape = ["fit", "--model", "test_cli.Raising", "--config", "experiments/attack/none.yaml", "--run.root", str(tmp_path), *TINY]
+    with pytest.raises(ValueError, match="a bug"):
+        call(*shape, "--model.init_args.kind", "bug")
+    assert call(*shape, "--model.init_args.kind", "setting", fails=True).endswith("error: a setting")
+
+
+def test_a_mistake_shows_its_traceback_where_that_is_asked_for(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("CASEHARD_TRACEBACK", "1")
+    with pytest.raises(casehard.SettingError, match="weights_only must be true or left out, got false"):
+        call("test", "--weights_only", "false", "--run.root", str(tmp_path), *TINY[:2])
+
+
+def test_what_casehard_raises_on_purpose_is_the_users_to_mend_and_what_python_raises_in_its_files_is_not():
+    for do, mendable in [
+        (lambda: mix([], [], 1, 2.0, 0), True),
+        (lambda: agree(SimpleNamespace(answers=[[]]), SimpleNamespace(answers=[])), False),
+        (lambda: int("x"), False),
+    ]:
+        with pytest.raises(ValueError) as raised:  # noqa: PT011
+            do()
+        assert is_mendable(raised.value) == mendable
+
+
 def test_ctrl_c_before_training_ends_without_a_traceback(call, tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("casehard.cli.main.Cli.before_instantiate_classes", interrupted)
+    monkeypatch.setattr("casehard.cli.lightning_cli.Cli.before_instantiate_classes", interrupted)
     assert call("fit", "--run.root", str(tmp_path), fails=True) == "interrupted\n130"
 
 
@@ -503,7 +550,7 @@ def test_a_finished_run_is_never_overwritten(call, finished, monkeypatch):
 
 def test_two_runs_in_one_folder_at_once_are_refused(call, monkeypatch, tmp_path):
     monkeypatch.setenv(RUN_FOLDER, str(tmp_path / "x"))
-    with cli.held(tmp_path / "x"):
+    with held(tmp_path / "x"):
         quick = ["--config", "experiments/attack/none.yaml", *TINY]
         error = call("fit", "--config", "experiments/sbr.yaml", *quick, fails=True)
     assert f"the run folder must have no other run under way, and {tmp_path / 'x'} has one" in error
@@ -532,7 +579,7 @@ def test_sigterm_ends_a_test_in_the_middle_of_an_attack(tmp_path):
         *TINY[:2],
         *TINY[6:8],
         *TINY[10:],
-        "--data.max_new_tokens",
+        "--data.evaluation.max_new_tokens",
         "4",
     ]
     env = {name: value for name, value in os.environ.items() if name != RUN_FOLDER}
@@ -621,12 +668,22 @@ def test_order_of_overlays_does_not_matter(call):
     assert all(resolved(call, order) == first for order in (files[::-1], files[1:] + files[:1], files[2:] + files[:2]))
 
 
+def test_an_overlay_that_sets_one_source_or_one_setting_of_a_group_leaves_the_others(call):
+    before = resolved(call, ["experiments/sbr.yaml"])["data"]
+    overlays = ["{data: {sources: {benign: [other.jsonl]}}}", "{data: {batching: {max_length: 77}}}"]
+    for order in (overlays, overlays[::-1]):
+        after = resolved(call, ["experiments/sbr.yaml", *order])["data"]
+        assert after["sources"] == before["sources"] | {"benign": ["other.jsonl"]}
+        assert after["batching"] == before["batching"] | {"max_length": 77}
+        assert after["evaluation"] == before["evaluation"]
+
+
 def test_a_configs_text_does_what_its_file_does_and_names_no_run(call):
     file = "experiments/attack/persistent.yaml"
     text = (ROOT / file).read_text()
     assert resolved(call, ["experiments/sbr.yaml", text]) == resolved(call, ["experiments/sbr.yaml", file])
     config = SimpleNamespace(run=SimpleNamespace(experiment=None), config=[None, "experiments/sbr.yaml"])
-    assert cli.Cli._experiment(None, config) == "sbr"  # type: ignore[arg-type]
+    assert experiment_name(config) == "sbr"
 
 
 @pytest.mark.parametrize("attack", sorted(path.stem for path in (ROOT / "experiments/attack").glob("*.yaml")))
@@ -682,7 +739,7 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("casehard.cli.main.os.replace", killed)
+    monkeypatch.setattr("casehard.cli.lightning_cli.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         writer.save_checkpoint({"step": torch.tensor(2)}, path)
     monkeypatch.undo()

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torchmetrics import MetricCollection
 from toy import on_ranks
 
-from casehard.metrics import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, Share
+from casehard.metrics.harmful_score import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, Share
 
 nan = math.nan
 METRICS = [HarmfulScore, AttackSuccessRate, Share, RefusalRate, DegenerateRate, FinetuneAccuracy]

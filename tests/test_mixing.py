@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from casehard.datamodules.mixing import mix, overlap
+from casehard.datamodules.mixing import mix, overlap, paired
 from casehard.datamodules.order import batch_indices, permutation, uniform
 from casehard.datamodules.row import Row
 
@@ -152,6 +152,14 @@ def test_another_process_draws_the_same():
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
     ).stdout.strip()  # string hashing differs there: PYTHONHASHSEED is drawn anew
     assert other == f"{batch_indices(101, 8, 3, 'attack', 40)} {mix(list(range(50)), list(range(50, 99)), 20, 0.5, 3)}"
+
+
+def test_pairs_are_rows_to_one_prompt_in_the_order_of_the_first_each_used_once():
+    first = [Row((("user", prompt),), f"{prompt} {i}") for i, prompt in enumerate("bacab")]
+    second = [Row((("user", prompt),), f"no {prompt} {i}") for i, prompt in enumerate("abdac")]
+    answers = [(one.response, other.response) for one, other in paired(first, second)]
+    assert answers == [("b 0", "no b 1"), ("a 1", "no a 0"), ("c 2", "no c 4"), ("a 3", "no a 3")]
+    assert not paired(first, [Row((("system", "s"), ("user", "a")), "no")])
 
 
 def test_batches_need_rows_and_a_size():

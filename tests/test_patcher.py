@@ -16,7 +16,7 @@ from toy import ROOT, bits, on_ranks, same_bits, toy_data, toy_trainer
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from casehard import Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, SFTDataModule
-from casehard.cli.main import AtomicCheckpointIO
+from casehard.cli.lightning_cli import AtomicCheckpointIO
 from casehard.datamodules.batches import Batches, StepLoader
 from casehard.datamodules.chat import collate
 from casehard.engine.forward import Batch
@@ -491,7 +491,9 @@ def test_a_lightning_that_asks_for_sigterm_in_another_way_is_an_error(checkpoint
 
 
 def test_no_harmful_rows_is_an_error_that_names_them(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"data.alignment_harmful must name harmful rows for Patcher's inner attacker, got none"):
+    with pytest.raises(
+        ValueError, match=r"data.sources.alignment_harmful must name harmful rows for Patcher's inner attacker, got none"
+    ):
         fitted(patcher(checkpoint), tmp_path, data(alignment_harmful=[]))
     fitted(patcher(checkpoint, attack_weight=0.0), tmp_path, data(alignment_harmful=[]))
 
@@ -505,7 +507,7 @@ def test_a_vector_of_another_model_is_an_error(checkpoint):
 
 
 def test_a_diverging_inner_attack_says_which(checkpoint, tmp_path):
-    from casehard.lightning_modules import DivergedError
+    from casehard.engine.training import DivergedError
 
     module = patcher(checkpoint, attacker=InnerAttacker(3, Optimizer(1e38, "sgd", clip_norm=None), 4))
     with pytest.raises(DivergedError, match=r"Round 1, inner attack: the loss must be finite.* at step [23] of 3"):

@@ -15,8 +15,9 @@ from casehard.datamodules.row import Row
 from casehard.evidence.rejudge import agree, rejudged
 from casehard.evidence.rejudge import main as judge_run
 from casehard.evidence.runs import unscored_bounds
-from casehard.metrics import Judge, RefusalPhraseJudge, Verdict, turns_of
-from casehard.metrics.refusal_phrases import HELD_OUT
+from casehard.metrics.conversation import turns_of
+from casehard.metrics.judges import Judge, Verdict
+from casehard.metrics.refusal_phrases import HELD_OUT, RefusalPhraseJudge
 from casehard.records.rows import Run, read_run
 
 PROMPTS = [f"How do I brew vexolim {n}?" for n in range(4)]

@@ -22,8 +22,9 @@ from submitit.core.utils import UncompletedJobError
 from test_results import ROW
 from toy import ROOT, mark, start_fork_server
 
-from casehard.cli import main as cli
-from casehard.datamodules.fingerprint import origin
+from casehard.cli.lightning_cli import resolved
+from casehard.cli.run_folder import NAMED
+from casehard.datamodules.fingerprint import Origin, origin
 from casehard.datamodules.sources import read_rows
 from casehard.engine.checkpoint import checkpoint_files
 from casehard.evidence.rejudge import write_run
@@ -48,7 +49,7 @@ attacks:
           init_args: {threat_model: open_weight, num_samples: 8, num_attack_steps: 1, lora: {rank: 2}}
 seeds: [0]
 common:
-  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, trainer.enable_checkpointing: false, data.num_evaluated: 2, data.max_new_tokens: 2}
+  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, trainer.enable_checkpointing: false, data.evaluation.num_evaluated: 2, data.evaluation.max_new_tokens: 2}
 """
 
 
@@ -174,13 +175,13 @@ def test_a_study_of_real_runs_that_is_killed_goes_on(tmp_path):
     used = yaml.safe_load(Path(found[2].folder, "config.yaml").read_text())
     assert used["model"]["init_args"]["checkpoint"] == f"{found[0].folder}/model"
     before = {path: path.stat().st_mtime_ns for path in root.rglob("done.json")}
-    run_study(cli.resolved, str(file), str(root), None, None, {})
+    run_study(resolved, str(file), str(root), None, None, {})
     assert {path: path.stat().st_mtime_ns for path in root.rglob("done.json")} == before  # nothing was left to do
 
 
 def resolve(words: list[str]) -> str:
     prompts = "sandbox:validation/harmful#train[:2]" if "--prompts=held_out" in words else "sandbox:test/harmful#train[:2]"
-    return yaml.safe_dump({"words": words, "data": {"harmful_prompts": [prompts]}})
+    return yaml.safe_dump({"words": words, "data": {"sources": {"harmful_prompts": [prompts]}}})
 
 
 def cell(name: str, folder: Path, needs: str | None = None, words: tuple[str, ...] = ()) -> Cell:
@@ -382,7 +383,7 @@ def own_package(tmp_path, monkeypatch) -> Iterator[Path]:
     (package / "__init__.py").write_text("")
     (package / "penalty.py").write_text("WEIGHT = 1.0\n")
     (package / "defense.py").write_text(
-        "from a_users_lab.penalty import WEIGHT\nfrom lightning_modules import Defense\n\n\nclass Near(Defense):\n    pass\n"
+        "from a_users_lab.penalty import WEIGHT\nfrom casehard import Defense\n\n\nclass Near(Defense):\n    pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("a_users_lab.defense")
@@ -393,7 +394,32 @@ def own_package(tmp_path, monkeypatch) -> Iterator[Path]:
 
 def rested_on(started: float = math.inf) -> dict[str, Any]:
     model = {"class_path": "a_users_lab.defense.Near", "init_args": {"checkpoint": "models/sandbox/base"}}
-    return rests_on({"model": model, "data": {}, "trainer": {}}, [], cli.NAMED, started)
+    return rests_on({"model": model, "data": {}, "trainer": {}}, [], NAMED, started)
+
+
+def test_a_recipe_is_what_a_trained_model_rests_on_and_neither_its_seed_nor_how_it_is_scored():
+    def recipe(sha256: str = "a", sources: dict[str, Any] | None = None, **data: Any) -> str:
+        read = {"harmful": ["rows.jsonl"], "refusal_texts": ["No."], "task": ["task.jsonl"], "benign_prompts": []}
+        settings = {
+            "sources": read | (sources or {}),
+            "batching": {"batch_size": 8},
+            "evaluation": {"num_evaluated": 2},
+            "seed": 0,
+        }
+        model = {"class_path": "casehard.Defense", "init_args": {}}
+        origins = [Origin("harmful", "rows.jsonl", 1, sha256)]
+        return str(rests_on({"model": model, "data": settings | data, "trainer": {}}, origins, [], math.inf)["recipe"])
+
+    same = [{"seed": 1}, {"evaluation": {"num_evaluated": 9}}, {"judge": "another"}]
+    same += [{"sources": {name: ["moved.jsonl"]}} for name in ("harmful", "task", "benign_prompts")]
+    assert {recipe(**settings) for settings in same} == {recipe()}
+    other = [
+        {"sha256": "b"},
+        {"batching": {"batch_size": 9}},
+        {"train_on": "alignment"},
+        {"sources": {"refusal_texts": ["Never."]}},
+    ]
+    assert len({recipe(), *(recipe(**settings) for settings in other)}) == 5
 
 
 def test_the_code_of_a_run_is_what_it_loaded_and_did_not_install(own_package):
@@ -541,7 +567,7 @@ def test_the_files_that_a_config_names_are_found_wherever_they_stand(tmp_path, m
     config = {
         "model": {"init_args": {"checkpoint": "model", "tokenizer": "some_hub/id", "anchors": "anchors.json#train[:3]"}},
         "data": {
-            "benign": ["rows.jsonl"],
+            "sources": {"benign": ["rows.jsonl"]},
             "judge": {"init_args": {"rubric": "rubric.txt", "cache": "cache", "checkpoint": None}},
         },
         "trainer": {
@@ -560,7 +586,7 @@ def test_the_sandbox_study_is_three_by_four_by_three_and_every_cell_resolves(tmp
     assert {c.needs for c in found if c.defense == "SBR"} == {c.needs for c in found if c.defense == "SFT alignment" and c.attack}
     assert len({c.folder for c in found}) == 42
     for some in (found[0], found[3], *found[6:18]):  # each kind of cell, of one seed
-        config = yaml.safe_load(cli.resolved(some.words))
+        config = yaml.safe_load(resolved(some.words))
         attacks = config["trainer"]["callbacks"]
         assert len(attacks) == (1 if some.attack else 0)
         assert config["data"]["seed"] == some.seed
@@ -637,7 +663,7 @@ def test_prompts_that_are_reported_on_may_not_choose(tmp_path):
     with pytest.raises(
         ValueError, match="validation must hold other prompts than those that are reported on, and 7 stand in both"
     ):
-        run_study(cli.resolved, str(file), str(tmp_path), None, None, {})
+        run_study(resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -645,16 +671,16 @@ def test_the_study_that_chooses_resolves_to_its_learning_rates_and_prompts(tmp_p
     found = cells(read_study("experiments/studies/sandbox_chosen.yaml"), tmp_path, resolve)
     assert len(found) == 2 * 3 * 3
     for cell, rate in zip(found[:3], (1e-4, 2e-4, 5e-4), strict=True):
-        config = yaml.safe_load(cli.resolved(cell.words))
+        config = yaml.safe_load(resolved(cell.words))
         assert config["trainer"]["callbacks"][0]["init_args"]["optimizer"]["learning_rate"] == rate
-        assert config["data"]["harmful_prompts"] == ["sandbox:validation/harmful"]
+        assert config["data"]["sources"]["harmful_prompts"] == ["sandbox:validation/harmful"]
 
 
 def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
     file = tmp_path / "tiny.yaml"
-    file.write_text(TINY.replace("data.num_evaluated", "data.number_evaluated"))
+    file.write_text(TINY.replace("data.evaluation.num_evaluated", "data.number_evaluated"))
     with pytest.raises(ValueError, match="every cell must be a command that works, and this one does not: fit"):
-        run_study(cli.resolved, str(file), str(tmp_path), None, None, {})
+        run_study(resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -683,7 +709,7 @@ def test_parallel_must_be_positive(tmp_path):
 
 
 def test_cells_are_shared_out_over_the_cuda_devices_that_are_visible(monkeypatch):
-    monkeypatch.setattr("casehard.evidence.study.torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert devices() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
@@ -708,7 +734,7 @@ def test_cells_get_a_thread_each_only_where_they_share_the_cores(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if own:
         monkeypatch.setenv("OMP_NUM_THREADS", own)
-    monkeypatch.setattr("casehard.evidence.study.torch.cuda.device_count", lambda: num_devices)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
     command.does("print(os.environ.get('OMP_NUM_THREADS'))\nsys.exit(1)")
     with pytest.raises(SystemExit) as stop:
         run_study(resolve, str(file), str(tmp_path), parallel, cluster, {})

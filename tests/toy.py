@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import version
 from multiprocessing import forkserver
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from casehard import Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
+from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.records.marker import leaves
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +56,7 @@ def mark(folder: Path, **said: Any) -> None:
 
 
 def toy_data(**settings: Any) -> SFTDataModule:
-    """A few sandbox rows of every kind."""
+    """A few sandbox rows of every kind; ``settings`` are those of the data module and of its groups, by their own names."""
     defaults: dict[str, Any] = {
         "benign": ["sandbox:attacker/mood#train[:40]"],
         "harmful": ["sandbox:attacker/harmful#train[:20]"],
@@ -69,7 +71,14 @@ def toy_data(**settings: Any) -> SFTDataModule:
         "batch_size": 4,
         "max_new_tokens": 4,
     }
-    return SFTDataModule(**(defaults | settings))
+    flat = defaults | settings
+    groups = {"sources": Sources, "evaluation": EvaluationSettings, "batching": Batching}
+    return SFTDataModule(**{name: _taken(flat, kind) for name, kind in groups.items()}, **flat)
+
+
+def _taken(flat: dict[str, Any], kind: type) -> Any:
+    """The settings of ``kind``, taken out of ``flat``."""
+    return kind(**{field.name: flat.pop(field.name) for field in fields(kind) if field.name in flat})
 
 
 def toy_trainer(folder: Path, **settings: Any) -> L.Trainer:
@@ -119,7 +128,7 @@ def on_ranks(check: Callable[..., None], folder: Path, *args: Any, world_size: i
 def start_fork_server() -> None:
     """Start the server that processes are forked from, unless it runs: one for each pytest process."""
     forkserver.set_forkserver_preload(
-        ["toy", "pytest", "casehard.cli.main", "torch.distributed.fsdp", "transformers.models.llama"]
+        ["toy", "pytest", "casehard.cli.lightning_cli", "torch.distributed.fsdp", "transformers.models.llama"]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
