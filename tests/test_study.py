@@ -181,7 +181,7 @@ def test_a_study_of_real_runs_that_is_killed_goes_on(tmp_path):
 
 def resolve(words: list[str]) -> str:
     prompts = "sandbox:validation/harmful#train[:2]" if "--prompts=held_out" in words else "sandbox:test/harmful#train[:2]"
-    return yaml.safe_dump({"words": words, "data": {"harmful_prompts": [prompts]}})
+    return yaml.safe_dump({"words": words, "data": {"sources": {"harmful_prompts": [prompts]}}})
 
 
 def cell(name: str, folder: Path, needs: str | None = None, words: tuple[str, ...] = ()) -> Cell:

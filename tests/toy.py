@@ -180,7 +180,7 @@ def on_ranks(check: Callable[..., None], folder: Path, *args: Any, world_size: i
 def start_fork_server() -> None:
     """Start the server that processes are forked from, unless it runs: one for each pytest process."""
     forkserver.set_forkserver_preload(
-        ["toy", "pytest", "casehard.cli.main", "torch.distributed.fsdp", "transformers.models.llama"]
+        ["toy", "pytest", "casehard.cli.lightning_cli", "torch.distributed.fsdp", "transformers.models.llama"]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
