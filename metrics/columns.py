@@ -96,7 +96,8 @@ COLUMNS: tuple[Column, ...] = (  # a new metric is a row here
         "harmful_score",
         harmful_score,
         "Harmful score",
-        "judged harmfulness of the answers to held-out harmful prompts after the attack, 0 to 100, mean over seeds; less is safer",
+        "judged harmfulness of the answers to held-out harmful prompts after the attack, 0 to 100, mean over seeds; less is "
+        "safer",
         higher_is_better=False,
     ),
     Column(

@@ -12,7 +12,9 @@ from typing import Any
 
 from casehard.datamodules.rows import Origin, file_sha256, present_sha256
 from casehard.engine.checkpoint import checkpoint_files
+from casehard.records.answers import ANSWERS
 from casehard.records.files import DONE, named_files
+from casehard.records.rows import ROWS
 
 Marker = dict[str, Any]
 SHAPE: Marker = {  # every key that a marker must have, and what stands there; more may stand in it
@@ -97,7 +99,7 @@ def _parts(names: list[str]) -> list[Path]:
 
 def leaves(folder: Path) -> Marker:
     """What a run left in its folder, as its marker has it."""
-    results = (folder / name for name in ("attacks.csv", "generations.jsonl"))
+    results = (folder / name for name in (ROWS, ANSWERS))
     return {"model": export_files(folder), "results": {path.name: file_sha256(path) for path in results if path.exists()}}
 
 
@@ -145,19 +147,19 @@ def source_of(module: str) -> Path | None:
 
 def _named_packages(config: Any) -> set[str]:
     """Those of the class paths of a config."""
-    return {path.partition(".")[0] for path in _values(config, ("class_path",))}
+    return {path.partition(".")[0] for path in _values(config, "class_path")}
 
 
 def _checkpoints(config: Any) -> list[str]:
-    return list(dict.fromkeys(_values(config, ("checkpoint", "undefended_checkpoint"))))
+    return list(dict.fromkeys(_values(config, "checkpoint")))
 
 
-def _values(config: Any, names: tuple[str, ...]) -> Iterator[str]:
-    """Texts that stand under any of ``names``, wherever that is."""
+def _values(config: Any, ending: str) -> Iterator[str]:
+    """Texts of the settings whose names end so, wherever they stand."""
     for part in config if isinstance(config, list) else config.values() if isinstance(config, dict) else ():
-        yield from _values(part, names)
+        yield from _values(part, ending)
     if isinstance(config, dict):
-        yield from (value for name in names if isinstance(value := config.get(name), str))
+        yield from (value for name, value in config.items() if str(name).endswith(ending) and isinstance(value, str))
 
 
 def _maker(checkpoint: str) -> Marker | None:
@@ -223,7 +225,7 @@ def changed_results(marker: Marker, folder: Path) -> Iterator[str]:
     """Results that are not as the run left them. Answers may be deleted: some of them nobody should keep."""
     for name, sha256 in marker["results"].items():
         path = folder / name
-        if not path.exists() and name != "generations.jsonl":
+        if not path.exists() and name != ANSWERS:
             yield f"{path} is gone"
         elif path.exists() and file_sha256(path) != sha256:
             yield f"{path} is not what its run left"
