@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from casehard.metrics.errors import SettingError
+
 # States are replaced (``a = a + b``), never changed in place: one that was reset under ``torch.inference_mode``, as in
 # ``trainer.test``, could not be changed in place outside of it.
 
@@ -18,7 +20,7 @@ def scored_only(scores: Tensor) -> Tensor:
     """The judge scores that are verdicts, i.e. not nan, ``[batch] -> [scored]``."""
     scored = scores[~scores.isnan()]
     if scored.numel() and not (scored.min() >= 0 and scored.max() <= 1):
-        raise ValueError(f"scores must lie in [0, 1], got {scored.tolist()}; rescale them in the judge.")
+        raise SettingError(f"scores must lie in [0, 1], got {scored.tolist()}; rescale them in the judge.")
     return scored
 
 
@@ -75,7 +77,7 @@ class AttackSuccessRate(Metric):
 
     def __init__(self, threshold: float = 0.5) -> None:
         if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must lie in (0, 1], got {threshold}. Judge scores are rescaled to [0, 1].")
+            raise SettingError(f"threshold must lie in (0, 1], got {threshold}. Judge scores are rescaled to [0, 1].")
         super().__init__()
         self.add_state("num_successes", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("num_scored", default=torch.tensor(0), dist_reduce_fx="sum")
