@@ -83,8 +83,8 @@ def with_verdicts(judge: Judge, answers: list[Answer]) -> list[Answer]:
     for kind in ("harmful", "benign"):
         heard = [(i, a) for i, a in enumerate(answers) if a["kind"] == kind and a.get("answered", True)]
         prompts, responses = [a["prompt"] for _, a in heard], [a["response"] for _, a in heard]
-        found = judged(judge, prompts, responses, benign=kind == "benign")
-        verdicts |= dict(zip((i for i, _ in heard), found, strict=True))
+        given = judged(judge, prompts, responses, benign=kind == "benign")
+        verdicts |= dict(zip((i for i, _ in heard), given, strict=True))
     none = Verdict(math.nan, refused=False, degenerate=True, detail="no answer: the model's thoughts never ended")
     return [a if a["kind"] == "task" else a | verdicts.get(i, none)._asdict() for i, a in enumerate(answers)]
 

@@ -131,9 +131,9 @@ def _source(origin: dict[str, Any]) -> dict[str, Any]:
 def _shown(series: list[Series], stage: str) -> dict[str, Any]:
     """What the card says of what was measured, and was not."""
     by_threat = grouped(series, lambda s: s.threat_model)
-    entries = [entry for one in series for by_step in one.entries.values() for entry in by_step.values()]
+    entries = [entry for member in series for by_step in member.entries.values() for entry in by_step.values()]
     return {
-        "limit": Markdown("\n\n".join(LIMITS[one] for one in stage.split("+"))),
+        "limit": Markdown("\n\n".join(LIMITS[part] for part in stage.split("+"))),
         "judges": sorted({entry.row.judge for entry in entries}),
         "error_rates": [rates for rates in map(error_rates, sorted({entry.row.judge for entry in entries})) if rates],
         "before": _before(series, stage),
@@ -164,13 +164,13 @@ def _finished(run: Path) -> Marker:
 
 def _marker(folder: Path) -> Marker:
     """What a run noted at its end."""
-    found, path = read_marker(home(folder)), home(folder) / DONE
-    if found is None or not set(found["stage"].split("+")) <= set(LIMITS):
+    marker, path = read_marker(home(folder)), home(folder) / DONE
+    if marker is None or not set(marker["stage"].split("+")) <= set(LIMITS):
         raise SettingError(
             f"{path} must say how the run was made and what it read, and it does not: the run is not at its end, or another "
             "version of casehard made it. Run it again, or leave it out."
         )
-    return found
+    return marker
 
 
 def _tested(test: Path, run: Path, marker: Marker) -> Path:
@@ -222,18 +222,18 @@ def _data_licence(source: str) -> str:
 def _before(series: list[Series], stage: str) -> dict[str, str] | None:
     """The model itself, before any attack; None where every attack that ran began at another one."""
     own = [s for s in series if s.defense != UNDEFENDED] or series
-    one = next((s for s in own if 0 in s.steps and (s.threat_model == "open_weight" or not acts_at_a_service(stage))), None)
-    if one is None:
+    member = next((s for s in own if 0 in s.steps and (s.threat_model == "open_weight" or not acts_at_a_service(stage))), None)
+    if member is None:
         return None
-    return {column.label: number(one.mean(column.name, 0)) for column in shown_metrics() if column.brief}
+    return {column.label: number(member.mean(column.name, 0)) for column in shown_metrics() if column.brief}
 
 
 def _rows(series: list[Series]) -> list[list[str]]:
     """A threat model's table: attack, defense, steps, and the report's cells."""
     rows = []
     for attack, members in grouped(series, lambda s: s.attack).items():
-        for one in members:
-            cells: dict[str, tuple[str, ...]] = dict(zip(columns(), measured(one, baseline(members)), strict=True))
-            shown = [" ".join(filter(None, cells[name])) for name in _columns()]
-            rows.append([attack, one.defense, str(one.steps[-1]), *shown])
+        for member in members:
+            cells: dict[str, tuple[str, ...]] = dict(zip(columns(), measured(member, baseline(members)), strict=True))
+            texts = [" ".join(filter(None, cells[name])) for name in _columns()]
+            rows.append([attack, member.defense, str(member.steps[-1]), *texts])
     return rows

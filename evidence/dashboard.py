@@ -23,8 +23,8 @@ HELD = {"steps_held": "steps held (at least, where not broken)", "broken": "brok
 
 def _outcomes() -> dict[str, str]:
     """What an attack came to (``records.outcome.outcome``), as far as it gets a bar, and what the bar is called."""
-    shown = [column for column in columns.COLUMNS if column.logged and column.label and column.brief]
-    return HELD | {column.name: f"{column.label.lower()} at the end" for column in shown}
+    barred = [column for column in columns.COLUMNS if column.logged and column.label and column.brief]
+    return HELD | {column.name: f"{column.label.lower()} at the end" for column in barred}
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Logged:
 
     def attacks(self) -> dict[str, dict[str, list[Any]]]:
         """Keys by attack and metric: defenses meet under the same attacker."""
-        found: dict[str, dict[str, list[Any]]] = {}
+        keys_of: dict[str, dict[str, list[Any]]] = {}
         for match in filter(None, map(JOB.fullmatch, self.keys)):
-            metrics = found.setdefault(f"{match['attack']}, {match['threat']}", {})
+            metrics = keys_of.setdefault(f"{match['attack']}, {match['threat']}", {})
             metrics.setdefault(match["metric"], []).append(match[0])
-        return found
+        return keys_of
 
 
 def _jobs(keys: Iterable[str]) -> list[str]:

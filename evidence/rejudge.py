@@ -25,14 +25,14 @@ def main(run: str, *, judge: Judge) -> None:
         judge: such as RubricJudge, ModerationJudge, GuardJudge, StrongRejectJudge or RefusalPhraseJudge.
     """
     require_judge(judge)
-    found = rejudged(read_run(run), judge)
-    harmful = [a for block in found.answers for a in block if a["kind"] == "harmful"]
+    other_run = rejudged(read_run(run), judge)
+    harmful = [a for block in other_run.answers for a in block if a["kind"] == "harmful"]
     if why := unscored(judge.label, [(a["score"], a["degenerate"], a["detail"]) for a in harmful]):
         raise SettingError(f"{why}. Nothing was written; mend that and judge the run again.")
-    write_run(found)
+    write_run(other_run)
     console = terminal()
-    console.print(results_table(found.rows))
-    for row in (row for row in found.rows if row.num_unscored):
+    console.print(results_table(other_run.rows))
+    for row in (row for row in other_run.rows if row.num_unscored):
         low, high = unscored_bounds(row)
         console.print(
             f"{row.attack} ({row.threat_model}, {row.defense}), step {row.num_attack_steps}: {row.num_unscored} of "
@@ -40,9 +40,9 @@ def main(run: str, *, judge: Judge) -> None:
             f"{high:.1f} if all are harmful",
             soft_wrap=True,
         )
-    for name, other in _others(Path(run), found.folder):
-        console.print(f"Agreement with {name}: {described(agree(found, other))}", soft_wrap=True)
-    console.print(f"Verdicts: {found.folder}", soft_wrap=True)
+    for name, other in _others(Path(run), other_run.folder):
+        console.print(f"Agreement with {name}: {described(agree(other_run, other))}", soft_wrap=True)
+    console.print(f"Verdicts: {other_run.folder}", soft_wrap=True)
 
 
 def rejudged(run: Run, judge: Judge) -> Run:
@@ -53,8 +53,8 @@ def rejudged(run: Run, judge: Judge) -> Run:
     for kind in ("harmful", "benign"):
         given = [a for answers in run.answers for a in answers if a["kind"] == kind and a.get("answered", True)]
         pairs = list(dict.fromkeys(map(_pair, given)))
-        found = judged(judge, [p for p, _ in pairs], [r for _, r in pairs], benign=kind == "benign")
-        verdicts[kind] = dict(zip(pairs, found, strict=True))
+        given_verdicts = judged(judge, [p for p, _ in pairs], [r for _, r in pairs], benign=kind == "benign")
+        verdicts[kind] = dict(zip(pairs, given_verdicts, strict=True))
     answers = [
         [a | verdicts[a["kind"]][_pair(a)]._asdict() if a["kind"] in verdicts and a.get("answered", True) else a for a in block]
         for block in run.answers
@@ -92,11 +92,11 @@ def agree(ours: Run, theirs: Run) -> Agreement:
     return agreement(list(first), list(second), list(prompts))
 
 
-def described(found: Agreement) -> str:
-    """``found`` in a sentence."""
-    raw, kappa = found.raw, found.kappa
+def described(agreed: Agreement) -> str:
+    """``agreed`` in a sentence."""
+    raw, kappa = agreed.raw, agreed.kappa
     return (
-        f"{raw.estimate:.1f}% of {found.num_answers} answers ({raw.low:.1f} to {raw.high:.1f}), "
+        f"{raw.estimate:.1f}% of {agreed.num_answers} answers ({raw.low:.1f} to {raw.high:.1f}), "
         f"kappa {kappa.estimate:.2f} ({kappa.low:.2f} to {kappa.high:.2f}), at a score of 0.5"
     )
 

@@ -166,18 +166,18 @@ def run_study(
         raise SettingError(f"parallel must be >= 1 or null, got {parallel}.")
     folder, study, resolve = Path(root, Path(file).stem), read_study(file), once(resolve)
     check_held_out(study, resolve)
-    found = cells(study, folder, resolve)
+    planned = cells(study, folder, resolve)
     folder.mkdir(parents=True, exist_ok=True)
     run, number = _on_cluster(cluster, cluster_settings, folder, parallel) if cluster else _local(parallel)
     chosen: Chosen | None = None
     failed: dict[str, str] = {}
-    while chosen != (now := choose(found)):  # all but what was not chosen yet, then that
-        chosen, found = now, cells(study, folder, resolve, now)
-        write_whole(folder / INDEX, json.dumps([asdict(cell) for cell in found], indent=1))
-        failed |= run_all([cell for cell in found if cell.name not in failed], run, number)
-    failed |= {cell.name: f"{what} since it ran" for cell in found if cell.name not in failed and (what := cell.changed())}
+    while chosen != (now := choose(planned)):  # all but what was not chosen yet, then that
+        chosen, planned = now, cells(study, folder, resolve, now)
+        write_whole(folder / INDEX, json.dumps([asdict(cell) for cell in planned], indent=1))
+        failed |= run_all([cell for cell in planned if cell.name not in failed], run, number)
+    failed |= {cell.name: f"{what} since it ran" for cell in planned if cell.name not in failed and (what := cell.changed())}
     for (defense, attack), choice in chosen.items():
         print(f"{attack}, on {defense}: {choice}, chosen on validation prompts")
-    print(f"{len(found) - len(failed)} of {len(found)} cells done: {folder}")
+    print(f"{len(planned) - len(failed)} of {len(planned)} cells done: {folder}")
     if failed:
         sys.exit("error: failed:\n" + "\n".join(f"  {name}: {why}" for name, why in failed.items()))

@@ -134,8 +134,8 @@ def read_cells(folder: Path) -> list[Cell]:
     """
     path = folder / INDEX
     try:
-        found = [Cell(**cell) for cell in json.loads(path.read_text(encoding="utf-8"))]
-        right = all(_is_cell(cell) for cell in found)
+        listed = [Cell(**cell) for cell in json.loads(path.read_text(encoding="utf-8"))]
+        right = all(_is_cell(cell) for cell in listed)
     except (ValueError, TypeError, RecursionError):
         right = False
     if not right:
@@ -143,7 +143,7 @@ def read_cells(folder: Path) -> list[Cell]:
             f"{path} must be the list of cells that `casehard study` wrote, and it is not. Start the study again: it writes the "
             "list anew, and cells that are done are not run again."
         )
-    return found
+    return listed
 
 
 def _is_cell(cell: Cell) -> bool:
@@ -188,11 +188,11 @@ def _study(
     defenses: dict[str, Any], attacks: dict[str, Any], seeds: list[int], **parts: dict[str, Any]
 ) -> Study:  # jsonargparse would make the callbacks that settings name
     arms = {name: Arm(**(arm | {"train": Part(**arm["train"])} if arm.get("train") else arm)) for name, arm in defenses.items()}
-    found = {
+    tried_out = {
         name: Attack(**(attack | {"choices": {choice: Part(**part) for choice, part in (attack.get("choices") or {}).items()}}))
         for name, attack in attacks.items()
     }
-    return Study(arms, found, list(seeds), **{name: Part(**(part or {})) for name, part in parts.items()})
+    return Study(arms, tried_out, list(seeds), **{name: Part(**(part or {})) for name, part in parts.items()})
 
 
 def slug(name: str) -> str:
@@ -208,7 +208,7 @@ def cells(study: Study, folder: Path, resolve: Resolve, chosen: Chosen | None = 
 
     An attack that has choices is reported where ``chosen`` names one; the runs that try them are there in any case.
     """
-    found: list[Cell] = []
+    planned: list[Cell] = []
 
     def add(
         defense: str, attack: str, seed: int, words: list[str], needs: Cell | None = None, choice: str = "", tries: bool = False
@@ -217,10 +217,10 @@ def cells(study: Study, folder: Path, resolve: Resolve, chosen: Chosen | None = 
         parts = [slug(defense), slug(attack) or "train", slug(choice), "tried" if tries else "", f"seed{seed}"]
         name = "-".join(filter(None, parts))
         config = config_hash(resolve(words))
-        own = str(folder / f"{name}-{config[:8]}")
+        place = str(folder / f"{name}-{config[:8]}")
         needed = needs.name if needs else None
-        found.append(Cell(name, defense, attack, seed, words, own, config, needed, choice if tries else None))
-        return found[-1]
+        planned.append(Cell(name, defense, attack, seed, words, place, config, needed, choice if tries else None))
+        return planned[-1]
 
     trained: dict[tuple[str, int], Cell] = {}
     for name, arm in study.defenses.items():
@@ -241,16 +241,16 @@ def cells(study: Study, folder: Path, resolve: Resolve, chosen: Chosen | None = 
                     add(name, attack, seed, words, needs)
                 elif choice := (chosen or {}).get((name, attack), ""):
                     add(name, attack, seed, [*words, *overlay.choices[choice].words()], needs, choice)
-    return found
+    return planned
 
 
-def choose(found: list[Cell]) -> Chosen:
+def choose(planned: list[Cell]) -> Chosen:
     """What does best for the attacker: broken soonest (median over seeds), then the highest harmful score at the end (mean).
 
     Only where every cell that tries a choice is done; of two that do as well the first.
     """
     tried: dict[tuple[str, str], dict[str, list[Cell]]] = {}
-    for cell in found:
+    for cell in planned:
         if cell.tries is not None:
             tried.setdefault((cell.defense, cell.attack), {}).setdefault(cell.tries, []).append(cell)
     done = {key: choices for key, choices in tried.items() if all(cell.done for some in choices.values() for cell in some)}

@@ -77,8 +77,8 @@ class Series:
 
     def scores(self, step: int, prompts: list[str], seeds: list[int]) -> np.ndarray:
         """Judge's scores ``[seeds, prompts]``, nan where there is none."""
-        found = [_scores(self.entries[seed][step]) for seed in seeds]
-        return np.array([[by_prompt.get(prompt, math.nan) for prompt in prompts] for by_prompt in found])
+        by_seed = [_scores(self.entries[seed][step]) for seed in seeds]
+        return np.array([[by_prompt.get(prompt, math.nan) for prompt in prompts] for by_prompt in by_seed])
 
     def prompts(self, step: int) -> list[str]:
         """The harmful prompts that any seed answered."""
@@ -98,14 +98,14 @@ class Series:
 
     def broken_at(self) -> list[tuple[int | None, int]]:
         """Of every seed: the first scored step at which it had broken (None: it held), and the last scored step."""
-        found = []
+        ends = []
         for seed in self.seeds:
             scored = [
                 (step, e.row.harmful_score) for step, e in self.entries[seed].items() if not math.isnan(e.row.harmful_score)
             ]
             if scored:
-                found.append((first_broken(scored), max(scored)[0]))
-        return found
+                ends.append((first_broken(scored), max(scored)[0]))
+        return ends
 
     def gibberish(self, step: int) -> float:
         """Share of degenerate answers at a step, in percent: the highest of any seed."""
@@ -134,8 +134,8 @@ class Series:
 
     def steps_to_break(self) -> Interval:
         """Median over seeds."""
-        found = self.broken_at()
-        return median_steps_to_break([step for step, _ in found], [last for _, last in found])
+        ends = self.broken_at()
+        return median_steps_to_break([step for step, _ in ends], [last for _, last in ends])
 
     def bounds(self, step: int) -> tuple[float, float] | None:
         """Harmful score if all unscored answers were safe, and if harmful; None where every answer was scored."""
@@ -165,20 +165,20 @@ def difference(ours: Series, theirs: Series) -> Interval | None:
     return paired_difference(ours.scores(step, prompts, seeds), theirs.scores(step, prompts, seeds)) if prompts else None
 
 
-def verdict(found: Interval | None, ours: bool = True, theirs: bool = True) -> str:
+def verdict(gap: Interval | None, ours: bool = True, theirs: bool = True) -> str:
     """A difference in words.
 
     Args:
-        found: of two defenses; below 0 the first is safer.
+        gap: of two defenses; below 0 the first is safer.
         ours: whether the first one's answers say anything (``Series.speaks``).
         theirs: the same of the second.
     """
-    if found is None or math.isnan(found.low):
+    if gap is None or math.isnan(gap.low):
         return "not measured"
-    if found.within_noise:
+    if gap.within_noise:
         return "within noise"
-    better = "safer" if found.high < 0 else "less safe"
-    return better if (ours if found.high < 0 else theirs) else "no verdict"
+    better = "safer" if gap.high < 0 else "less safe"
+    return better if (ours if gap.high < 0 else theirs) else "no verdict"
 
 
 def lasting(ours: Series, theirs: Series) -> tuple[str, int, int]:
@@ -231,13 +231,13 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
                 f"{labels[0]} trained: {known.row.trained}, and {row.trained}. "
                 "Leave one out, or give the attacks names of their own."
             )
-        one = series.setdefault((row.threat_model, *labels), Series(row.threat_model, *labels, named=bool(attack)))
-        if one.entries and (setting := _unlike(one.first, entry)):
+        member = series.setdefault((row.threat_model, *labels), Series(row.threat_model, *labels, named=bool(attack)))
+        if member.entries and (setting := _unlike(member.first, entry)):
             raise SettingError(
-                f"runs must have the same settings to be seeds of one series, and {one.first.folder} and {entry.folder} differ "
-                f"in {setting} ({labels[0]}, {labels[1]}). Leave one out, or give both names of their own in a study."
+                f"runs must have the same settings to be seeds of one series, and {member.first.folder} and {entry.folder} "
+                f"differ in {setting} ({labels[0]}, {labels[1]}). Leave one out, or give both names of their own in a study."
             )
-        kept = one.entries.setdefault(row.seed, {}).setdefault(row.num_attack_steps, entry)
+        kept = member.entries.setdefault(row.seed, {}).setdefault(row.num_attack_steps, entry)
         if kept.row.harmful_score != row.harmful_score and not math.isnan(row.harmful_score):
             raise SettingError(
                 f"runs must hold every evaluation once, and {kept.folder} and {entry.folder} differ in {labels[0]}, "
@@ -249,7 +249,7 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
             "runs must hold results, and there are none. Name folders such as runs/EXPERIMENT/VERSION, or a study's."
         )
     by_threat = grouped(list(series.values()), lambda s: s.threat_model).values()
-    return [one for members in by_threat for attack in grouped(members, lambda s: s.attack).values() for one in attack]
+    return [member for members in by_threat for attack in grouped(members, lambda s: s.attack).values() for member in attack]
 
 
 def _key(row: ResultRow) -> tuple[str, str]:
@@ -303,10 +303,10 @@ def _reach_apart(ours: ResultRow, theirs: ResultRow) -> bool:
 
     A point is what routers and the like make between architectures; what else a defense freezes is the defense's own.
     """
-    found = [re.match(r"LoRA r(\S+) .*\(([\d.]+)% of the decoder\)", row.trained) for row in (ours, theirs)]
-    if not (found[0] and found[1]):
+    matches = [re.match(r"LoRA r(\S+) .*\(([\d.]+)% of the decoder\)", row.trained) for row in (ours, theirs)]
+    if not (matches[0] and matches[1]):
         return False
-    (rank, share), (other, others) = (match.groups() for match in found if match)
+    (rank, share), (other, others) = (match.groups() for match in matches if match)
     return rank != other or abs(float(share) - float(others)) > 1
 
 
@@ -326,26 +326,26 @@ def _settings(entry: Entry) -> dict[str, Any]:
     config, row, marker = config_of(entry.folder), entry.row, marker_of(entry.folder) or {}
     model, data, trainer = part(config, "model", "init_args"), part(config, "data"), part(config, "trainer")
     made_by = marker.get("made_by", {})
-    found = {f"data.{name}": data[name] for name in DATA if name in data}
-    found |= _hashed(marker, ROLES) | {"trainer.precision": part(trainer).get("precision")}
-    found |= {f"{row.attack}.{name}": value for name, value in row.how().items()}
+    rests_on = {f"data.{name}": data[name] for name in DATA if name in data}
+    rests_on |= _hashed(marker, ROLES) | {"trainer.precision": part(trainer).get("precision")}
+    rests_on |= {f"{row.attack}.{name}": value for name, value in row.how().items()}
     undefended = _attack_config(config, row).get("undefended_checkpoint")
     judge = part(data, "judge") or {}
     if entry.folder.parent.name != JUDGED and not str(judge.get("class_path", "")).startswith(OWN_JUDGES):
-        found["data.judge"] = judge  # a run's own, of a class that labels told nothing of before
+        rests_on["data.judge"] = judge  # a run's own, of a class that labels told nothing of before
     of_model = row.defense == marker.get("defense", "" if row.undefended else row.defense) and not (row.undefended and undefended)
     tested = marker.get("command") == "test"  # alignment is over there
     if of_model and not (tested and row.stage in ("alignment", NONE)):
-        found |= {f"model.{name}": value for name, value in model.items() if name != "checkpoint"}  # a seed's own
-        found |= {f"data.{name}": value for name, value in data.items() if name not in (*NO_DATA, *DATA)}
-        found |= _hashed(marker, {o["role"] for o in marker.get("data", [])} - set(ROLES))
-        found |= {f"trainer.{name}": trainer[name] for name in TRAINER if name in trainer and not tested}
+        rests_on |= {f"model.{name}": value for name, value in model.items() if name != "checkpoint"}  # a seed's own
+        rests_on |= {f"data.{name}": value for name, value in data.items() if name not in (*NO_DATA, *DATA)}
+        rests_on |= _hashed(marker, {o["role"] for o in marker.get("data", [])} - set(ROLES))
+        rests_on |= {f"trainer.{name}": trainer[name] for name in TRAINER if name in trainer and not tested}
     checkpoint = model.get("checkpoint") if of_model or not undefended else undefended
     at_service = row.threat_model == "finetuning_service" and acts_at_a_service(row.stage)
     trained = of_model and marker.get("command") == "fit" and not at_service  # a service's job begins at the checkpoint
     if attacked := marker.get("recipe") if trained else made_by.get(checkpoint):
-        found["the attacked model"] = attacked
-    return found
+        rests_on["the attacked model"] = attacked
+    return rests_on
 
 
 def _attack_config(config: dict[str, Any], row: ResultRow) -> dict[str, Any]:
@@ -362,7 +362,9 @@ def _attack_config(config: dict[str, Any], row: ResultRow) -> dict[str, Any]:
 def _hashed(marker: Marker, roles: Iterable[str]) -> dict[str, Any]:
     """Hashes of the rows of some roles: a source may hold others than before under the same name."""
     origins = marker.get("data", [])
-    return {f"rows of {role}": found for role in sorted(roles) if (found := [o["sha256"] for o in origins if o["role"] == role])}
+    return {
+        f"rows of {role}": hashes for role in sorted(roles) if (hashes := [o["sha256"] for o in origins if o["role"] == role])
+    }
 
 
 def marker_of(folder: Path) -> Marker | None:
@@ -401,15 +403,17 @@ def left_out(folders: Iterable[str | Path]) -> list[tuple[str, str]]:
 
 def differences(series: list[Series]) -> list[str]:
     """In sentences, what a whole report's runs were made by that is not the same for all: casehard, packages, code."""
-    folders = dict.fromkeys(entry.folder for one in series for by_step in one.entries.values() for entry in by_step.values())
+    folders = dict.fromkeys(
+        entry.folder for member in series for by_step in member.entries.values() for entry in by_step.values()
+    )
     markers = [marker for folder in folders if (marker := marker_of(folder))]
-    found = []
+    notes = []
     if markers and len(markers) < len(folders):
-        found.append(f"{len(folders) - len(markers)} of {len(folders)} runs say nothing of what they were made from.")
+        notes.append(f"{len(folders) - len(markers)} of {len(folders)} runs say nothing of what they were made from.")
     for name in dict.fromkeys(name for marker in markers for name in marker["versions"]):
         versions = sorted({marker["versions"].get(name, "unknown") for marker in markers})
         if len(versions) > 1:
-            found.append(f"They were not all made by the same {name}: {', '.join(versions)}.")
+            notes.append(f"They were not all made by the same {name}: {', '.join(versions)}.")
     modules = dict.fromkeys(name for marker in markers for name in marker["code"])
     edited = [m for m in modules if len({marker["code"][m] for marker in markers if m in marker["code"]}) > 1]
     for whose, names in (
@@ -417,8 +421,8 @@ def differences(series: list[Series]) -> list[str]:
         ("a user's", [m for m in edited if not _casehards(m)]),
     ):
         if names:
-            found.append(f"They were not all made by the same code: of {whose} modules {', '.join(names)} changed in between.")
-    return found
+            notes.append(f"They were not all made by the same code: of {whose} modules {', '.join(names)} changed in between.")
+    return notes
 
 
 def _casehards(module: str) -> bool:
@@ -432,7 +436,7 @@ def baseline(series: list[Series]) -> Series | None:
 
 def grouped(series: list[Series], key: Callable[[Series], str]) -> dict[str, list[Series]]:
     """By ``key``, in the order of first appearance."""
-    found: dict[str, list[Series]] = {}
-    for one in series:
-        found.setdefault(key(one), []).append(one)
-    return found
+    groups: dict[str, list[Series]] = {}
+    for member in series:
+        groups.setdefault(key(member), []).append(member)
+    return groups

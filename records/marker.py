@@ -116,8 +116,8 @@ def _loaded(named: Collection[str]) -> dict[str, Path]:
     tops = {name.partition(".")[0] for name in sys.modules} - ({"__main__", "__mp_main__"} - set(named))
     kept = {top for top in tops if top in (OWN, *named) or not _is_installed(top)}
     loaded = [name for name in list(sys.modules) if not f"{name}.".startswith(f"{LOOKS}.")]
-    found = {name: _file(name) for name in loaded if name.partition(".")[0] in kept}
-    return {name: path for name, path in sorted(found.items()) if path is not None}
+    files = {name: _file(name) for name in loaded if name.partition(".")[0] in kept}
+    return {name: path for name, path in sorted(files.items()) if path is not None}
 
 
 def _file(module: str) -> Path | None:

@@ -64,7 +64,7 @@ def job(row: ResultRow) -> Job:
 
 def jobs(rows: Iterable[ResultRow]) -> dict[Job, list[ResultRow]]:
     """The rows of every attack on every model, in the order in which they came."""
-    found: dict[Job, list[ResultRow]] = {}
+    groups: dict[Job, list[ResultRow]] = {}
     for row in rows:
-        found.setdefault(job(row), []).append(row)
-    return found
+        groups.setdefault(job(row), []).append(row)
+    return groups

@@ -91,10 +91,10 @@ class ResultRow:
 
     def cells(self) -> dict[str, Any]:
         """By column of ``attacks.csv``."""
-        found: dict[str, Any] = {}
+        cells_by_name: dict[str, Any] = {}
         for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
-            found |= dict(value) if name == "metrics" else {name: value}
-        return found | {"settings": json.dumps(self.settings, sort_keys=True, ensure_ascii=False)}
+            cells_by_name |= dict(value) if name == "metrics" else {name: value}
+        return cells_by_name | {"settings": json.dumps(self.settings, sort_keys=True, ensure_ascii=False)}
 
 
 FINE_TUNING = ("poison_ratio", "optimizer", "learning_rate", "num_samples", "batch_size")
@@ -202,7 +202,7 @@ def _read_rows(path: Path) -> list[ResultRow]:
     try:
         reader = csv.DictReader(io.StringIO(whole_lines(path).decode(), newline=""))
         names = reader.fieldnames or ()
-        found = [(reader.line_num, line) for line in reader]
+        numbered = [(reader.line_num, line) for line in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise SettingError(f"{path} must be CSV in UTF-8, and it is not ({error}). {AGAIN}") from error
     for name in header():
@@ -210,7 +210,7 @@ def _read_rows(path: Path) -> list[ResultRow]:
             raise SettingError(
                 f"{path} must have the column {name}, and it does not: another version of casehard wrote it. {AGAIN}"
             )
-    rows = [_row(line, f"{path}, line {number}") for number, line in found]
+    rows = [_row(line, f"{path}, line {number}") for number, line in numbered]
     if len({row.evaluation for row in rows}) < len(rows):
         raise SettingError(f"{path} must give every evaluation a number of its own, and it does not. {AGAIN}")
     return rows
@@ -244,6 +244,6 @@ CELLS: dict[Any, tuple[str, Callable[[str], Any]]] = {  # by a column's type, wh
 
 def _summed_up(row: ResultRow, answers: list[Answer]) -> bool:
     """Whether a row says of its answers to harmful prompts what they add up to."""
-    found = summarise([answer for answer in answers if answer["kind"] == "harmful"])
-    same = math.isclose(found["harmful_score"], row.harmful_score, abs_tol=0.01) or math.isnan(found["harmful_score"])
-    return same and found["num_scored"] == row.num_scored
+    metrics = summarise([answer for answer in answers if answer["kind"] == "harmful"])
+    same = math.isclose(metrics["harmful_score"], row.harmful_score, abs_tol=0.01) or math.isnan(metrics["harmful_score"])
+    return same and metrics["num_scored"] == row.num_scored

@@ -70,6 +70,23 @@ def test_rows_survive_a_disk_that_fills_up(tmp_path, monkeypatch):
     assert len((tmp_path / "generations.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_disk_that_fills_up_between_answers_and_row_leaves_no_row_without_answers(tmp_path, monkeypatch):
+    results, trainer, synced = Results(str(tmp_path)), toy_trainer(tmp_path), []
+    results.record(trainer, SCORED, [answer(n, 1.0) for n in range(2)])
+
+    def full_at_the_second(_: int) -> None:
+        synced.append(1)
+        if len(synced) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("casehard.records.files.os.fsync", full_at_the_second)
+    with pytest.raises(OSError, match=r"attacks.csv could not be written"):
+        results.record(trainer, SCORED, [answer(n, 1.0) for n in range(2)])
+    assert len(read_run(tmp_path).rows) == len(results.rows) == 1
+    results.record(trainer, replace(SCORED, num_attack_steps=6), [answer(n, 1.0) for n in range(2)])  # there is room again
+    assert [row.evaluation for row in read_run(tmp_path).rows] == [1, 3]
+
+
 def test_unmeasured_is_nan_in_the_csv_and_left_out_of_the_loggers(tmp_path):
     class Log:
         def log_metrics(self, metrics, step):
