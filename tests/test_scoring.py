@@ -146,3 +146,17 @@ def test_an_answer_to_a_task_may_be_as_long_as_the_longest_target(checkpoint, mo
     found = score(module, Evaluation(asked, asked, asked, RefusalPhraseJudge(), 8, 2, num_target_tokens=20))
     assert rooms == [8, 8, 20]
     assert not any("cut" in generation for generation in found.generations)
+
+
+def test_an_attack_may_say_how_the_model_answers_and_gets_every_kind_of_prompt_with_its_room(checkpoint):
+    asked = []
+
+    def respond(rows, max_new_tokens):
+        asked.append(([row.prompt for row in rows], max_new_tokens))
+        return ["<think>Sure</think>Grind it."] * len(rows)
+
+    found = score(Defense(checkpoint), Evaluation(2 * ASKED, [], ASKED, Own(), 8, 2, num_target_tokens=20), respond)
+    assert asked == [(["How?"] * 2, 8), ([], 8), (["How?"], 20)]
+    assert (found.metrics["harmful_score"], found.metrics["num_scored"]) == (100, 2)
+    assert [(g["response"], g["thoughts"]) for g in found.generations] == 3 * [("Grind it.", "Sure")]
+    assert found.generations[2]["target"] == "4"
