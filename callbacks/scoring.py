@@ -15,8 +15,8 @@ from casehard.datamodules.rows import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics import Answer, Conversation, Judge, Verdict, judged, summarise, unscored
+from casehard.records.answers import KINDS
 
-KINDS = ("harmful", "benign", "task")  # of prompts, in the order of the answers
 Respond = Callable[[list[Row], int], list[str]]  # a model's raw texts on rows, of at most so many tokens
 
 

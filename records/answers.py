@@ -10,6 +10,7 @@ from casehard.records.files import whole_lines
 
 AGAIN = "Run it again, or leave it out."
 ANSWERS = "generations.jsonl"
+KINDS = ("harmful", "benign", "task")  # of prompts, in the order in which they are answered
 KEYS = ("evaluation", "defense", "attack", "threat_model", "seed", "num_attack_steps")  # of a row, as its answers repeat them
 
 
@@ -42,4 +43,4 @@ def _is_answer(answer: Any) -> bool:
         return False
     numbers = type(answer["number"]) is int and type(answer["evaluation"]) is int
     scored = answer["kind"] != "harmful" or type(answer.get("score")) in (int, float)
-    return numbers and scored and answer["kind"] in ("harmful", "benign", "task")
+    return numbers and scored and answer["kind"] in KINDS
