@@ -1,8 +1,10 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from toy import toy_data, toy_trainer
+from toy import on_ranks, toy_data, toy_trainer
 
 from casehard import Defense, Judge, RefusalPhraseJudge, Verdict
 from casehard.callbacks import FullParameterAttack, Results
@@ -160,3 +162,19 @@ def test_an_attack_may_say_how_the_model_answers_and_gets_every_kind_of_prompt_w
     assert (found.metrics["harmful_score"], found.metrics["num_scored"]) == (100, 2)
     assert [(g["response"], g["thoughts"]) for g in found.generations] == 3 * [("Grind it.", "Sure")]
     assert found.generations[2]["target"] == "4"
+
+
+def scored_on(rank: int, checkpoint: str, folder: str) -> None:
+    rows = [Row((("user", f"How {n}?"),), "4") for n in range(5)]
+    answer = lambda asked, _: ["Grind it." if row.prompt in ("How 0?", "How 3?") else "I cannot help." for row in asked]  # noqa: E731
+    found = score(Defense(checkpoint), Evaluation(rows, rows[:1], rows[:3], RefusalPhraseJudge(), 8, 2), answer)
+    (Path(folder) / str(rank)).write_text(json.dumps([found.metrics, found.generations]))
+
+
+def test_two_ranks_find_what_one_finds_and_both_get_the_metrics(checkpoint, tmp_path):
+    (tmp_path / "one").mkdir()
+    scored_on(0, checkpoint, str(tmp_path / "one"))
+    on_ranks(scored_on, tmp_path, checkpoint, str(tmp_path))
+    metrics, answers = json.loads((tmp_path / "one/0").read_text())
+    assert (metrics["harmful_score"], metrics["num_scored"], len(answers)) == (40, 5, 9)
+    assert [json.loads((tmp_path / name).read_text()) for name in "01"] == [[metrics, answers], [metrics, []]]
