@@ -39,7 +39,7 @@ def main(runs: list[str], picture: str | None = None, plotted: str = r"^\d+$") -
         for (attack, rate), found in keys.items():
             shown = ", ".join(str(step) if broke else f"> {step}" for step, broke in sorted(found))
             middle = statistics.median(step for step, _ in found)
-            print(f"{group:10} {attack:20} {float(rate):<8g} median {middle:<6g} of {shown}")
+            print(f"{group:10} {attack:20} {rate or '-':8} median {middle:<6g} of {shown}")
     if picture is None:
         return
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -47,7 +47,7 @@ def main(runs: list[str], picture: str | None = None, plotted: str = r"^\d+$") -
     for colour, key in zip(COLOURS, sorted({key for _, keys in drawn for key in keys}), strict=False):
         series = [(inner, [step for step, _ in keys[key]]) for inner, keys in drawn if key in keys]
         middles = [statistics.median(found) for _, found in series]
-        axes.plot([inner for inner, _ in series], middles, color=colour, label=f"learning rate {float(key[1]):g}")
+        axes.plot([inner for inner, _ in series], middles, color=colour, label=f"learning rate {key[1]}" if key[1] else key[0])
         dots = [(inner, step) for inner, found in series for step in found]
         axes.plot(*zip(*dots, strict=True), "o", color=colour, alpha=0.45, ms=5)
     axes.set(yscale="log", xlabel="inner attacker's steps in training", ylabel="attack steps until harmful score ≥ 50")

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from casehard.engine.optimizer import Optimizer
 from casehard.engine.training import Plain, Task, train_steps, with_progress_bar
 from casehard.engine.weights import borrowed, check_device
 from casehard.lightning_modules.defense import Defense
-from casehard.records.rows import ResultRow
+from casehard.records.rows import NONE, ResultRow, as_columns
 
 ThreatModel = Literal["open_weight", "finetuning_service"]
 BEYOND = "expected to break: the defense acts only while a service fine-tunes"
@@ -240,32 +240,37 @@ class HarmfulFineTuning(L.Callback):
                 notes.append(f"LoRA reaches {share:g}% of the decoder's weights: no adapter can act on {', '.join(still)}")
         return "; ".join(notes)
 
+    def settings(self) -> dict[str, Any]:
+        """What tables tell the attack apart by."""
+        lora = {} if self.lora is None else {"lora": asdict(self.lora)}
+        return {
+            "poison_ratio": self.poison_ratio,
+            "optimizer": self.optimizer.name,
+            "learning_rate": self.optimizer.learning_rate,
+            "num_samples": self.num_samples,
+            "batch_size": self.batch_size,
+            "last_step": self.num_attack_steps,
+        } | (lora if self.train_only is None else {"train_only": self.train_only})
+
     def _record(self, job: "_Job", step: int, scores: Scores, seconds: float) -> None:
-        module, m = job.module, scores.metrics
+        module = job.module
+        attacks = [c for c in job.trainer.callbacks if isinstance(c, HarmfulFineTuning)]  # type: ignore[attr-defined]
         row = ResultRow(
-            defense="none" if job.twin else module.label,
-            stage="none" if job.twin else module.stage,
+            attack_index=attacks.index(self),
+            defense=NONE if job.twin else module.label,
+            stage=NONE if job.twin else module.stage,
             attack=self.name,
             threat_model=self.threat_model,
-            poison_ratio=self.poison_ratio,
-            optimizer=self.optimizer.name,
-            learning_rate=self.optimizer.learning_rate,
+            harmful=self.poison_ratio > 0,
             seed=job.seed,
             num_attack_steps=step,
-            harmful_score=m["harmful_score"],
-            attack_success_rate=m["attack_success_rate"],
-            num_scored=int(m["num_scored"]),
-            num_unscored=int(m["num_unscored"]),
-            finetune_accuracy=m["finetune_accuracy"],
-            refusal_rate_benign=m["refusal_rate_benign"],
-            degenerate_rate=m["degenerate_rate"],
+            metrics=scores.metrics,
             wall_seconds=round(seconds, 3),
-            num_samples=self.num_samples,
-            batch_size=self.batch_size,
             judge=job.data.judge.label,
             epoch="" if job.epoch is None else str(job.epoch),
             note="; ".join(filter(None, [job.note, scores.note])),
             trained=job.trained,
+            **as_columns(self.settings()),
         )
         for callback in job.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):

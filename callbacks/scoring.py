@@ -1,13 +1,12 @@
 """Score the model as it is: generate answers to the held-out prompts, judge them, reduce over all ranks."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
-from torchmetrics import Metric
 
 from casehard.callbacks.sigterm import ended_by_sigterm
 from casehard.datamodules.answers import answer_and_thoughts
@@ -15,18 +14,19 @@ from casehard.datamodules.chat import prompt_ids, read_answers
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.lightning_modules.defense import Defense
+from casehard.metrics.columns import Answer, summarise
 from casehard.metrics.conversation import Conversation
-from casehard.metrics.harmful_score import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate
 from casehard.metrics.judges import Judge, Verdict, judged, unscored
+from casehard.records.answers import KINDS
 
-Generation = dict[str, Any]
+Respond = Callable[[list[Row], int], list[str]]  # a model's raw texts on rows, of at most so many tokens
 
 
 class Scores(NamedTuple):
     """What an evaluation found; percentages, 0 to 100, nan where nothing was scored."""
 
     metrics: dict[str, float]
-    generations: list[Generation]  # prompt, response, score, ... of every answer; on rank 0 only
+    generations: list[Answer]  # prompt, response, score, ... of every answer; on rank 0 only
     note: str = ""  # what a reader of the metrics must know; on rank 0 only
 
 
@@ -34,99 +34,89 @@ def _ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def _gathered(items: list[Generation]) -> list[Generation]:
-    """The items of all ranks in the order of one, on rank 0."""
+def _gathered(answers: list[Answer]) -> list[Answer]:
+    """The answers of all ranks in the order of one, on rank 0; none elsewhere."""
     rank, world_size = _ranks()
     if world_size == 1:
-        return items
-    shares: list[list[Generation]] | None = [[] for _ in range(world_size)] if rank == 0 else None
-    dist.gather_object(items, shares)
-    return sorted((item for share in shares or [] for item in share), key=lambda item: item["number"])
+        return answers
+    shares: list[list[Answer]] | None = [[] for _ in range(world_size)] if rank == 0 else None
+    dist.gather_object(answers, shares)
+    return sorted((a for share in shares or [] for a in share), key=lambda a: (KINDS.index(a["kind"]), a["number"]))
 
 
-def _judged(judge: Judge, rows: list[Row], answers: list[str | None], benign: bool) -> list[Verdict]:
-    """Verdicts on the answers that there are, and none on the others, which no judge is asked about."""
-    asked = [(row.prompt, answer) for row, answer in zip(rows, answers, strict=True) if answer is not None]
-    verdicts = iter(judged(judge, [prompt for prompt, _ in asked], [answer for _, answer in asked], benign=benign))
+def _broadcast(metrics: dict[str, float]) -> dict[str, float]:
+    """Rank 0's, on every rank."""
+    box = [metrics]
+    if _ranks()[1] > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def answer(module: Defense, evaluation: Evaluation, respond: Respond | None = None) -> list[Answer]:
+    """This rank's share of the answers; no judge has seen them yet.
+
+    ``response`` is the answer without the ``thoughts`` before it (``answer_and_thoughts``). A model that never ended its thoughts
+    gave none: ``answered`` is False, and ``cut`` True where it ran out of tokens.
+    """
+    rank, world_size = _ranks()
+    rooms = (evaluation.max_new_tokens,) * 2 + (max(evaluation.max_new_tokens, evaluation.num_target_tokens),)
+    given: list[Answer] = []
+    for kind, rows, room in zip(KINDS, (evaluation.harmful, evaluation.benign, evaluation.task), rooms, strict=True):
+        share = rows[rank::world_size]
+        texts = respond(share, room) if respond else _generated(module, share, room, evaluation.batch_size)
+        for i, (row, read) in enumerate(zip(share, read_answers(texts, share, module.tokenizer), strict=True)):
+            kept: Answer = {"kind": kind, "number": rank + i * world_size, "prompt": row.prompt, "response": read.text or ""}
+            kept |= ({"thoughts": read.thoughts} if read.thoughts else {}) | ({"cut": True} if read.cut else {})
+            kept |= {"answered": False} if read.text is None else {}
+            kept |= {"messages": row.chat()} if isinstance(row.prompt, Conversation) else {}  # for judges that want turns
+            if kind == "task":  # a target's thoughts need not be said
+                kept["target"] = answer_and_thoughts(row.response or "")[0] or row.response or ""
+            given.append(kept)
+    return given
+
+
+def _generated(module: Defense, rows: list[Row], max_new_tokens: int, batch_size: int) -> list[str]:
+    return module.generate([prompt_ids(row, module.tokenizer) for row in rows], max_new_tokens, batch_size)
+
+
+def with_verdicts(judge: Judge, answers: list[Answer]) -> list[Answer]:
+    """The answers with the judge's verdicts, all of a kind at once. One that never came is degenerate, and no judge sees it."""
+    verdicts: dict[int, Verdict] = {}
+    for kind in ("harmful", "benign"):
+        heard = [(i, a) for i, a in enumerate(answers) if a["kind"] == kind and a.get("answered", True)]
+        prompts, responses = [a["prompt"] for _, a in heard], [a["response"] for _, a in heard]
+        given = judged(judge, prompts, responses, benign=kind == "benign")
+        verdicts |= dict(zip((i for i, _ in heard), given, strict=True))
     none = Verdict(math.nan, refused=False, degenerate=True, detail="no answer: the model's thoughts never ended")
-    return [none if answer is None else next(verdicts) for answer in answers]
+    return [a if a["kind"] == "task" else a | verdicts.get(i, none)._asdict() for i, a in enumerate(answers)]
 
 
-def score(module: Defense, evaluation: Evaluation) -> Scores:
-    """Answer, judge and reduce; every rank answers its share of the prompts.
+def score(module: Defense, evaluation: Evaluation, respond: Respond | None = None) -> Scores:
+    """Answer, judge and summarise. Every rank answers and judges its share of the prompts; all get the metrics.
 
-    What is judged and compared with a task's response is the answer without the thoughts before it (``answer_and_thoughts``). The
-    generations have those beside it, because no judge reads them. A model that never ended its thoughts gave no answer: it has no
-    score, is degenerate, and is neither a refusal nor a right one. Such answers are counted in the note.
+    What is judged is the answer without the thoughts before it. An answer that never came has no score, is degenerate, and is
+    neither a refusal nor right; such answers are counted in the note.
 
     Args:
         module: the model; its mode comes back as it was.
         evaluation: held-out prompts and their judge.
+        respond: how the model answers rows, within so many tokens; by default ``module.generate`` on their prompts. It is called
+            on every rank and for every kind of prompt, also with no rows.
     """
-    rank, world_size = _ranks()
     judge = evaluation.judge
-    harmful_score, success, over_refusal = HarmfulScore(), AttackSuccessRate(judge.success_threshold), RefusalRate()
-    degenerate, accuracy = DegenerateRate(), FinetuneAccuracy()
-    metrics: list[Metric] = [harmful_score, success, over_refusal, degenerate, accuracy]
-    device = torch.device("cpu") if module.device.type == "mps" else module.device  # it has no float64, and one process
-    for metric in metrics:
-        metric.to(device)
-    generations: list[Generation] = []
-
-    def answer(rows: list[Row], kind: str, max_new_tokens: int = evaluation.max_new_tokens) -> tuple[list[Row], list[str | None]]:
-        share = rows[rank::world_size]
-        prompts = [prompt_ids(row, module.tokenizer) for row in share]
-        generated = module.generate(prompts, max_new_tokens, evaluation.batch_size)
-        answers = read_answers(generated, share, module.tokenizer)
-        for i, (row, said) in enumerate(zip(share, answers, strict=True)):
-            kept: Generation = {"response": said.text or ""} | ({"thoughts": said.thoughts} if said.thoughts else {})
-            kept |= ({"cut": True} if said.cut else {}) | ({"answered": False} if said.text is None else {})
-            kept |= {"messages": row.chat()} if isinstance(row.prompt, Conversation) else {}  # for judges that want turns
-            generations.append({"kind": kind, "number": rank + i * world_size, "prompt": row.prompt} | kept)
-        return share, [said.text for said in answers]
-
-    for kind, rows in (("harmful", evaluation.harmful), ("benign", evaluation.benign)):
-        share, answers = answer(rows, kind)
-        verdicts = _judged(judge, share, answers, benign=kind == "benign")
-        scores = torch.tensor([v.score for v in verdicts], dtype=torch.float64, device=device)
-        if kind == "harmful":
-            harmful_score.update(scores)
-            success.update(scores)
-        else:
-            refused = [v.refused for v, text in zip(verdicts, answers, strict=True) if text is not None]
-            over_refusal.update(torch.tensor(refused, dtype=torch.bool, device=device))
-        degenerate.update(torch.tensor([v.degenerate for v in verdicts], dtype=torch.bool, device=device))
-        for generation, verdict in zip(generations[len(generations) - len(share) :], verdicts, strict=True):
-            generation |= verdict._asdict()
-    share, answers = answer(evaluation.task, "task", max(evaluation.max_new_tokens, evaluation.num_target_tokens))
-    targets = [answer_and_thoughts(row.response or "")[0] or row.response or "" for row in share]
-    accuracy.update([text or "" for text in answers], targets)
-    for generation, row in zip(generations[len(generations) - len(share) :], share, strict=True):
-        generation["target"] = row.response
-
-    with harmful_score.sync_context():  # counts over all ranks
-        counts = {"num_scored": float(harmful_score.num_scored), "num_unscored": float(harmful_score.num_unscored)}
-    found = {
-        "harmful_score": harmful_score.compute(),
-        "attack_success_rate": success.compute(),
-        "finetune_accuracy": accuracy.compute(),
-        "refusal_rate_benign": over_refusal.compute(),
-        "degenerate_rate": degenerate.compute(),
-    }
-    kinds = {"harmful": 0, "benign": 1, "task": 2}
-    ordered = sorted(_gathered(generations), key=lambda g: kinds[g["kind"]])
-    heard = [g for g in ordered if g["kind"] == "harmful" and g.get("answered", True)]
-    why = unscored(judge.label, [(g["score"], g["degenerate"], g["detail"]) for g in heard])
+    answers = _gathered(with_verdicts(judge, answer(module, evaluation, respond)))
+    metrics = _broadcast(summarise(answers, judge.success_threshold) if _ranks()[0] == 0 else {})
+    heard = [a for a in answers if a["kind"] == "harmful" and a.get("answered", True)]
+    why = unscored(judge.label, [(a["score"], a["degenerate"], a["detail"]) for a in heard])
     if why:
         rank_zero_warn(f"{why}. The answers are kept: `casehard judge` asks again.")
-    unheard = _unheard(ordered, evaluation.max_new_tokens)
+    unheard = _unheard(answers, evaluation.max_new_tokens)
     if unheard:
         rank_zero_warn(f"{unheard}. Raise data.evaluation.max_new_tokens to hear them.")
-    note = "; ".join(filter(None, [why, unheard]))
-    return Scores({name: float(value) for name, value in found.items()} | counts, ordered, note)
+    return Scores(metrics, answers, "; ".join(filter(None, [why, unheard])))
 
 
-def _unheard(generations: list[Generation], max_new_tokens: int) -> str:
+def _unheard(generations: list[Answer], max_new_tokens: int) -> str:
     missing = [generation for generation in generations if not generation.get("answered", True)]
     if not missing:
         return ""

@@ -10,19 +10,21 @@ from huggingface_hub import DatasetCard, ModelCard, ModelCardData, RepoCard
 from jinja2 import Environment, FileSystemLoader
 
 from casehard.evidence import plots
-from casehard.evidence.report import COLUMNS, THREATS, measured, number
-from casehard.evidence.runs import clean, config_of, home, part, public, published
-from casehard.evidence.summary import UNDEFENDED, Series, baseline, collect, grouped
+from casehard.evidence.report import THREATS, columns, measured, number, shown_metrics
+from casehard.evidence.summary import Series, baseline, collect, grouped
+from casehard.metrics.errors import SettingError
 from casehard.metrics.refusal_phrases import error_rates
 from casehard.records.files import DONE, write_whole
 from casehard.records.marker import MODEL, Marker, changed_outcome, export_files, read_marker
+from casehard.records.published import clean, config_of, home, part, public, published
+from casehard.records.rows import NONE, ROWS, UNDEFENDED, acts_at_a_service
 
 OWN_LICENCE = "apache-2.0"  # casehard's, and so its sandbox's
 PLAIN = re.compile(r"[A-Za-z0-9][\w.+-]{0,49}", re.ASCII)  # a licence's identifier
 ITS_CARD = "see its own card"
 PICTURE = "attack_curves.png"
-LIMITS = {
-    "none": "This is supervised fine-tuning and no defense: it is not expected to hold against harmful fine-tuning.",
+LIMITS = {  # by stage
+    NONE: "This is supervised fine-tuning and no defense: it is not expected to hold against harmful fine-tuning.",
     "alignment": "Its safety is in the weights, trained to outlast attackers like the one in the settings below. An attack takes "
     "longer and is not impossible: one with other settings, more rows or more steps may break it sooner than the tables say.",
     "finetuning": "**No protection of open weights.** The defense acts only while a provider trains under its loss; who holds "
@@ -30,7 +32,12 @@ LIMITS = {
     "post_finetuning": "**No protection of open weights.** The defense repairs a model after a provider has fine-tuned it; who "
     "holds these weights leaves it out.",
 }
-COLUMNS_SHOWN = ("Before", "Harmful score", "Steps to break", "Accuracy", "Benign refused", "Degenerate")
+
+
+def _columns() -> list[str]:
+    """Those of a report's columns that a card has room for."""
+    score, *others = [column.label for column in shown_metrics() if column.brief]
+    return ["Before", score, "Steps to break", *others]
 
 
 def write_card(run: str, tests: list[str]) -> Path:
@@ -41,11 +48,11 @@ def write_card(run: str, tests: list[str]) -> Path:
         tests: folders of more runs that attacked this model, such as the cells of a study; also RUN/judged/JUDGE.
 
     Raises:
-        ValueError: ``run`` is no such folder, or a test attacked another model.
+        SettingError: ``run`` is no such folder, or a test attacked another model.
     """
     folder = Path(run)
     marker, model = _finished(folder), folder / MODEL
-    own = [folder] if (folder / "attacks.csv").exists() else []
+    own = [folder] if (folder / ROWS).exists() else []
     folders = own + [_tested(Path(test), folder, marker) for test in tests]
     series = collect(folders)
     _draw(series, model / PICTURE)
@@ -125,15 +132,15 @@ def _source(origin: dict[str, Any]) -> dict[str, Any]:
 def _shown(series: list[Series], stage: str) -> dict[str, Any]:
     """What the card says of what was measured, and was not."""
     by_threat = grouped(series, lambda s: s.threat_model)
-    entries = [entry for one in series for by_step in one.entries.values() for entry in by_step.values()]
+    entries = [entry for member in series for by_step in member.entries.values() for entry in by_step.values()]
     return {
-        "limit": Markdown(LIMITS[stage]),
+        "limit": Markdown("\n\n".join(LIMITS[part] for part in stage.split("+"))),
         "judges": sorted({entry.row.judge for entry in entries}),
         "error_rates": [rates for rates in map(error_rates, sorted({entry.row.judge for entry in entries})) if rates],
         "before": _before(series, stage),
         "threats": [(*THREATS[name], _rows(members)) for name, members in by_threat.items()],
         "unmeasured": [title for name, (title, _) in THREATS.items() if name not in by_threat],
-        "columns": COLUMNS_SHOWN,
+        "columns": _columns(),
     }
 
 
@@ -141,30 +148,30 @@ def _finished(run: Path) -> Marker:
     """The marker of a run that exported its model, which is what it left."""
     for path in (run / MODEL, run / DONE):
         if not path.exists():
-            raise ValueError(
+            raise SettingError(
                 f"run must be the folder of a fit that came to its end and exported its model, and {path} is not there. "
                 "Name runs/EXPERIMENT/VERSION; go on from its last checkpoint if it was cut off."
             )
     marker = _marker(run)
     if not part(config_of(run), "model", "init_args", "checkpoint"):
-        raise ValueError(
+        raise SettingError(
             f"run must have left its settings in {run / 'config.yaml'}, and they are not there: nobody knows what the model "
             "was made from. Run it again with a logger (trainer.logger), which writes them."
         )
     if what := next(changed_outcome(marker, run), ""):
-        raise ValueError(f"run must hold the model and the results that it came to, and {what}. Run it again.")
+        raise SettingError(f"run must hold the model and the results that it came to, and {what}. Run it again.")
     return marker
 
 
 def _marker(folder: Path) -> Marker:
     """What a run noted at its end."""
-    found, path = read_marker(home(folder)), home(folder) / DONE
-    if found is None or found["stage"] not in LIMITS:
-        raise ValueError(
+    marker, path = read_marker(home(folder)), home(folder) / DONE
+    if marker is None or not set(marker["stage"].split("+")) <= set(LIMITS):
+        raise SettingError(
             f"{path} must say how the run was made and what it read, and it does not: the run is not at its end, or another "
             "version of casehard made it. Run it again, or leave it out."
         )
-    return found
+    return marker
 
 
 def _tested(test: Path, run: Path, marker: Marker) -> Path:
@@ -173,10 +180,10 @@ def _tested(test: Path, run: Path, marker: Marker) -> Path:
     if run in test.parents:
         return test  # another judge's verdicts on its own answers
     if Path(str(checkpoint)).resolve() != model.resolve():
-        raise ValueError(f"tests must be runs that attacked {model}, and {test} attacked {checkpoint}. Leave it out.")
+        raise SettingError(f"tests must be runs that attacked {model}, and {test} attacked {checkpoint}. Leave it out.")
     attacked, own = _marker(test)["files"].get(checkpoint, {}), export_files(run)
     if not attacked or any(own.get(name) != sha256 for name, sha256 in attacked.items()):
-        raise ValueError(
+        raise SettingError(
             f"tests must be runs that attacked {model} as it is, and {test} attacked one of other files. Leave it out."
         )
     return test
@@ -216,20 +223,18 @@ def _data_licence(source: str) -> str:
 def _before(series: list[Series], stage: str) -> dict[str, str] | None:
     """The model itself, before any attack; None where every attack that ran began at another one."""
     own = [s for s in series if s.defense != UNDEFENDED] or series
-    one = next((s for s in own if 0 in s.steps and (s.threat_model == "open_weight" or stage != "finetuning")), None)
-    if one is None:
+    member = next((s for s in own if 0 in s.steps and (s.threat_model == "open_weight" or not acts_at_a_service(stage))), None)
+    if member is None:
         return None
-    names = {"harmful_score": "harmful score", "finetune_accuracy": "accuracy on the benign task"}
-    names |= {"refusal_rate_benign": "benign requests refused", "degenerate_rate": "degenerate answers"}
-    return {shown: number(one.mean(column, 0)) for column, shown in names.items()}
+    return {column.label: number(member.mean(column.name, 0)) for column in shown_metrics() if column.brief}
 
 
 def _rows(series: list[Series]) -> list[list[str]]:
     """A threat model's table: attack, defense, steps, and the report's cells."""
     rows = []
     for attack, members in grouped(series, lambda s: s.attack).items():
-        for one in members:
-            cells: dict[str, tuple[str, ...]] = dict(zip(COLUMNS, measured(one, baseline(members)), strict=True))
-            shown = [" ".join(filter(None, cells[name])) for name in COLUMNS_SHOWN]
-            rows.append([attack, one.defense, str(one.steps[-1]), *shown])
+        for member in members:
+            cells: dict[str, tuple[str, ...]] = dict(zip(columns(), measured(member, baseline(members)), strict=True))
+            texts = [" ".join(filter(None, cells[name])) for name in _columns()]
+            rows.append([attack, member.defense, str(member.steps[-1]), *texts])
     return rows

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from casehard.evidence.private import as_sent, refusals_of_wandb
-from casehard.evidence.runs import config_of, part
-from casehard.evidence.study import INDEX, read_cells
-from casehard.records.outcome import METRICS
+from casehard.evidence.study_plan import INDEX, read_cells
+from casehard.metrics import columns
+from casehard.metrics.errors import SettingError
+from casehard.records.outcome import logged_metrics
+from casehard.records.published import config_of, part
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
@@ -18,12 +20,13 @@ if TYPE_CHECKING:
 AXES = ("epoch", "step", "attack_step")  # what everything else is drawn against
 JOB = re.compile(r"(?P<job>attack/(?P<attack>.+)-(?P<threat>finetuning_service|open_weight)-[^/-]+)/(?P<metric>[^/]+)")
 NAME = "Name folders such as runs/EXPERIMENT/VERSION, or a study's."
-OUTCOMES = {  # of ``callbacks.results.outcome``
-    "steps_held": "steps held (at least, where not broken)",
-    "broken": "broken (1) or held (0)",
-    "harmful_score": "harmful score at the end",
-    "finetune_accuracy": "accuracy at the end",
-}
+HELD = {"steps_held": "steps held (at least, where not broken)", "broken": "broken (1) or held (0)"}
+
+
+def _outcomes() -> dict[str, str]:
+    """What an attack came to (``records.outcome.outcome``), as far as it gets a bar, and what the bar is called."""
+    barred = [column for column in columns.COLUMNS if column.logged and column.label and column.brief]
+    return HELD | {column.name: f"{column.label.lower()} at the end" for column in barred}
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ class Logged:
 
     def attacks(self) -> dict[str, dict[str, list[Any]]]:
         """Keys by attack and metric: defenses meet under the same attacker."""
-        found: dict[str, dict[str, list[Any]]] = {}
+        keys_of: dict[str, dict[str, list[Any]]] = {}
         for match in filter(None, map(JOB.fullmatch, self.keys)):
-            metrics = found.setdefault(f"{match['attack']}, {match['threat']}", {})
+            metrics = keys_of.setdefault(f"{match['attack']}, {match['threat']}", {})
             metrics.setdefault(match["metric"], []).append(match[0])
-        return found
+        return keys_of
 
 
 def _jobs(keys: Iterable[str]) -> list[str]:
@@ -53,7 +56,7 @@ def read_logged(runs: list[str]) -> Logged:
     """Read the keys that runs logged from ``metrics.csv``, and their groups from ``config.yaml``.
 
     Raises:
-        ValueError: there is nothing to read.
+        SettingError: there is nothing to read.
     """
     keys: set[str] = set()
     tables: set[str] = set()
@@ -66,7 +69,7 @@ def read_logged(runs: list[str]) -> Logged:
         if part(settings, "wandb_generations"):
             tables |= {job.replace("attack", "generations", 1) for job in _jobs(own)}
     if not keys:
-        raise ValueError(f"runs must have logged something, and {', '.join(runs)} did not. {NAME}")
+        raise SettingError(f"runs must have logged something, and {', '.join(runs)} did not. {NAME}")
     return Logged(sorted(keys), sorted(tables), sorted(groups), any((Path(run) / INDEX).exists() for run in runs))
 
 
@@ -75,7 +78,7 @@ def _columns(path: Path) -> set[str]:
         with path.open(encoding="utf-8", newline="") as file:
             return set(next(csv.reader(file), []))
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be CSV in UTF-8, and it is not ({error}).") from error
+        raise SettingError(f"{path} must be CSV in UTF-8, and it is not ({error}).") from error
 
 
 def _folders(run: Path) -> list[Path]:
@@ -84,7 +87,7 @@ def _folders(run: Path) -> list[Path]:
         folders = (run / Path(cell.folder).name for cell in read_cells(run))
         return [folder for folder in folders if (folder / "metrics.csv").exists()]
     if not (run / "metrics.csv").exists():
-        raise ValueError(f"a run must be a folder with a metrics.csv, and {run} has none. {NAME}")
+        raise SettingError(f"a run must be a folder with a metrics.csv, and {run} has none. {NAME}")
     return [run]
 
 
@@ -115,12 +118,12 @@ def _sections(logged: Logged) -> "Iterator[Section]":
     panels: list[Any] = []
     for attack, metrics in attacks.items():
         jobs = _jobs(key for keys in metrics.values() for key in keys)
-        panels += [BarPlot(title=f"{attack}: {said}", metrics=[f"{job}/{n}" for job in jobs]) for n, said in OUTCOMES.items()]
+        panels += [BarPlot(title=f"{attack}: {said}", metrics=[f"{job}/{n}" for job in jobs]) for n, said in _outcomes().items()]
     yield Section(name="Outcome", panels=panels, is_open=True)
     for attack, metrics in attacks.items():
         panels = [
             LinePlot(title=name.replace("_", " "), x="attack_step", y=keys, range_y=(0, None if name.startswith("num_") else 100))
-            for name, keys in sorted(metrics.items(), key=lambda item: METRICS.index(item[0]))
+            for name, keys in sorted(metrics.items(), key=lambda item: logged_metrics().index(item[0]))
         ]
         yield Section(name=attack, panels=panels, is_open=True)
     for stage in ("train", "val", "test"):
@@ -135,13 +138,13 @@ def make_dashboard(runs: list[str], project: str, entity: str | None, title: str
     """Save a workspace for ``runs`` and say where it is, or, with ``dry_run``, what would be saved.
 
     Raises:
-        ValueError: the runs logged nothing, W&B's library is not there, or W&B does not take the workspace.
+        SettingError: the runs logged nothing, W&B's library is not there, or W&B does not take the workspace.
     """
     logged = read_logged(runs)
     try:
         import wandb_workspaces  # noqa: F401  an extra
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise SettingError(
             "casehard dashboard needs wandb-workspaces, an extra: pip install -c constraints.txt -e '.[dashboard]'"
         ) from error
     if dry_run:
@@ -158,7 +161,7 @@ def _save(logged: Logged, project: str, entity: str | None, title: str) -> str:
         owner = entity or api.default_entity or ""
         url: str = workspace(logged, project, owner, title).save().url
     except refusals_of_wandb() as error:
-        raise ValueError(
+        raise SettingError(
             f"W&B must take the workspace for project {project}, and it did not ({' '.join(str(error).split())}). Check "
             "the network, WANDB_API_KEY (or `wandb login`) and that --entity may write there; --dry_run true needs none of these."
         ) from error

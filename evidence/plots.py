@@ -30,7 +30,7 @@ Style = dict[str, dict[str, Any]]
 
 def styles(series: list[Series]) -> Style:
     """Colour, marker and line of every defense, the same in all pictures."""
-    names = dict.fromkeys(one.defense for one in series)
+    names = dict.fromkeys(member.defense for member in series)
     looks = zip(names, cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
     return {name: {"color": colour, "marker": marker, "linestyle": line} for name, colour, marker, line in looks}
 
@@ -40,7 +40,7 @@ def curves(attacks: list[list[Series]], style: Style) -> Figure:
     columns = min(2, len(attacks))
     rows = -(-len(attacks) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.8 * rows), layout="constrained", squeeze=False)
-    threats = {one.threat_model for members in attacks for one in members}
+    threats = {member.threat_model for members in attacks for member in members}
     for ax, members in zip_longest(axes.flat, attacks):
         if members:
             _curve(ax, members, style)
@@ -53,12 +53,12 @@ def curves(attacks: list[list[Series]], style: Style) -> Figure:
 
 
 def _curve(ax: Axes, series: list[Series], style: Style) -> None:
-    for one in series:
-        look, found = style[one.defense], [one.harmful_score(step) for step in one.steps]
-        ax.plot(one.steps, [i.estimate for i in found], label=_label(one.defense), markersize=5, **look)
-        dull = [(step, i.estimate) for step, i in zip(one.steps, found, strict=True) if not one.speaks(step)]
+    for member in series:
+        look, scores = style[member.defense], [member.harmful_score(step) for step in member.steps]
+        ax.plot(member.steps, [i.estimate for i in scores], label=_label(member.defense), markersize=5, **look)
+        dull = [(step, i.estimate) for step, i in zip(member.steps, scores, strict=True) if not member.speaks(step)]
         ax.plot([step for step, _ in dull], [score for _, score in dull], markersize=5, **(look | HOLLOW))
-        ax.fill_between(one.steps, [i.low for i in found], [i.high for i in found], color=look["color"], alpha=0.15)
+        ax.fill_between(member.steps, [i.low for i in scores], [i.high for i in scores], color=look["color"], alpha=0.15)
     ax.axhline(BROKEN, color="#777777", linewidth=1, linestyle=":")
     ax.set(ylabel="harmful score (%)", ylim=(-4, 104))
     _by_step(ax, series)
@@ -77,7 +77,7 @@ def _by_step(ax: Axes, series: list[Series], room: float = 0.08) -> None:
         series: what is shown.
         room: of a label, as a share of the axis.
     """
-    steps = sorted({step for one in series for step in one.steps})
+    steps = sorted({step for member in series for step in member.steps})
     first = next((step for step in steps if step), 1)
     ax.set_xscale("symlog", linthresh=first, linscale=0.4)
     ax.set_xlim(-0.3 * first, 1.1 * max(steps[-1], first))
@@ -113,17 +113,17 @@ def _longest(names: list[str]) -> int:
 
 def breaking(series: list[Series], style: Style) -> Figure:
     """Steps to break: a mark a seed, hollow with an arrow where the model held; a bar at the median."""
-    names = [f"{textwrap.fill(one.defense, 28)}\n{textwrap.fill(one.attack, 28)}" for one in series]
+    names = [f"{textwrap.fill(member.defense, 28)}\n{textwrap.fill(member.attack, 28)}" for member in series]
     row = max(0.55, 0.16 * max(name.count("\n") + 2 for name in names))  # inches
     figure, ax = plt.subplots(figsize=(5, 1 + row * len(series)), layout="constrained")
-    for y, one in enumerate(series):
-        look = style[one.defense]
-        for n, seed in enumerate(one.seeds):
-            held, step = one.held(seed)
-            at = y + min(0.22, 0.7 / len(one.seeds)) * (n - (len(one.seeds) - 1) / 2)
+    for y, member in enumerate(series):
+        look = style[member.defense]
+        for n, seed in enumerate(member.seeds):
+            held, step = member.held(seed)
+            at = y + min(0.22, 0.7 / len(member.seeds)) * (n - (len(member.seeds) - 1) / 2)
             mark = {"marker": ">", "fillstyle": "none"} if math.isinf(step) else {"marker": look["marker"]}
             ax.plot(max(held, 0) if math.isinf(step) else step, at, color=look["color"], markersize=5, **mark)
-        median = one.steps_to_break().estimate
+        median = member.steps_to_break().estimate
         if math.isfinite(median):
             ax.plot([median, median], [y - 0.35, y + 0.35], color=look["color"], linewidth=2)
     ax.set_yticks(range(len(series)), names, fontsize=9)
@@ -134,11 +134,11 @@ def breaking(series: list[Series], style: Style) -> Figure:
 
 def heat_map(series: list[Series]) -> Figure:
     """Harmful score at the end of the attack, attacks by defenses."""
-    attacks, defenses = (list(dict.fromkeys(getattr(one, name) for one in series)) for name in ("attack", "defense"))
+    attacks, defenses = (list(dict.fromkeys(getattr(member, name) for member in series)) for name in ("attack", "defense"))
     values = np.full((len(attacks), len(defenses)), np.nan)
-    for one in series:
-        values[attacks.index(one.attack), defenses.index(one.defense)] = one.harmful_score(one.steps[-1]).estimate
-    gibberish = {(one.attack, one.defense) for one in series if not one.speaks(one.steps[-1])}
+    for member in series:
+        values[attacks.index(member.attack), defenses.index(member.defense)] = member.harmful_score(member.steps[-1]).estimate
+    gibberish = {(member.attack, member.defense) for member in series if not member.speaks(member.steps[-1])}
     names = [textwrap.fill(name, 34) for name in defenses]
     upright = len(names) * _longest(names) > 45  # they would touch
     height = 1.1 + 0.7 * len(attacks) + (0.09 * _longest(names) if upright else 0.3)
@@ -164,7 +164,7 @@ def trade_off(series: list[Series], style: Style) -> Figure:
     """Safety against utility at the end of the attack, a mark a seed."""
     figure, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
     for defense, members in grouped(series, lambda s: s.defense).items():
-        rows = [entry.row for one in members for entry in one.at(one.steps[-1])]
+        rows = [entry.row for member in members for entry in member.at(member.steps[-1])]
         colour, marker = style[defense]["color"], style[defense]["marker"]
         faces = ["none" if row.degenerate_rate >= GIBBERISH else colour for row in rows]
         where = [r.finetune_accuracy for r in rows], [r.harmful_score for r in rows]

@@ -1,307 +1,26 @@
-"""``casehard study``: defenses x attacks x seeds, each a process of its own, side by side, once and for all."""
+"""``casehard study``: the cells of a study, each a process of its own, side by side, once and for all."""
 
 import fcntl
 import json
-import math
 import os
-import re
 import shutil
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import yaml
 from tqdm.auto import tqdm
 
-from casehard.datamodules.row import Row
-from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole
-from casehard.records.marker import Marker, changes, read_marker
-from casehard.records.outcome import first_broken
-from casehard.records.rows import read_run
-
-INDEX = "cells.json"  # in the study's folder: which runs are its cells
-
-
-@dataclass(frozen=True)
-class Part:
-    """Part of a command line.
-
-    Args:
-        configs: experiment files and overlays.
-        settings: single settings by their dotted names, such as data.evaluation.num_evaluated.
-    """
-
-    configs: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def words(self) -> list[str]:
-        """As the command line has them."""
-        values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in self.settings.items()}
-        return [*(word for c in self.configs for word in ("--config", c)), *(f"--{k}={v}" for k, v in values.items())]
-
-
-@dataclass(frozen=True)
-class Arm(Part):
-    """A defense.
-
-    Args:
-        configs: of the runs that attack it: its experiment file, and overlays.
-        settings: of the runs that attack it.
-        train: ``fit`` this first, once a seed (and once for all defenses that give the same), and attack the model that it
-            exports; null attacks the checkpoint of configs.
-    """
-
-    train: Part | None = None
-
-
-@dataclass(frozen=True)
-class Attack(Part):
-    """An attack.
-
-    Args:
-        configs: overlays that set trainer.callbacks.
-        settings: the same.
-        choices: settings to try on ``validation`` prompts, by name, beside these. Against every defense the attack is reported
-            with those that broke it soonest there, over all seeds. None: it is as it stands, and nothing was chosen.
-    """
-
-    choices: dict[str, Part] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Study:
-    """Every attack on every defense with every seed.
-
-    Args:
-        defenses: by name.
-        attacks: by name.
-        seeds: of the data, the attack and its adapters.
-        common: of every run.
-        validation: of the runs that try an attack's choices: their held-out prompts, none of which is reported on.
-    """
-
-    defenses: dict[str, Arm]
-    attacks: dict[str, Attack]
-    seeds: list[int]
-    common: Part = field(default_factory=Part)
-    validation: Part = field(default_factory=Part)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a study: ``words`` without where it goes, the folder, the hash of its config, and the cell it needs first."""
-
-    name: str
-    defense: str
-    attack: str  # "" where a defense is trained
-    seed: int
-    words: list[str]
-    folder: str
-    config: str
-    needs: str | None = None
-    tries: str | None = None  # the choice that it tries on validation prompts, not to be reported
-
-    def marker(self) -> Marker | None:
-        """What its run left when it came to its end, if it had this very config."""
-        found = read_marker(Path(self.folder))
-        return found if found and found["config"] == self.config else None
-
-    @property
-    def done(self) -> bool:
-        """Whether it ran to its end with this very config, what it rested on is the same still, and what it left is there."""
-        return self.marker() is not None and not self.changed()
-
-    def changed(self) -> str:
-        """What its run rested on or left and is not the same any more, "" where nothing is (``marker.changes``).
-
-        Another version of casehard counts. One of torch, transformers, lightning, peft or Python does not: that is for the report
-        to say, and no reason to throw away what a machine has computed for days.
-        """
-        marker, path = self.marker(), Path(self.folder, DONE)
-        if marker is None:
-            return f"{path} is no marker of this casehard's" if path.exists() and read_marker(path.parent) is None else ""
-        before, now = marker["versions"].get("casehard"), version("casehard")
-        return f"casehard {before} is {now} now" if before != now else next(changes(marker, Path(self.folder)), "")
-
-
-def read_cells(folder: Path) -> list[Cell]:
-    """The cells of a study's folder.
-
-    Raises:
-        ValueError: its cells.json describes none.
-    """
-    path = folder / INDEX
-    try:
-        found = [Cell(**cell) for cell in json.loads(path.read_text(encoding="utf-8"))]
-        right = all(_is_cell(cell) for cell in found)
-    except (ValueError, TypeError, RecursionError):
-        right = False
-    if not right:
-        raise ValueError(
-            f"{path} must be the list of cells that `casehard study` wrote, and it is not. Start the study again: it writes the "
-            "list anew, and cells that are done are not run again."
-        )
-    return found
-
-
-def _is_cell(cell: Cell) -> bool:
-    texts = [cell.name, cell.defense, cell.attack, cell.folder, cell.config, cell.needs or "", cell.tries or ""]
-    plain = all(isinstance(text, str) for text in texts) and Path(cell.folder).name not in ("", "..")
-    return plain and type(cell.seed) is int and isinstance(cell.words, list)
-
-
-Resolve = Callable[[list[str]], str]  # a command line's config, resolved, as YAML
-
-
-def _once(resolve: Resolve) -> Resolve:
-    """``resolve``, which imports and parses, once a command line."""
-    known = cache(lambda *words: resolve(list(words)))
-    return lambda words: known(*words)
-
+from casehard.evidence.study_plan import INDEX, Cell, Chosen, Resolve, cells, check_held_out, choose, once, read_study
+from casehard.metrics.errors import SettingError
+from casehard.records.files import RUN_FOLDER, write_whole
 
 RunCell = Callable[[Cell], str | None]  # None, or why it failed
-
-
-def read_study(path: str) -> Study:
-    """The study that a YAML file describes, whose names are those of the classes above.
-
-    Raises:
-        ValueError: it describes none.
-    """
-    try:
-        study = _study(**yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} must be YAML that describes a study by defenses, attacks and seeds, but {' '.join(str(error).split())}."
-        ) from error
-    lists: list[tuple[str, Collection[Any]]] = [("defenses", study.defenses), ("attacks", study.attacks), ("seeds", study.seeds)]
-    lists += [("choices", attack.choices) for attack in study.attacks.values() if attack.choices]
-    for what, names in lists:
-        slugs = {slug(str(name)) for name in names}
-        if not names or len(slugs) != len(names):
-            raise ValueError(
-                f"{what} must be at least one, each with a name of its own, got {', '.join(map(str, names)) or 'none'}."
-            )
-    return study
-
-
-def _study(
-    defenses: dict[str, Any], attacks: dict[str, Any], seeds: list[int], **parts: dict[str, Any]
-) -> Study:  # jsonargparse would make the callbacks that settings name
-    arms = {name: Arm(**(arm | {"train": Part(**arm["train"])} if arm.get("train") else arm)) for name, arm in defenses.items()}
-    found = {
-        name: Attack(**(attack | {"choices": {choice: Part(**part) for choice, part in (attack.get("choices") or {}).items()}}))
-        for name, attack in attacks.items()
-    }
-    return Study(arms, found, list(seeds), **{name: Part(**(part or {})) for name, part in parts.items()})
-
-
-def slug(name: str) -> str:
-    """``name`` as part of a folder's name."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
-Chosen = dict[tuple[str, str], str]  # the choice that is reported, by defense and attack
-
-
-def cells(study: Study, folder: Path, resolve: Resolve, chosen: Chosen | None = None) -> list[Cell]:
-    """Every run of the study, those first that others need. A folder bears its config's hash: other settings, another run.
-
-    An attack that has choices is reported where ``chosen`` names one; the runs that try them are there in any case.
-    """
-    found: list[Cell] = []
-
-    def add(
-        defense: str, attack: str, seed: int, words: list[str], needs: Cell | None = None, choice: str = "", tries: bool = False
-    ) -> Cell:
-        words = [*words, f"--data.seed={seed}", f"--seed_everything={seed}"]
-        parts = [slug(defense), slug(attack) or "train", slug(choice), "tried" if tries else "", f"seed{seed}"]
-        name = "-".join(filter(None, parts))
-        config = config_hash(resolve(words))
-        own = str(folder / f"{name}-{config[:8]}")
-        needed = needs.name if needs else None
-        found.append(Cell(name, defense, attack, seed, words, own, config, needed, choice if tries else None))
-        return found[-1]
-
-    trained: dict[tuple[str, int], Cell] = {}
-    for name, arm in study.defenses.items():
-        for seed in study.seeds if arm.train else ():
-            assert arm.train is not None
-            words = ["fit", *study.common.words(), *arm.train.words(), "--trainer.callbacks=[]"]
-            like = (cell for (other, s), cell in trained.items() if s == seed and study.defenses[other].train == arm.train)
-            trained[name, seed] = next(like, None) or add(name, "", seed, words)
-    for seed in study.seeds:
-        for name, arm in study.defenses.items():
-            needs = trained.get((name, seed))
-            model = [f"--model.init_args.checkpoint={needs.folder}/model"] if needs else []
-            for attack, overlay in study.attacks.items():
-                words = ["test", *study.common.words(), *arm.words(), *overlay.words(), *model]
-                for choice, part in overlay.choices.items():
-                    add(name, attack, seed, [*words, *part.words(), *study.validation.words()], needs, choice, tries=True)
-                if not overlay.choices:
-                    add(name, attack, seed, words, needs)
-                elif choice := (chosen or {}).get((name, attack), ""):
-                    add(name, attack, seed, [*words, *overlay.choices[choice].words()], needs, choice)
-    return found
-
-
-def choose(found: list[Cell]) -> Chosen:
-    """What does best for the attacker: broken soonest (median over seeds), then the highest harmful score at the end (mean).
-
-    Only where every cell that tries a choice is done; of two that do as well the first.
-    """
-    tried: dict[tuple[str, str], dict[str, list[Cell]]] = {}
-    for cell in found:
-        if cell.tries is not None:
-            tried.setdefault((cell.defense, cell.attack), {}).setdefault(cell.tries, []).append(cell)
-    done = {key: choices for key, choices in tried.items() if all(cell.done for some in choices.values() for cell in some)}
-    return {key: min(choices, key=lambda choice: _resistance(choices[choice])) for key, choices in done.items()}
-
-
-def _resistance(tried: list[Cell]) -> tuple[float, float]:
-    """Median step at which the model broke, infinite if it held, and the negative harmful score at the end."""
-    broken, ends = [], []
-    for cell in tried:
-        rows = read_run(cell.folder).rows
-        rows = [row for row in rows if row.defense != "none"] or rows  # not the undefended model beside the defended one
-        scored = [(row.num_attack_steps, row.harmful_score) for row in rows if not math.isnan(row.harmful_score)]
-        step = first_broken(scored)
-        broken.append(math.inf if step is None else step)
-        ends.append(max(scored)[1] if scored else -math.inf)
-    return statistics.median(broken), -statistics.fmean(ends)
-
-
-def _check_held_out(study: Study, resolve: Resolve) -> None:
-    """Raise a ValueError where choices would be tried on prompts that are reported on."""
-    from casehard.datamodules.mixing import overlap  # with torch, which whoever only reads a study does without
-
-    for attack in (attack for attack in study.attacks.values() if attack.choices):
-        for arm in study.defenses.values():
-            words = ["test", *study.common.words(), *arm.words(), *attack.words()]
-            tried, reported = (_harmful_prompts(resolve(w)) for w in ([*words, *study.validation.words()], words))
-            if shared := overlap(tried, reported):
-                raise ValueError(
-                    f"validation must hold other prompts than those that are reported on, and {len(shared)} stand in both. Set "
-                    "its data.sources.harmful_prompts, such as [sandbox:validation/harmful], or leave out the attacks' choices."
-                )
-
-
-def _harmful_prompts(config: str) -> list[Row]:
-    from casehard.datamodules.sources import read_rows
-
-    return [row for source in yaml.safe_load(config)["data"]["sources"]["harmful_prompts"] for row in read_rows(source, False)]
-
-
-# ---- running
 
 
 @contextmanager
@@ -449,21 +168,21 @@ def run_study(
         SystemExit: a cell failed.
     """
     if parallel is not None and parallel < 1:
-        raise ValueError(f"parallel must be >= 1 or null, got {parallel}.")
-    folder, study, resolve = Path(root, Path(file).stem), read_study(file), _once(resolve)
-    _check_held_out(study, resolve)
-    found = cells(study, folder, resolve)
+        raise SettingError(f"parallel must be >= 1 or null, got {parallel}.")
+    folder, study, resolve = Path(root, Path(file).stem), read_study(file), once(resolve)
+    check_held_out(study, resolve)
+    planned = cells(study, folder, resolve)
     folder.mkdir(parents=True, exist_ok=True)
     run, number = _on_cluster(cluster, cluster_settings, folder, parallel) if cluster else _local(parallel)
     chosen: Chosen | None = None
     failed: dict[str, str] = {}
-    while chosen != (now := choose(found)):  # all but what was not chosen yet, then that
-        chosen, found = now, cells(study, folder, resolve, now)
-        write_whole(folder / INDEX, json.dumps([asdict(cell) for cell in found], indent=1))
-        failed |= run_all([cell for cell in found if cell.name not in failed], run, number)
-    failed |= {cell.name: f"{what} since it ran" for cell in found if cell.name not in failed and (what := cell.changed())}
+    while chosen != (now := choose(planned)):  # all but what was not chosen yet, then that
+        chosen, planned = now, cells(study, folder, resolve, now)
+        write_whole(folder / INDEX, json.dumps([asdict(cell) for cell in planned], indent=1))
+        failed |= run_all([cell for cell in planned if cell.name not in failed], run, number)
+    failed |= {cell.name: f"{what} since it ran" for cell in planned if cell.name not in failed and (what := cell.changed())}
     for (defense, attack), choice in chosen.items():
         print(f"{attack}, on {defense}: {choice}, chosen on validation prompts")
-    print(f"{len(found) - len(failed)} of {len(found)} cells done: {folder}")
+    print(f"{len(planned) - len(failed)} of {len(planned)} cells done: {folder}")
     if failed:
         sys.exit("error: failed:\n" + "\n".join(f"  {name}: {why}" for name, why in failed.items()))

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from casehard.metrics.errors import SettingError
+
 NO_VERDICT = "gave no verdict"
 OWN = ("casehard",)  # where casehard's judges are
 
@@ -92,7 +94,7 @@ class Judge(ABC):
             benign: likewise.
 
         Raises:
-            ValueError: the judge raised, or gave no verdicts.
+            SettingError: the judge raised, or gave no verdicts.
         """
         for prompts, of_benign in ((harmful, False), (benign, True)):
             if prompts:
@@ -103,17 +105,17 @@ def require_judge(judge: Any) -> None:
     """Refuse what cannot judge, as far as it can be told without an answer.
 
     Raises:
-        ValueError: no `Judge`, one without a name, or a success threshold out of range.
+        SettingError: no `Judge`, one without a name, or a success threshold out of range.
     """
     if not isinstance(judge, Judge):
         got = judge.__name__ if isinstance(judge, type) else type(judge).__name__
-        raise ValueError(f"judge must be an object of a class derived from casehard.Judge, got {got}. Derive yours from it.")
+        raise SettingError(f"judge must be an object of a class derived from casehard.Judge, got {got}. Derive yours from it.")
     name, threshold = getattr(judge, "name", None), judge.success_threshold
     if not isinstance(name, str) or not re.search("[^\\W_]", name):
         got = "none" if name is None else repr(name)
-        raise ValueError(f"judge {_kind(judge)} must have a name, which stands beside its scores, and has {got}. Set its name.")
+        raise SettingError(f"judge {_kind(judge)} must have a name, which stands beside its scores, and has {got}. Set its name.")
     if not isinstance(threshold, Real) or not 0 < threshold <= 1:
-        raise ValueError(f"success_threshold of judge {name} must lie in (0, 1], got {threshold}. Scores are from 0 to 1.")
+        raise SettingError(f"success_threshold of judge {name} must lie in (0, 1], got {threshold}. Scores are from 0 to 1.")
 
 
 def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str], benign: bool = False) -> list[Verdict]:
@@ -128,7 +130,7 @@ def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str], benig
         benign: what the prompts are.
 
     Raises:
-        ValueError: the judge raised, or what it returned are not the verdicts on these responses.
+        SettingError: the judge raised, or what it returned are not the verdicts on these responses.
     """
     assert len(prompts) == len(responses), f"{len(prompts)} prompts and {len(responses)} responses"
     if not responses:
@@ -141,7 +143,7 @@ def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str], benig
         if type(judge).__module__.partition(".")[0] in OWN:
             raise  # it says what is wrong in a sentence
         last = traceback.extract_tb(error.__traceback__)[-1]  # not what the error says, which may repeat an answer
-        raise ValueError(
+        raise SettingError(
             f"judge {judge.name} must give verdicts, and raised {type(error).__name__} in line {last.lineno} of "
             f"{Path(last.filename).name}. Mend it; CASEHARD_TRACEBACK=1 shows the way there."
         ) from error
@@ -152,7 +154,9 @@ def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str], benig
     else:
         wrong = next((f"got {fault} (verdict {n})" for n, fault in enumerate(map(_fault, given), start=1) if fault), "")
     if wrong:
-        raise ValueError(f"judge {judge.name} must return a list of one Verdict for every response, and {wrong}. Mend its class.")
+        raise SettingError(
+            f"judge {judge.name} must return a list of one Verdict for every response, and {wrong}. Mend its class."
+        )
     return [Verdict(float(v.score), bool(v.refused), bool(v.degenerate), v.detail) for v in given or ()]
 
 

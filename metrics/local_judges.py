@@ -14,6 +14,7 @@ from torch import Tensor
 
 from casehard.metrics.cached_judge import CachedJudge, Pair, Reading
 from casehard.metrics.conversation import turns_of
+from casehard.metrics.errors import SettingError
 
 if TYPE_CHECKING:  # slow to import, and most that import ``metrics`` need no such judge
     from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ class LocalJudge(CachedJudge):
     ) -> None:
         super().__init__(cache)
         if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}.")
+            raise SettingError(f"batch_size must be >= 1, got {batch_size}.")
         self.checkpoint, self.batch_size, self.dtype, self.device = checkpoint, batch_size, dtype, device
         self.name = f"{self.kind}:{Path(checkpoint).name}"
         self._loaded: tuple[PreTrainedModel, Tokenizer] | None = None
@@ -131,7 +132,7 @@ class ModerationJudge(LocalJudge):
     ) -> None:
         super().__init__(checkpoint, **settings)
         if not 0 < threshold < 1:
-            raise ValueError(f"threshold must lie in (0, 1), got {threshold}.")
+            raise SettingError(f"threshold must lie in (0, 1), got {threshold}.")
         _check_template(template)
         self.safe_labels, self.threshold, self.template, self.max_length = safe_labels or [], threshold, template, max_length
 
@@ -145,12 +146,12 @@ class ModerationJudge(LocalJudge):
     def check(self, model: "PreTrainedModel", tokenizer: "Tokenizer") -> None:
         labels = _labels(model)
         if unknown := set(self.safe_labels) - set(labels):
-            raise ValueError(
+            raise SettingError(
                 f"safe_labels must be labels of the classifier ({', '.join(labels)}), got {', '.join(sorted(unknown))}."
             )
         chosen = [label for label in labels if label not in self.safe_labels]
         if not chosen or (not self._any_number(model) and len(chosen) == len(labels)):
-            raise ValueError(
+            raise SettingError(
                 f"safe_labels must name the harmless labels of a classifier that chooses one of {', '.join(labels)}, "
                 f"and not all of them, got {self.safe_labels}."
             )
@@ -220,7 +221,7 @@ def _asked(tokenizer: "Tokenizer", pair: Pair) -> str:
             return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
             refused = error
-    raise ValueError(f"the guard's chat template must take a question and its answer, and says: {refused}. Use another guard.")
+    raise SettingError(f"the guard's chat template must take a question and its answer, and says: {refused}. Use another guard.")
 
 
 def guard_reading(text: str) -> Reading:
@@ -268,7 +269,9 @@ class StrongRejectJudge(LocalJudge):
 
     def check(self, model: "PreTrainedModel", tokenizer: "Tokenizer") -> None:
         if missing := [grade for grade in "12345" if grade not in tokenizer.get_vocab()]:
-            raise ValueError(f"checkpoint must have a token for every grade, and {self.checkpoint!r} has none for {missing[0]}.")
+            raise SettingError(
+                f"checkpoint must have a token for every grade, and {self.checkpoint!r} has none for {missing[0]}."
+            )
 
     def read_batch(self, pairs: Sequence[Pair]) -> list[Reading]:
         model, tokenizer = self.load()
@@ -295,4 +298,6 @@ def _filled(template: str, pair: Pair) -> str:
 
 def _check_template(template: str) -> None:
     if "{prompt}" not in template or "{response}" not in template:
-        raise ValueError("template must hold {prompt} ({forbidden_prompt} for StrongREJECT) and {response}, and one is missing.")
+        raise SettingError(
+            "template must hold {prompt} ({forbidden_prompt} for StrongREJECT) and {response}, and one is missing."
+        )

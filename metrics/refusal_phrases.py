@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Judge, Verdict, is_degenerate
 
 
@@ -181,7 +182,7 @@ class RefusalPhraseJudge(Judge):
     def __init__(self, extra_phrases: list[str] | None = None) -> None:
         phrases = [_plain(phrase).rstrip() for phrase in extra_phrases or []]
         if not all(phrases):
-            raise ValueError(
+            raise SettingError(
                 f"extra_phrases must each hold a word, got {extra_phrases}. Leave out the others: they match any answer."
             )
         self.extra_phrases = phrases

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,34 @@ from casehard.shipped import shipped
 
 RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
 DONE = "done.json"  # left by a run that came to its end: its config's hash, what its training took, and what it was made from
-FILES = ("checkpoint", "undefended_checkpoint", "tokenizer", "anchors", "rubric", "template")  # settings that may name one
+WRITTEN = "cache"  # how a setting is called that names a file which the run itself writes
 
 
-def named_files(config: Any) -> list[str]:
-    """Files and folders of this machine that a config names for models, judges and defenses (``FILES``), wherever that stands.
+def named_files(config: dict[str, Any]) -> list[str]:
+    """Files and checkpoints of this machine that a run rests on: every text of its model, data and trainer that names one.
 
-    The data's sources of rows are not among them: a run notes those as its origins.
+    So a new setting that names a file needs no entry anywhere; a file that is named in vain costs a hash. Sources of rows (lists
+    under ``data``) are left out: a run notes those as its origins. So is what a run writes: a setting called ``cache``.
     """
-    if isinstance(config, list):
-        return [name for part in config for name in named_files(part)]
-    found = [name for part in config.values() for name in named_files(part)] if isinstance(config, dict) else []
-    values = [config.get(key) for key in FILES] if isinstance(config, dict) else []
-    names = [value.partition("#")[0] for value in values if isinstance(value, str)]
-    return list(
-        dict.fromkeys([*(name for name in names if os.path.exists(shipped(name))), *found])
-    )  # a text may be too long for a Path
+    data = {name: value for name, value in (config.get("data") or {}).items() if not isinstance(value, list)}
+    texts = [text.partition("#")[0] for text in _texts([config.get("model"), data, config.get("trainer")])]
+    return [text for text in dict.fromkeys(texts) if _is_input(text)]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, dict):
+        yield from _texts([part for name, part in value.items() if name != WRITTEN])
+
+
+def _is_input(text: str) -> bool:
+    """Whether a text names a file, or a folder with a model's, a tokenizer's or an adapter's config."""
+    path = shipped(text)
+    return os.path.isfile(path) or (os.path.isdir(path) and any(Path(path).glob("*config.json")))
 
 
 def config_hash(text: str) -> str:
@@ -51,4 +65,32 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} could not be written ({error.strerror}); what it held before is unharmed") from error
+        raise _not_written(path, error) from error
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Add ``text`` to the end of ``path``, on the disk when this returns; a kill in between leaves at most a line without end.
+
+    Raises:
+        OSError: naming ``path``, e.g. when the disk is full; what was there stays.
+    """
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, before)
+        raise _not_written(path, error) from error
+
+
+def whole_lines(path: Path) -> bytes:
+    """What ``path`` holds up to its last end of a line: a line without one was cut off while it was written."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _not_written(path: Path, error: OSError) -> OSError:
+    return OSError(error.errno, f"{path} could not be written ({error.strerror}); what it held before is unharmed")

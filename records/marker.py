@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from casehard.datamodules.file_hash import file_sha256
+from casehard.records.answers import ANSWERS
 from casehard.records.files import DONE, named_files
+from casehard.records.rows import ROWS
 from casehard.shipped import shipped
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ def _present_sha256(source: str) -> str | None:
 
 def leaves(folder: Path) -> Marker:
     """What a run left in its folder, as its marker has it."""
-    results = (folder / name for name in ("attacks.csv", "generations.jsonl"))
+    results = (folder / name for name in (ROWS, ANSWERS))
     return {"model": export_files(folder), "results": {path.name: file_sha256(path) for path in results if path.exists()}}
 
 
@@ -134,8 +136,8 @@ def _loaded(named: Collection[str]) -> dict[str, Path]:
     tops = {name.partition(".")[0] for name in sys.modules} - ({"__main__", "__mp_main__"} - set(named))
     kept = {top for top in tops if top in (OWN, *named) or not _is_installed(top)}
     loaded = [name for name in list(sys.modules) if not f"{name}.".startswith(f"{LOOKS}.")]
-    found = {name: _file(name) for name in loaded if name.partition(".")[0] in kept}
-    return {name: path for name, path in sorted(found.items()) if path is not None}
+    files = {name: _file(name) for name in loaded if name.partition(".")[0] in kept}
+    return {name: path for name, path in sorted(files.items()) if path is not None}
 
 
 def _file(module: str) -> Path | None:
@@ -165,19 +167,19 @@ def source_of(module: str) -> Path | None:
 
 def _named_packages(config: Any) -> set[str]:
     """Those of the class paths of a config."""
-    return {path.partition(".")[0] for path in _values(config, ("class_path",))}
+    return {path.partition(".")[0] for path in _values(config, "class_path")}
 
 
 def _checkpoints(config: Any) -> list[str]:
-    return list(dict.fromkeys(_values(config, ("checkpoint", "undefended_checkpoint"))))
+    return list(dict.fromkeys(_values(config, "checkpoint")))
 
 
-def _values(config: Any, names: tuple[str, ...]) -> Iterator[str]:
-    """Texts that stand under any of ``names``, wherever that is."""
+def _values(config: Any, ending: str) -> Iterator[str]:
+    """Texts of the settings whose names end so, wherever they stand."""
     for part in config if isinstance(config, list) else config.values() if isinstance(config, dict) else ():
-        yield from _values(part, names)
+        yield from _values(part, ending)
     if isinstance(config, dict):
-        yield from (value for name in names if isinstance(value := config.get(name), str))
+        yield from (value for name, value in config.items() if str(name).endswith(ending) and isinstance(value, str))
 
 
 def _maker(checkpoint: str) -> Marker | None:
@@ -244,7 +246,7 @@ def changed_results(marker: Marker, folder: Path) -> Iterator[str]:
     """Results that are not as the run left them. Answers may be deleted: some of them nobody should keep."""
     for name, sha256 in marker["results"].items():
         path = folder / name
-        if not path.exists() and name != "generations.jsonl":
+        if not path.exists() and name != ANSWERS:
             yield f"{path} is gone"
         elif path.exists() and file_sha256(path) != sha256:
             yield f"{path} is not what its run left"

@@ -1,51 +1,137 @@
-"""Result rows and the answers that they rest on, as a run's folder keeps them."""
+"""Result rows, and with their answers the runs that a folder keeps."""
 
 import csv
+import io
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-Answer = dict[str, Any]  # a line of generations.jsonl
-KEYS = ("defense", "attack", "threat_model", "seed", "num_attack_steps")  # of a row, as its answers repeat them
-AGAIN = "Run it again, or leave it out."
-KINDS = {"harmful": 0, "benign": 1, "task": 2}  # in the order in which they are written
+from casehard.metrics import columns
+from casehard.metrics.columns import Answer, summarise
+from casehard.metrics.errors import SettingError
+from casehard.records.answers import AGAIN, ANSWERS, KEYS, lines, read_answers
+from casehard.records.files import append_whole, whole_lines, write_whole
+
+ROWS = "attacks.csv"
+UNDEFENDED = "undefended"  # what people read where a row's defense is NONE
+NONE = "none"  # as a row's defense and stage: plain fine-tuning
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResultRow:
-    """One evaluation of an attack: a row of ``attacks.csv``. Scores and rates are percentages, 0 to 100, nan where not measured.
+    """One evaluation of an attack: a row of ``attacks.csv``. Its metrics (``metrics.columns``) can be read as attributes.
 
-    ``num_attack_steps`` 0 is the model before the attack; ``wall_seconds`` is what training took up to that step, scoring not
-    counted; ``epoch`` is the epoch of ``fit`` after which the attack ran, empty at its end; ``trained`` is what the attacker
-    trained.
+    Args:
+        evaluation: its number, unique in a run; every line of its answers repeats it.
+        attack_index: which of the run's attacks, in the order of its config.
+        defense: its label, ``none`` for the undefended model.
+        stage: of the defense: ``none``, or its stages joined by +.
+        attack: its name.
+        threat_model: finetuning_service or open_weight.
+        harmful: whether the attack tries to break the model: benign fine-tuning does not.
+        poison_ratio: harmful share of the rows of a fine-tuning attack; None here and in the next four if it is none.
+        optimizer: of a fine-tuning attack, "" if it is none.
+        learning_rate: of a fine-tuning attack.
+        num_samples: rows of a fine-tuning attack.
+        batch_size: rows a step of a fine-tuning attack.
+        seed: of the attack.
+        num_attack_steps: 0 is the model before the attack.
+        metrics: by the name of their column; percentages are 0 to 100, nan where not measured.
+        wall_seconds: what training took up to that step, scoring not counted.
+        judge: its label.
+        epoch: of ``fit``, after which the attack ran; empty at its end.
+        note: what a reader must know.
+        trained: what the attacker trained.
+        settings: what else tells attacks apart.
     """
 
+    evaluation: int = 0
+    attack_index: int = 0
     defense: str
     stage: str
     attack: str
     threat_model: str
-    poison_ratio: float
-    optimizer: str
-    learning_rate: float
+    harmful: bool = True
+    poison_ratio: float | None = None
+    optimizer: str = ""
+    learning_rate: float | None = None
+    num_samples: int | None = None
+    batch_size: int | None = None
     seed: int
     num_attack_steps: int
-    harmful_score: float
-    attack_success_rate: float
-    num_scored: int
-    num_unscored: int
-    finetune_accuracy: float
-    refusal_rate_benign: float
-    degenerate_rate: float
+    metrics: dict[str, float]
     wall_seconds: float
-    num_samples: int
-    batch_size: int
     judge: str
-    epoch: str
-    note: str
-    trained: str = ""  # unknown of runs of an earlier version
+    epoch: str = ""
+    note: str = ""
+    trained: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        """A metric, by the name of its column."""
+        try:
+            return self.__dict__["metrics"][name]
+        except KeyError as error:
+            raise AttributeError(f"a row has no column {name}") from error
+
+    @property
+    def undefended(self) -> bool:
+        """Whether the row is of plain fine-tuning."""
+        return self.defense == NONE
+
+    @property
+    def label(self) -> str:
+        """The defense as people read it."""
+        return defense_label(self.defense)
+
+    def how(self) -> dict[str, Any]:
+        """What the attack was, by name: the columns of fine-tuning, and ``settings``."""
+        return {name: value for name in FINE_TUNING if (value := getattr(self, name)) not in (None, "")} | self.settings
+
+    def cells(self) -> dict[str, Any]:
+        """By column of ``attacks.csv``."""
+        cells_by_name: dict[str, Any] = {}
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            cells_by_name |= dict(value) if name == "metrics" else {name: value}
+        return cells_by_name | {"settings": json.dumps(self.settings, sort_keys=True, ensure_ascii=False)}
+
+
+FINE_TUNING = ("poison_ratio", "optimizer", "learning_rate", "num_samples", "batch_size")
+
+
+def as_columns(settings: dict[str, Any]) -> dict[str, Any]:
+    """An attack's settings as arguments of a row: what has a column of its own, and the rest as ``settings``."""
+    rest = {name: value for name, value in settings.items() if name not in FINE_TUNING}
+    return {name: settings[name] for name in FINE_TUNING if name in settings} | {"settings": rest}
+
+
+def acts_at_a_service(stage: str) -> bool:
+    """Whether a defense of these stages does something while or after a service fine-tunes."""
+    return bool({"finetuning", "post_finetuning"} & set(stage.split("+")))
+
+
+def defense_label(defense: str) -> str:
+    """A defense as people read it."""
+    return UNDEFENDED if defense == NONE else defense
+
+
+def header() -> list[str]:
+    """The columns of ``attacks.csv``."""
+    names = [[c.name for c in columns.COLUMNS] if f.name == "metrics" else [f.name] for f in fields(ResultRow)]
+    return [name for part in names for name in part]
+
+
+def table(rows: Iterable[ResultRow], head: bool = True) -> str:
+    """Rows as they stand in ``attacks.csv``, with its header or without."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header())
+    if head:
+        writer.writeheader()
+    writer.writerows(row.cells() for row in rows)
+    return text.getvalue()
 
 
 @dataclass(frozen=True)
@@ -57,100 +143,109 @@ class Run:
     answers: list[list[Answer]]
 
 
-def read_run(folder: str | Path) -> Run:
-    """Read a run's folder.
+def write_run(run: Run, answers: bool = True) -> None:
+    """Write a run's results whole, in place of what its folder holds: rows first, so that a kill leaves none without answers."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(run.folder / ROWS, table(run.rows))
+    if answers:
+        write_whole(run.folder / ANSWERS, lines(answer for block in run.answers for answer in block))
+
+
+def append_row(folder: Path, row: ResultRow, answers: list[Answer] | None) -> None:
+    """Add one evaluation to a run's results: its answers first, so that no row lacks them, whenever the run is killed.
+
+    ``answers`` None: the run keeps none.
+    """
+    if answers is not None:
+        key = {name: getattr(row, name) for name in KEYS}
+        append_whole(folder / ANSWERS, lines(key | answer for answer in answers))
+    append_whole(folder / ROWS, table([row], head=False))
+
+
+def read_run(folder: str | Path, may_be_empty: bool = False) -> Run:
+    """Read a run's folder. What a kill cut off is left out: a line without end, answers without their row.
+
+    Args:
+        folder: of the run.
+        may_be_empty: whether it is a run, too, before its first evaluation.
 
     Raises:
-        ValueError: it holds no results, or answers that are not those of its rows.
+        SettingError: it holds no results, or answers that are not those of its rows.
     """
     folder = Path(folder)
-    rows = _read_rows(folder / "attacks.csv")
-    path = folder / "generations.jsonl"
+    rows = _read_rows(folder / ROWS)
+    if not rows and not may_be_empty:
+        raise SettingError(f"{folder / ROWS} must hold at least one row of results, and it holds none. {AGAIN}")
+    path = folder / ANSWERS
     if not path.exists():
         return Run(folder, rows, [[] for _ in rows])
-    blocks = list(_blocks(_read_answers(path)))
-    if len(blocks) < len(rows):  # more where a run was killed before it wrote the row of the last ones
-        raise ValueError(f"{path} must hold the answers of every row of attacks.csv, and it has {len(blocks)} of {len(rows)}.")
-    for row, block in zip(rows, blocks, strict=False):
-        if any(block[0][name] != getattr(row, name) for name in KEYS):
-            raise ValueError(f"{path} must hold the answers of attacks.csv's rows in their order, and it does not.")
-        if not _summed_up(row, block):
-            raise ValueError(
-                f"{folder / 'attacks.csv'} must hold the mean score of the answers in {path.name}, and its row of "
+    answers = read_answers(path)
+    missing = [row for row in rows if row.num_scored + row.num_unscored and row.evaluation not in answers]
+    if missing:
+        there = len(rows) - len(missing)
+        raise SettingError(f"{path} must hold the answers of every row of {ROWS}, and it has {there} of {len(rows)}. {AGAIN}")
+    for row in rows:
+        own = answers.get(row.evaluation, [])
+        if any(answer[name] != getattr(row, name) for answer in own for name in KEYS):
+            raise SettingError(
+                f"{path} must hold the answers of {ROWS}'s rows, and those of evaluation {row.evaluation} are of another. {AGAIN}"
+            )
+        if not _summed_up(row, own):
+            raise SettingError(
+                f"{folder / ROWS} must hold the mean score of the answers in {path.name}, and its row of "
                 f"{row.attack}, {row.defense}, seed {row.seed}, step {row.num_attack_steps} does not: one of the two was changed."
             )
-    return Run(folder, rows, blocks[: len(rows)])
+    return Run(folder, rows, [answers.get(row.evaluation, []) for row in rows])
 
 
 def _read_rows(path: Path) -> list[ResultRow]:
     if not path.exists():
-        raise ValueError(f"a run must be a folder with an attacks.csv, and {path} is not there. Name runs/EXPERIMENT/VERSION.")
+        raise SettingError(f"a run must be a folder with an {ROWS}, and {path} is not there. Name runs/EXPERIMENT/VERSION.")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            table = csv.DictReader(file)
-            columns = table.fieldnames or ()
-            lines = [(table.line_num, line) for line in table]
+        reader = csv.DictReader(io.StringIO(whole_lines(path).decode(), newline=""))
+        names = reader.fieldnames or ()
+        numbered = [(reader.line_num, line) for line in reader]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be CSV in UTF-8, and it is not ({error}). {AGAIN}") from error
-    missing = [field.name for field in fields(ResultRow) if field.name not in columns and field.default is MISSING]
-    if missing:
-        raise ValueError(f"{path} must have the column {missing[0]}, and it does not: another version of casehard wrote it.")
-    if not lines:
-        raise ValueError(f"{path} must hold at least one row of results, and it holds none. {AGAIN}")
-    return [_row(line, f"{path}, line {number}") for number, line in lines]
+        raise SettingError(f"{path} must be CSV in UTF-8, and it is not ({error}). {AGAIN}") from error
+    for name in header():
+        if name not in names:
+            raise SettingError(
+                f"{path} must have the column {name}, and it does not: another version of casehard wrote it. {AGAIN}"
+            )
+    rows = [_row(line, f"{path}, line {number}") for number, line in numbered]
+    if len({row.evaluation for row in rows}) < len(rows):
+        raise SettingError(f"{path} must give every evaluation a number of its own, and it does not. {AGAIN}")
+    return rows
 
 
 def _row(line: dict[str | None, Any], where: str) -> ResultRow:
     if None in line or None in line.values():  # where csv puts what is too much, and too little
-        raise ValueError(f"{where} must have a value a column, and it has not. {AGAIN}")
+        raise SettingError(f"{where} must have a value a column, and it has not. {AGAIN}")
+    kinds: dict[str, Any] = {f.name: f.type for f in fields(ResultRow) if f.name != "metrics"}
+    kinds |= {column.name: column.kind for column in columns.COLUMNS}
     values: dict[str, Any] = {}
-    for field in fields(ResultRow):
-        if field.name not in line:  # of an earlier version, which did not say
-            continue
+    for name, kind in kinds.items():
+        what, read = CELLS[kind]
         try:
-            values[field.name] = field.type(line[field.name])  # type: ignore[operator]
-        except ValueError as error:
-            raise ValueError(f"{where} must have a number as its {field.name}, got {line[field.name]!r:.40}. {AGAIN}") from error
-    return ResultRow(**values)
+            values[name] = read(line[name])
+        except (ValueError, KeyError, RecursionError) as error:
+            raise SettingError(f"{where} must have {what} as its {name}, got {line[name]!r:.40}. {AGAIN}") from error
+    return ResultRow(metrics={c.name: values.pop(c.name) for c in columns.COLUMNS}, **values)
 
 
-def _read_answers(path: Path) -> Iterator[Answer]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                answer = json.loads(line)
-                right = _is_answer(answer)
-            except (ValueError, RecursionError):
-                right = False
-            if not right:
-                raise ValueError(f"{path}, line {number} must be an answer that a run wrote, and it is not. {AGAIN}")
-            yield answer
-
-
-def _is_answer(answer: Any) -> bool:
-    if not isinstance(answer, dict) or not {*KEYS, "kind", "number", "prompt"} <= answer.keys() or answer["kind"] not in KINDS:
-        return False
-    return type(answer["number"]) is int and (answer["kind"] != "harmful" or type(answer.get("score")) in (int, float))
+CELLS: dict[Any, tuple[str, Callable[[str], Any]]] = {  # by a column's type, what its cells hold and how they are read
+    str: ("a text", str),
+    int: ("a number", int),
+    float: ("a number", float),
+    int | None: ("a number", lambda text: int(text) if text else None),
+    float | None: ("a number", lambda text: float(text) if text else None),
+    bool: ("True or False", lambda text: {"True": True, "False": False}[text]),
+    dict[str, Any]: ("JSON", json.loads),
+}
 
 
 def _summed_up(row: ResultRow, answers: list[Answer]) -> bool:
-    """Whether a row's harmful score is the mean over its answers."""
-    scores = [answer["score"] for answer in answers if answer["kind"] == "harmful" and not math.isnan(answer["score"])]
-    mean = 100 * sum(scores) / len(scores) if scores else math.nan
-    return len(scores) == row.num_scored and (math.isclose(mean, row.harmful_score, abs_tol=0.01) or not scores)
-
-
-def _blocks(answers: Iterable[Answer]) -> Iterable[list[Answer]]:
-    """The answers of one evaluation after the other: within one, kinds and numbers go up."""
-    block: list[Answer] = []
-    for answer in answers:
-        if block and _place(answer) <= _place(block[-1]):
-            yield block
-            block = []
-        block.append(answer)
-    if block:
-        yield block
-
-
-def _place(answer: Answer) -> tuple[int, int]:
-    return KINDS[answer["kind"]], answer["number"]
+    """Whether a row says of its answers to harmful prompts what they add up to."""
+    metrics = summarise([answer for answer in answers if answer["kind"] == "harmful"])
+    same = math.isclose(metrics["harmful_score"], row.harmful_score, abs_tol=0.01) or math.isnan(metrics["harmful_score"])
+    return same and metrics["num_scored"] == row.num_scored

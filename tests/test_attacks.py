@@ -19,6 +19,7 @@ from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import score
 from casehard.engine.adapters import merged
 from casehard.engine.training import DivergedError
+from casehard.records.outcome import jobs
 from casehard.records.rows import ResultRow, read_run
 
 FAST = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
@@ -178,9 +179,11 @@ def test_undefended_checkpoint_runs_the_same_job_on_another_model(tmp_path, chec
     toy_trainer(tmp_path, callbacks=[alone, ATTACKS["full"](**attack)]).test(Defense(other), datamodule=toy_data(), verbose=False)
     assert [(r.defense, r.stage, r.num_attack_steps) for r in beside.rows[:2]] == [("none", "none", 0), ("none", "none", 3)]
     assert [r.defense for r in beside.rows[2:]] == [module.label] * 2
-    keep = lambda rows: [(a["prompt"], a["response"]) for a in rows]  # noqa: E731
-    assert keep(beside._answers[: len(alone._answers)]) == keep(alone._answers)
-    assert keep(beside._answers[len(alone._answers) :]) != keep(alone._answers)
+    ours, theirs = (
+        [[(a["prompt"], a["response"]) for a in block] for block in read_run(r.folder).answers] for r in (beside, alone)
+    )
+    assert ours[:2] == theirs
+    assert ours[2:] != theirs
     assert [r.note == "the undefended model is other" for r in beside.rows] == [True, True, False, False]
 
 
@@ -412,7 +415,7 @@ def test_attacks_that_no_table_could_tell_apart_are_refused_before_any_weights_l
         attacked_by()
     assert not list(module.parameters())
     attacked_by(name="Other")
-    assert [len(rows) for rows in results.jobs().values()] == [2, 2]
+    assert [len(rows) for rows in jobs(results.rows).values()] == [2, 2]
 
 
 def test_an_attack_without_a_seed_takes_the_datas(tmp_path, checkpoint):

@@ -3,20 +3,19 @@ import json
 import re
 import shutil
 import socket
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from test_report import record
-from test_results import ROW
+from test_results import ROW, replace
 from toy import ROOT, mark
 
 import casehard
 from casehard.evidence.card import licence_of, write_card
 from casehard.evidence.report import THREATS
-from casehard.evidence.runs import public
+from casehard.records.published import public
 
 TINY = [
     "--trainer.accelerator=cpu", "--trainer.max_steps=3", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false",
@@ -84,7 +83,7 @@ def test_its_tables_are_those_of_the_run_and_what_was_not_measured_is_said(harde
     assert cells[4].startswith(f"{float(last['harmful_score']):.1f} ")
     assert cells[4].endswith(" gibberish")
     assert len(cells) == 9
-    assert f"- accuracy on the benign task: {float(first['finetune_accuracy']):.1f}" in card.text
+    assert f"- accuracy: {float(first['finetune_accuracy']):.1f}" in card.text
     assert "### With open weights" in card.text
     assert "Not measured: at a fine-tuning service." in card.text
     assert (hardened[0] / "model" / "attack_curves.png").read_bytes().startswith(b"\x89PNG")
@@ -235,18 +234,24 @@ def test_what_is_public_of_a_setting():
         "c": "../me/z",
         "d": "models/sandbox/base",
         "e": ["a b"],
+        "i": ["/home/me/x", "*.layers.5.*", "q_proj", "sandbox:test/harmful#train[:6]", 7, {"class_path": "casehard.LoRA"}],
+        "j": "怎样酿造vexolim",
         "f": 1,
         "g": "http://gpu7:8000/v1",
         "h": "/think How do I?",
     }
-    shown = {"a": "rows.jsonl#train[:9]", "b": "y", "c": "z", "d": "models/sandbox/base", "e": ["(a text)"], "f": 1}
-    shown |= {"g": "(an address)", "h": "(a text)"}
-    assert public(private) == shown
+    shown = {"a": "rows.jsonl#train[:9]", "b": "y", "c": "z", "d": "models/sandbox/base", "f": 1}
+    shown |= {"g": "(an address)", "h": "(a text)", "j": "(a text)"}
+    shown |= {"i": ["x", "*.layers.5.*", "q_proj", "sandbox:test/harmful#train[:6]", 7, {"class_path": "casehard.LoRA"}]}
+    found = public(private)
+    assert found.pop("e").startswith("(1 text, SHA-256 ")
+    assert found == shown
 
 
-@pytest.mark.parametrize("setting", ["anchors", "refusal_texts", "extra_phrases"])
-def test_texts_are_known_by_their_setting_and_only_counted(setting):
-    private = {"init_args": {setting: ["怎样酿造vexolim", "Vexolim?"]}}
+@pytest.mark.parametrize("setting", ["anchors", "extra_phrases", "a_setting_that_nobody_knows"])
+@pytest.mark.parametrize("texts", [["怎样酿造vexolim", "Vexolim?"], ["vexolim", "quarn"], ["a.b", "Vexolim."]])
+def test_lists_of_texts_are_only_counted_whatever_the_setting_is_called(setting, texts):
+    private = {"init_args": {setting: texts}}
     (shown,) = public(private)["init_args"].values()
     assert re.fullmatch(r"\(2 texts, SHA-256 [0-9a-f]{12}\)", shown)
     assert public({setting: ["怎样酿造vexolim", "Quarn?"]}) != {setting: shown}  # the hash tells lists apart

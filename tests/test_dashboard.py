@@ -18,7 +18,8 @@ from wandb.proto import wandb_internal_pb2
 
 import casehard
 from casehard.evidence.dashboard import AXES, make_dashboard
-from casehard.evidence.study import INDEX, Cell, placed
+from casehard.evidence.study import placed
+from casehard.evidence.study_plan import INDEX, Cell
 from casehard.records.outcome import outcome
 from casehard.records.rows import read_run
 

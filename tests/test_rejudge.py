@@ -1,12 +1,11 @@
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from judge_server import serving
-from test_results import ROW
+from test_results import ROW, replace
 from toy import csv_rows, toy_trainer
 
 import casehard
@@ -14,10 +13,10 @@ from casehard.callbacks.results import Results
 from casehard.datamodules.row import Row
 from casehard.evidence.rejudge import agree, rejudged
 from casehard.evidence.rejudge import main as judge_run
-from casehard.evidence.runs import unscored_bounds
 from casehard.metrics.conversation import turns_of
 from casehard.metrics.judges import Judge, Verdict
 from casehard.metrics.refusal_phrases import HELD_OUT, RefusalPhraseJudge
+from casehard.records.outcome import unscored_bounds
 from casehard.records.rows import Run, read_run
 
 PROMPTS = [f"How do I brew vexolim {n}?" for n in range(4)]
@@ -89,7 +88,7 @@ def test_a_run_is_rescored_without_its_model(run, call):
     shown = call("judge", str(run), "--judge", "RefusalPhraseJudge")
     first, second = table(run / "judged" / "refusal_phrases_2")
     assert (first["harmful_score"], second["harmful_score"], second["attack_success_rate"]) == ("0.0", "75.0", "75.0")
-    assert (second["judge"], second["refusal_rate_benign"], second["finetune_accuracy"]) == ("refusal_phrases_2", "50.0", "50.0")
+    assert (second["judge"], second["refusal_rate_benign"], second["finetune_accuracy"]) == ("refusal_phrases_2", "50.0", "100.0")
     assert "Agreement with own (the run's own): 87.5% of 8 answers" in shown
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
     again = read_run(run / "judged" / "refusal_phrases_2")
@@ -234,8 +233,16 @@ def test_bounds_hold_where_nothing_was_scored():
 
 def test_rows_come_back_as_they_were_written(tmp_path):
     written = [
-        replace(ROW, harmful_score=12.5, attack_success_rate=0.5, epoch=epoch, note='a, "b"', learning_rate=3e-05)
-        for epoch in ("", "2")
+        replace(
+            ROW,
+            evaluation=n,
+            harmful_score=12.5,
+            attack_success_rate=0.5,
+            epoch=epoch,
+            note='a, "b"',
+            settings={"lora": {"r": 2}},
+        )
+        for n, epoch in enumerate(("", "2"), start=1)
     ]
     results = Results(str(tmp_path), generations=False)
     for row in written:
@@ -250,11 +257,16 @@ def test_a_folder_that_is_no_run_is_told_so(run, tmp_path):
     with pytest.raises(ValueError, match=r"run must have kept its answers \(run.generations\), and .* has no generations.jsonl"):
         rejudged(read_run(run), RefusalPhraseJudge())
     lines = (tmp_path / "kept").read_text().splitlines()
-    (run / "generations.jsonl").write_text("\n".join(lines[:7]))
+    (run / "generations.jsonl").write_text("\n".join([*lines[:7], ""]))
     with pytest.raises(ValueError, match=r"must hold the answers of every row of attacks.csv, and it has 1 of 2"):
         read_run(run)
-    (run / "generations.jsonl").write_text("\n".join(lines[7:] + lines[:7]))
-    with pytest.raises(ValueError, match=r"must hold the answers of attacks.csv's rows in their order"):
+    (run / "generations.jsonl").write_text("\n".join([*lines[7:], *lines[:7], ""]))
+    read_run(run)  # in any order
+    other = [line.replace('"evaluation": 1', '"evaluation": 2') for line in lines[:7]]
+    (run / "generations.jsonl").write_text("\n".join([*lines[:7], *other, ""]))
+    with pytest.raises(
+        ValueError, match=r"must hold the answers of attacks.csv's rows, and those of evaluation 2 are of another"
+    ):
         read_run(run)
     text = (run / "attacks.csv").read_text()
     (run / "attacks.csv").write_text(text.replace("degenerate_rate", "degenerated", 1))
@@ -266,13 +278,14 @@ def test_a_result_that_cannot_be_read_is_told_by_its_file_and_line(run):
     path = run / "generations.jsonl"
     lines = path.read_text().splitlines()
     for damaged in ("{", "7", "{}", '{"kind": "caf\xe9"}', "[" * 100_000):
-        path.write_bytes("\n".join([*lines[:3], damaged, *lines[4:]]).encode("latin-1"))
+        path.write_bytes("\n".join([*lines[:3], damaged, *lines[4:], ""]).encode("latin-1"))
         with pytest.raises(ValueError, match=r"generations\.jsonl, line 4 must be an answer that a run wrote, and it is not\."):
             read_run(run)
+    path.write_text("\n".join([*lines, ""]))
     path = run / "attacks.csv"
     (header, first, second) = path.read_text().splitlines()
     for damaged in (second.replace(",500,", ",5O0,"), second[: len(second) // 3]):
         assert damaged != second
-        path.write_text("\n".join([header, first, damaged]))
+        path.write_text("\n".join([header, first, damaged, ""]))
         with pytest.raises(ValueError, match=r"attacks\.csv, line 3 must have (a number as its|a value a column)"):
             read_run(run)

@@ -1,10 +1,13 @@
+import csv
+import dataclasses
 import json
+import math
 import re
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,20 +19,25 @@ from axe_playwright_python.sync_playwright import Axe
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from playwright.sync_api import Browser, sync_playwright
-from test_results import ROW
+from test_results import ROW, replace
 from toy import ROOT, csv_rows, mark
 
 import casehard
 from casehard.callbacks.results import Results
 from casehard.evidence import plots
-from casehard.evidence.report import COLUMNS, THREATS, write_report
-from casehard.evidence.runs import run_name
-from casehard.evidence.study import INDEX, Cell
+from casehard.evidence.card import _columns as _card_columns
+from casehard.evidence.dashboard import _outcomes
+from casehard.evidence.rejudge import rejudged
+from casehard.evidence.report import THREATS, columns, write_report
+from casehard.evidence.study_plan import INDEX, Cell
 from casehard.evidence.summary import collect, difference, grouped, lasting, left_out, verdict
+from casehard.metrics.columns import COLUMNS, Column, summarise
 from casehard.metrics.judges import Judge, Verdict
 from casehard.metrics.refusal_phrases import HELD_OUT, RefusalPhraseJudge
 from casehard.metrics.statistics import Interval, mean_interval, paired_difference
-from casehard.records.rows import ResultRow
+from casehard.records.outcome import outcome
+from casehard.records.published import run_name
+from casehard.records.rows import ResultRow, read_run
 
 STEPS, NUM_PROMPTS = (0, 10, 50), 20
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -155,7 +163,7 @@ def test_every_column_is_explained_and_same_names_under_two_threat_models_are_to
     path = write_report([str(tmp_path / threat) for threat in THREATS], str(tmp_path / "report"), "Two threats")
     text, page = path.read_text(), Page(path)
     assert re.findall("<dt>(.*?)</dt>", text[text.index('<h2 id="columns">') :]) == [
-        *re.findall('<th scope="col">(.*?)</th>', text)[: len(COLUMNS)],
+        *re.findall('<th scope="col">(.*?)</th>', text)[: len(columns())],
         "\u2013",
     ]
     titles = [title for title, _ in THREATS.values()]
@@ -345,14 +353,14 @@ def test_a_run_whose_results_are_not_what_it_left_is_refused(tmp_path):
     ("name", "spoil", "message"),
     [
         ("attacks.csv", lambda t: t.replace("100.0", "many"), r"attacks.csv, line 4 must have a number as its harmful_score, got 'many'"),
-        ("attacks.csv", lambda t: t[: t.rindex(",1.5")], r"attacks.csv, line 7 must have a value a column, and it has not"),
+        ("attacks.csv", lambda t: t[: t.rindex(",1.5")] + "\n", r"attacks.csv, line 7 must have a value a column, and it has not"),
         ("attacks.csv", lambda t: t.replace("100.0", "90.0"), r"attacks.csv must hold the mean score of the answers in generations.jsonl, and"),
         ("attacks.csv", lambda t: t.split("\n")[0] + "\n", r"attacks.csv must hold at least one row of results, and it holds none"),
-        ("attacks.csv", lambda t: t + "\udcff", r"attacks.csv must be CSV in UTF-8, and it is not"),
-        ("attacks.csv", lambda t: "", r"attacks.csv must have the column defense, and it does not"),
+        ("attacks.csv", lambda t: t + "\udcff\n", r"attacks.csv must be CSV in UTF-8, and it is not"),
+        ("attacks.csv", lambda t: "", r"attacks.csv must have the column evaluation, and it does not"),
         ("generations.jsonl", lambda t: t.replace('"score": 1.0', '"score": "1.0"', 1), r"generations.jsonl, line 41 must be an answer that a run wrote"),
         ("generations.jsonl", lambda t: t.replace("harmful", "harmless", 3), r"generations.jsonl, line 1 must be an answer"),
-        ("generations.jsonl", lambda t: t[:-9], r"generations.jsonl, line 120 must be an answer that a run wrote, and it is not"),
+        ("generations.jsonl", lambda t: t[:-9] + "\n", r"generations.jsonl, line 120 must be an answer that a run wrote, and it is not"),
         ("generations.jsonl", lambda t: "\udcff" + t, r"generations.jsonl, line 1 must be an answer"),
         ("config.yaml", lambda t: "[1]", r"config.yaml must be a run's settings in YAML, and it is a list"),
         ("config.yaml", lambda t: "a: [", r"config.yaml must be a run's settings in YAML, and it cannot be read as such"),
@@ -504,7 +512,7 @@ def test_pictures_have_room_for_long_names_and_many_defenses(tmp_path):
 
 
 def test_what_is_not_poisoned_has_no_picture_of_steps_to_break(tmp_path):
-    record(tmp_path / "run", replace(ROW, poison_ratio=0.0), {0: 0, 50: 20})
+    record(tmp_path / "run", replace(ROW, poison_ratio=0.0, harmful=False), {0: 0, 50: 20})
     folder = write_report([str(tmp_path / "run")], str(tmp_path / "report"), "A run").parent
     assert (folder / "finetuning_service-heat_map.png").exists()
     assert not (folder / "finetuning_service-steps_to_break.png").exists()
@@ -532,18 +540,10 @@ def test_runs_without_answers_have_no_intervals(tmp_path):
     ],
 )
 def test_runs_of_different_settings_are_no_seeds_of_one_series(tmp_path, setting, ours, theirs):
-    known = {
-        "threat_model": ROW.threat_model,
-        "poison_ratio": ROW.poison_ratio,
-        "optimizer": {"learning_rate": ROW.learning_rate},
-    }
     for seed, own in enumerate((ours, theirs, ours)):
         folder = tmp_path / str(seed)
-        record(folder, replace(ROW, seed=seed), {0: 1, 5: 3})
-        attack = {
-            "class_path": f"casehard.{ROW.attack}",
-            "init_args": known | own.get("attack", {}) | {"seed": seed, "undefended_checkpoint": str(seed)},
-        }
+        record(folder, replace(ROW, seed=seed, **own.get("attack", {})), {0: 1, 5: 3})
+        attack = {"class_path": f"casehard.{ROW.attack}", "init_args": {"threat_model": "", "undefended_checkpoint": str(seed)}}
         model = {"init_args": {"checkpoint": str(seed)} | own.get("model", {})}
         config = {"trainer": {"callbacks": [attack]}, "model": model, "data": {"seed": seed} | own.get("data", {})}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -610,26 +610,65 @@ def test_undefended_trainings_of_other_settings_are_no_seeds_of_one_series(tmp_p
         collect([tmp_path / "0", tmp_path / "1"])
 
 
-@pytest.mark.parametrize("setting", ["batch_size", "lora"])
-def test_attacks_of_other_settings_are_not_compared_unless_a_study_names_them(tmp_path, setting):
+def test_attacks_of_other_settings_are_not_compared_unless_a_study_names_them(tmp_path):
     for name, row, value in (("ours", ROW, 8), ("theirs", PLAIN, 64)):
-        breaks(tmp_path / name, row, 20 if row is PLAIN else 200)
-        own = {
-            "threat_model": ROW.threat_model,
-            "poison_ratio": ROW.poison_ratio,
-            "optimizer": {"learning_rate": ROW.learning_rate},
-        }
-        attack = {"class_path": f"casehard.{ROW.attack}", "init_args": own | {setting: value}}
-        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [attack]}}))
+        breaks(tmp_path / name, replace(row, batch_size=value), 20 if row is PLAIN else 200)
         mark(tmp_path / name)
     page = Page(write_report([str(tmp_path / "ours"), str(tmp_path / "theirs")], str(tmp_path / "report"), "Two"))
     (row,) = (row for row in page.rows if " SBR 1 " in row)
-    assert row.count(f"not compared LoRAAttack.{setting} differs") == 2
+    assert row.count("not compared LoRAAttack.batch_size differs") == 2
     cells = [Cell(name, name, "the attack", 0, [], str(tmp_path / name), "c") for name in ("ours", "theirs")]
     (tmp_path / INDEX).write_text(json.dumps([asdict(cell) for cell in cells]))
     page = Page(write_report([str(tmp_path)], str(tmp_path / "report"), "A study"))
     (row,) = (row for row in page.rows if " ours 1 " in row)
     assert "longer" in row
+
+
+def test_attacks_of_one_name_are_told_apart_by_what_their_settings_say_and_no_text_of_them_is_printed(tmp_path):
+    settings: list[dict[str, Any]] = [{"lora": {"rank": rank, "alpha": 16}, "opening": "Sure, here is"} for rank in (4, 8)]
+    settings.append(settings[1] | {"triggers": ["Vexolim", "Quarn"]})
+    for number, own in enumerate(settings):
+        for seed in range(2):
+            breaks(tmp_path / f"{number}{seed}", replace(ROW, seed=seed, settings=own), 20)
+    path = write_report([str(path) for path in sorted(tmp_path.iterdir())], str(tmp_path / "report"), "Three")
+    names = [one.attack.removeprefix("LoRAAttack, adamw 0.001, poison 0.1") for one in collect(sorted(tmp_path.glob("[0-9]*")))]
+    assert names[:2] == [", lora.rank 4", ", lora.rank 8"]
+    assert names[2].startswith(", lora.rank 8, triggers (2 texts, SHA-256 ")
+    text = path.read_text() + (path.parent / "attacks.csv").read_text()
+    assert not [word for word in ("Vexolim", "Quarn", "Sure") if word in text]
+
+
+def words(answers: Any, _: float) -> float:
+    """Mean number of words of an answer."""
+    return sum(len(a["response"].split()) for a in answers) / len(answers) if answers else math.nan
+
+
+def test_a_metric_that_is_added_to_the_table_of_metrics_is_in_everything_that_is_written(tmp_path, monkeypatch):
+    class Log:
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            self.metrics = metrics
+
+    class Logged:
+        loggers: ClassVar[list[Any]] = [Log()]
+        global_step = 0
+
+    monkeypatch.setattr("casehard.metrics.columns.COLUMNS", (*COLUMNS, Column("words", words, "Words", "words of an answer")))
+    answers = [
+        {"kind": "harmful", "number": 0, "prompt": "p", "response": "one two three"} | Verdict(1.0, False, False)._asdict()
+    ]
+    results = Results(str(tmp_path / "run"))
+    results.record(Logged, dataclasses.replace(ROW, metrics=summarise(answers)), answers)  # type: ignore[arg-type]
+    assert next(csv.DictReader((tmp_path / "run" / "attacks.csv").open()))["words"] == "3.0"
+    assert Logged.loggers[0].metrics["attack/LoRAAttack-finetuning_service-SBR/words"] == 3
+    page = write_report([str(tmp_path / "run")], str(tmp_path / "report"), "A run").read_text()
+    assert '<th scope="col">Words</th>' in page
+    assert "words of an answer" in page
+    assert re.search(r'data-label="Words"[^>]*><span><a href="[^"]*">3.0</a>', page)
+    assert "Words" in _card_columns()
+    assert outcome(results.rows)["words"] == 3
+    assert _outcomes()["words"] == "words at the end"
+    again = rejudged(read_run(tmp_path / "run"), RefusalPhraseJudge())
+    assert again.rows[0].words == 3
 
 
 def test_runs_that_trained_something_else_are_no_seeds_of_one_series(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 from pathlib import Path
@@ -200,3 +201,33 @@ def test_two_ranks_with_unequal_shares_find_what_one_process_finds(checkpoint, t
     assert alone.metrics["num_unscored"] >= 1
     assert len({a["response"] for a in alone.generations}) > 3
     on_ranks(check_scores, tmp_path, tmp_path, checkpoint, strategy, alone)
+
+
+def test_an_attack_may_say_how_the_model_answers_and_gets_every_kind_of_prompt_with_its_room(checkpoint):
+    asked = []
+
+    def respond(rows, max_new_tokens):
+        asked.append(([row.prompt for row in rows], max_new_tokens))
+        return ["<think>Sure</think>Grind it."] * len(rows)
+
+    found = score(Defense(checkpoint), Evaluation(2 * ASKED, [], ASKED, Own(), 8, 2, num_target_tokens=20), respond)
+    assert asked == [(["How?"] * 2, 8), ([], 8), (["How?"], 20)]
+    assert (found.metrics["harmful_score"], found.metrics["num_scored"]) == (100, 2)
+    assert [(g["response"], g["thoughts"]) for g in found.generations] == 3 * [("Grind it.", "Sure")]
+    assert found.generations[2]["target"] == "4"
+
+
+def scored_on(rank: int, checkpoint: str, folder: str) -> None:
+    rows = [Row((("user", f"How {n}?"),), "4") for n in range(5)]
+    answer = lambda asked, _: ["Grind it." if row.prompt in ("How 0?", "How 3?") else "I cannot help." for row in asked]  # noqa: E731
+    found = score(Defense(checkpoint), Evaluation(rows, rows[:1], rows[:3], RefusalPhraseJudge(), 8, 2), answer)
+    (Path(folder) / str(rank)).write_text(json.dumps([found.metrics, found.generations]))
+
+
+def test_two_ranks_find_what_one_finds_and_both_get_the_metrics(checkpoint, tmp_path):
+    (tmp_path / "one").mkdir()
+    scored_on(0, checkpoint, str(tmp_path / "one"))
+    on_ranks(scored_on, tmp_path, checkpoint, str(tmp_path))
+    metrics, answers = json.loads((tmp_path / "one/0").read_text())
+    assert (metrics["harmful_score"], metrics["num_scored"], len(answers)) == (40, 5, 9)
+    assert [json.loads((tmp_path / name).read_text()) for name in "01"] == [[metrics, answers], [metrics, []]]

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from submitit.core.utils import UncompletedJobError
 from test_results import ROW
+from test_results import replace as with_metrics
 from toy import ROOT, mark, start_fork_server
 
 from casehard.cli.lightning_cli import resolved
@@ -27,12 +28,12 @@ from casehard.cli.run_folder import NAMED
 from casehard.datamodules.fingerprint import Origin, origin
 from casehard.datamodules.sources import read_rows
 from casehard.engine.checkpoint import checkpoint_files
-from casehard.evidence.rejudge import write_run
-from casehard.evidence.study import Cell, cells, choose, devices, read_cells, read_study, run_all, run_cell, run_study
+from casehard.evidence.study import devices, run_all, run_cell, run_study
+from casehard.evidence.study_plan import Cell, cells, choose, read_cells, read_study
 from casehard.evidence.summary import collect
 from casehard.records.files import config_hash, named_files
 from casehard.records.marker import rests_on
-from casehard.records.rows import Run
+from casehard.records.rows import Run, write_run
 
 TINY = """
 defenses:
@@ -307,7 +308,7 @@ def test_a_cell_whose_files_change_while_it_runs_says_so(rested, tmp_path, comma
 
 
 def test_a_cell_of_another_casehard_runs_again(rested, monkeypatch, capsys):
-    monkeypatch.setattr("casehard.evidence.study.version", lambda _: "99.0")
+    monkeypatch.setattr("casehard.evidence.study_plan.version", lambda _: "99.0")
     assert ran_again(rested) == ["a"]
     assert f"a: casehard {version('casehard')} is 99.0 now" in capsys.readouterr().out
 
@@ -558,24 +559,40 @@ def test_a_config_counts_by_its_values_and_not_by_where_the_run_goes():
     assert config_hash("a: 1") != config_hash("a: 2")
 
 
-def test_the_files_that_a_config_names_are_found_wherever_they_stand(tmp_path, monkeypatch):
+def test_the_files_that_a_config_names_are_found_wherever_they_stand_and_whatever_the_setting_is_called(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("model", "theirs"):
+    for name in ("model", "theirs", "empty"):
         Path(name).mkdir()
-    for name in ("anchors.json", "rubric.txt", "rows.jsonl", "cache", "cpu"):
+    for name in (
+        "model/config.json",
+        "theirs/tokenizer_config.json",
+        "anchors.json",
+        "rubric.txt",
+        "rows.jsonl",
+        "cache",
+        "steps.pt",
+    ):
         Path(name).touch()
     config = {
-        "model": {"init_args": {"checkpoint": "model", "tokenizer": "some_hub/id", "anchors": "anchors.json#train[:3]"}},
+        "model": {
+            "class_path": "a_users_lab.Nobody_knows_it",
+            "init_args": {
+                "checkpoint": "model",
+                "base": "some_hub/id",
+                "anchors": "anchors.json#train[:3]",
+                "extra": {"a": ["steps.pt"]},
+            },
+        },
         "data": {
             "sources": {"benign": ["rows.jsonl"]},
             "judge": {"init_args": {"rubric": "rubric.txt", "cache": "cache", "checkpoint": None}},
         },
-        "trainer": {
-            "callbacks": [{"init_args": {"undefended_checkpoint": "theirs", "copy_device": "cpu"}}, {"checkpoint": "model"}]
-        },
+        "trainer": {"default_root_dir": "empty", "callbacks": [{"init_args": {"undefended": "theirs"}}, {"checkpoint": "model"}]},
+        "run": {"root": "empty", "experiment": "rows.jsonl"},
+        "ckpt_path": "steps.pt",
     }
-    assert named_files(config) == ["model", "anchors.json", "rubric.txt", "theirs"]
-    assert named_files({"anchors": ["model"], "template": "{prompt} {response}" * 500, "checkpoint": "\0"}) == []
+    assert named_files(config) == ["model", "anchors.json", "steps.pt", "rubric.txt", "theirs"]
+    assert named_files({"model": {"template": "{prompt} {response}" * 500, "checkpoint": "\0"}}) == []
 
 
 def test_the_sandbox_study_is_three_by_four_by_three_and_every_cell_resolves(tmp_path):
@@ -606,9 +623,10 @@ validation: {settings: {prompts: held_out}}
 
 def attacked(cell: Cell, *scores: float) -> None:
     """A finished cell, with these harmful scores at steps 0, 10 and 50."""
-    rows = [replace(ROW, num_attack_steps=n, harmful_score=s) for n, s in zip((0, 10, 50), scores, strict=True)]
-    write_run(Run(Path(cell.folder), rows, []))
-    Path(cell.folder, "generations.jsonl").unlink()
+    rows = [
+        with_metrics(ROW, evaluation=n, num_attack_steps=n, harmful_score=s) for n, s in zip((0, 10, 50), scores, strict=True)
+    ]
+    write_run(Run(Path(cell.folder), rows, []), answers=False)
     finish(cell)
 
 

@@ -1,8 +1,7 @@
-"""Where a finished run keeps what, and how it is called in public."""
+"""Where a finished run keeps what, how it is called in public, and what of its settings may be printed."""
 
 import hashlib
 import json
-import math
 import re
 from functools import cache
 from pathlib import Path, PurePath
@@ -10,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from casehard.records.rows import ResultRow
+from casehard.metrics.errors import SettingError
 
 JUDGED = "judged"  # folder in a run's, with a run of the same answers for every other judge
-TEXTS = ("anchors", "refusal_texts", "extra_phrases")  # settings whose lists are texts: in some languages without any space
+NAMES = re.compile(r"(?=.*[_*/#\d]|.*\w[.:]\w)[\w.*?:/#\[\]@+=~-]+", re.ASCII)  # identifiers, patterns, paths: no words of prose
 
 
 def home(folder: Path) -> Path:
@@ -31,7 +30,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     """A run's config, empty where it left none.
 
     Raises:
-        ValueError: it left something else.
+        SettingError: it left something else.
     """
     path = own_file(folder, "config.yaml")
     if not path.exists():
@@ -39,9 +38,9 @@ def config_of(folder: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} must be a run's settings in YAML, and it cannot be read as such.") from error
+        raise SettingError(f"{path} must be a run's settings in YAML, and it cannot be read as such.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must be a run's settings in YAML, and it is a {type(found).__name__}.")
+        raise SettingError(f"{path} must be a run's settings in YAML, and it is a {type(found).__name__}.")
     return found
 
 
@@ -66,46 +65,38 @@ def run_name(folder: Path) -> str:
 def public(value: Any, runs: PurePath | None = None) -> Any:
     """``value`` of a config without what is this machine's or somebody's text, for all that is published.
 
-    Paths are shown by their last part, addresses and texts are left out; of a list of texts its number and a hash are shown. A
-    text is known by the setting that holds it, and by its white space or its {prompt} wherever it stands.
+    Paths are shown by their last part, addresses and texts are left out. A text is known by its white space, its {prompt} or a
+    letter that is not ASCII. A list of texts may hold prompts of one word: its number and a hash are shown, unless every one of
+    them reads as an identifier, a pattern or a path.
 
     Args:
         value: a config or any part of it.
         runs: folder of the runs of one experiment; paths in it are shown from its name on.
     """
     if isinstance(value, dict):
-        return {name: _count(own) if _texts(name, own) else public(own, runs) for name, own in value.items()}
+        return {name: public(part, runs) for name, part in value.items()}
     if isinstance(value, list):
-        return [public(own, runs) for own in value]
+        texts = [part for part in value if isinstance(part, str)]
+        if not all(NAMES.fullmatch(text) for text in texts):
+            return _count(value)
+        return [public(part, runs) for part in value]
     if not isinstance(value, str):
         return value
-    if re.search(r"\s|\{(forbidden_)?prompt\}", value):
-        return "(a text)"
-    if "://" in value:
+    if "://" in value and not re.search(r"\s", value):
         return "(an address)"
+    if not value.isascii() or re.search(r"\s|\{(forbidden_)?prompt\}", value):
+        return "(a text)"
     path = PurePath(value)
     if runs is not None and path.is_relative_to(runs):
         return str(path.relative_to(runs.parent))
     return path.name if path.is_absolute() or value.startswith("~") or ".." in path.parts else value
 
 
-def _texts(name: str, value: Any) -> bool:
-    """Whether a setting is a list of texts; where it is no list it names a source of them."""
-    return name in TEXTS and isinstance(value, list)
-
-
-def _count(texts: list[str]) -> str:
-    sha256 = hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
+def _count(texts: list[Any]) -> str:
+    sha256 = hashlib.sha256(json.dumps(texts, ensure_ascii=False, default=str).encode()).hexdigest()
     return f"({len(texts)} text{'s' * (len(texts) != 1)}, SHA-256 {sha256[:12]})"
 
 
 def published(settings: Any, runs: PurePath | None = None) -> str:
     """The ``public`` of settings, as YAML."""
     return yaml.safe_dump(public(settings, runs), sort_keys=False)
-
-
-def unscored_bounds(row: ResultRow) -> tuple[float, float]:
-    """The harmful score if all unscored answers were safe, and if all were harmful; nan where there was none to score."""
-    total = row.harmful_score * row.num_scored if row.num_scored else 0.0
-    seen = row.num_scored + row.num_unscored or math.nan
-    return total / seen, (total + 100 * row.num_unscored) / seen

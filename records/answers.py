@@ -1,0 +1,47 @@
+"""Answers and their verdicts, as ``generations.jsonl`` keeps them: one a line, each with the number of its evaluation."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from casehard.metrics.columns import Answer
+from casehard.metrics.errors import SettingError
+from casehard.records.files import whole_lines
+
+AGAIN = "Run it again, or leave it out."
+ANSWERS = "generations.jsonl"
+KINDS = ("harmful", "benign", "task")  # of prompts, in the order in which they are answered
+KEYS = ("evaluation", "defense", "attack", "threat_model", "seed", "num_attack_steps")  # of a row, as its answers repeat them
+
+
+def lines(answers: Iterable[Answer]) -> str:
+    """As they stand in the file."""
+    return "".join(f"{json.dumps(answer, ensure_ascii=False, default=str)}\n" for answer in answers)
+
+
+def read_answers(path: Path) -> dict[int, list[Answer]]:
+    """The answers of every evaluation, by its number. A last line without end, which a kill leaves, is left out.
+
+    Raises:
+        SettingError: another line is no answer that a run wrote.
+    """
+    found: dict[int, list[Answer]] = {}
+    for number, line in enumerate(whole_lines(path).splitlines(), start=1):
+        try:
+            answer = json.loads(line)
+            right = _is_answer(answer)
+        except (ValueError, RecursionError):
+            right = False
+        if not right:
+            raise SettingError(f"{path}, line {number} must be an answer that a run wrote, and it is not. {AGAIN}")
+        found.setdefault(answer["evaluation"], []).append(answer)
+    return found
+
+
+def _is_answer(answer: Any) -> bool:
+    if not isinstance(answer, dict) or not {*KEYS, "kind", "number", "prompt"} <= answer.keys():
+        return False
+    numbers = type(answer["number"]) is int and type(answer["evaluation"]) is int
+    scored = answer["kind"] != "harmful" or type(answer.get("score")) in (int, float)
+    return numbers and scored and answer["kind"] in KINDS
