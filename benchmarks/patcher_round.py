@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from casehard import InnerAttacker, Optimizer, PatcherModule, SandboxJudge, SFTDataModule
 from casehard.datamodules.chat import collate, encode_rows
-from casehard.datamodules.mixing import batch_indices
-from casehard.datamodules.rows import Row, read_rows
+from casehard.datamodules.order import batch_indices
+from casehard.datamodules.row import Row
 from casehard.datamodules.sft import REFUSAL
+from casehard.datamodules.sources import read_rows
 from casehard.lightning_modules import Defense
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"

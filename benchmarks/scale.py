@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from casehard import Defense, InnerAttacker, Optimizer, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
 from casehard.datamodules.batches import Example
 from casehard.datamodules.chat import IGNORED
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 
 SANDBOX = str(Path(__file__).parent.parent / "models/sandbox/aligned")
 STILL = Optimizer(1e-12)  # no weight moves: every fit starts from the same ones

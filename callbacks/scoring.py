@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from casehard.callbacks.sigterm import ended_by_sigterm
 from casehard.datamodules.answers import answer_and_thoughts
 from casehard.datamodules.chat import prompt_ids, read_answers
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics import (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from casehard.datamodules.chat import IGNORED, collate
-from casehard.datamodules.mixing import batch_indices
+from casehard.datamodules.order import batch_indices
 
 Example = dict[str, list[int]]
 

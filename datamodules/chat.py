@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from casehard.datamodules.answers import CHANNEL, THOUGHTS, answer_and_thoughts, unopened
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 
 IGNORED = -100  # the label of a token that nothing is learnt from
 PROBE = "casehard"  # stands in for a turn, to see what a template makes of it

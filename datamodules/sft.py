@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from casehard.datamodules.batches import Batches, Example, StepLoader, share_of
 from casehard.datamodules.chat import collate, encode, encode_rows, prompt_ids, require_chat_template
 from casehard.datamodules.columns import flaw
+from casehard.datamodules.fingerprint import Origin, origin
 from casehard.datamodules.mixing import mix, overlap
-from casehard.datamodules.rows import Origin, Row, origin, read_rows
+from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
 from casehard.metrics.judges import Judge, require_judge
 
 REFUSAL = "I'm sorry, but I can't help with that request."

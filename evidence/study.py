@@ -24,7 +24,8 @@ import yaml
 from tqdm.auto import tqdm
 
 from casehard.datamodules.mixing import overlap
-from casehard.datamodules.rows import Row, read_rows
+from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
 from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole
 from casehard.records.marker import Marker, changes, read_marker
 from casehard.records.outcome import first_broken

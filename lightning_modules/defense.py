@@ -21,8 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
 from casehard.datamodules.batches import share_of
-from casehard.datamodules.mixing import counter_seed
-from casehard.datamodules.rows import Row
+from casehard.datamodules.order import counter_seed
+from casehard.datamodules.row import Row
 from casehard.engine.adapters import LoRA, add_adapter, merged
 from casehard.engine.checkpoint import (
     WEIGHT_FILES,

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from casehard.datamodules.mixing import counter_seed, mix, uniform
-from casehard.datamodules.rows import Row, read_rows
+from casehard.datamodules.mixing import mix
+from casehard.datamodules.order import counter_seed, uniform
+from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
 from casehard.engine.adapters import LoRA, adapter_vector, targets, trainable
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer, parked

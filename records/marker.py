@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from casehard.datamodules.rows import Origin, file_sha256, present_sha256
+from casehard.datamodules.fingerprint import Origin, file_sha256, present_sha256
 from casehard.engine.checkpoint import checkpoint_files
 from casehard.records.files import DONE, named_files
 

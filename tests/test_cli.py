@@ -29,6 +29,7 @@ from casehard.cli import main as cli
 from casehard.cli.main import AtomicCheckpointIO
 from casehard.engine.checkpoint import load_model
 from casehard.engine.fit_checkpoint import FORCED, numbers_only
+from casehard.records.files import RUN_FOLDER
 
 TINY = [
     "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16",
@@ -44,8 +45,8 @@ trainer:
 
 def run(*args: str) -> str:
     """What the command prints, run as its user runs it."""
-    env = {k: v for k, v in os.environ.items() if k != casehard.RUN_FOLDER}
-    command = [sys.executable, str(ROOT / "casehard.py"), *args]
+    env = {k: v for k, v in os.environ.items() if k != RUN_FOLDER}
+    command = [sys.executable, "-m", "casehard", *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=env, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -176,11 +177,11 @@ def test_two_runs_of_one_process_get_folders_of_their_own(monkeypatch, tmp_path)
 
 
 def test_a_run_folder_is_named_once(call, monkeypatch, tmp_path):
-    monkeypatch.setenv(casehard.RUN_FOLDER, str(tmp_path / "requeued"))
+    monkeypatch.setenv(RUN_FOLDER, str(tmp_path / "requeued"))
     shape = ["fit", "--config", "experiments/sbr.yaml", "--run.root", str(tmp_path), "--run.version", "other", *TINY]
     error = call(*shape, fails=True)
     assert "run.version must be left out where CASEHARD_RUN_FOLDER names the run's folder, and it is other while" in error
-    assert os.environ[casehard.RUN_FOLDER] == str(tmp_path / "requeued")  # what is not ours stays
+    assert os.environ[RUN_FOLDER] == str(tmp_path / "requeued")  # what is not ours stays
     assert not list(tmp_path.iterdir())
 
 
@@ -200,7 +201,7 @@ def test_a_requeued_run_goes_on_in_its_folder(call, tmp_path, monkeypatch):
     metrics = (folder / "metrics.csv").read_bytes()
     (folder / "done.json").unlink()  # as if it had been killed
     assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=0-step=2.ckpt"
-    monkeypatch.setenv(casehard.RUN_FOLDER, str(folder))
+    monkeypatch.setenv(RUN_FOLDER, str(folder))
     casehard.main([*shape, "--trainer.max_steps", "4", "--ckpt_path", str(folder / "checkpoints/last.ckpt")])
     assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=1-step=4.ckpt"
     assert (folder / "metrics_1.csv").read_bytes() == metrics != (folder / "metrics.csv").read_bytes()
@@ -492,7 +493,7 @@ def test_a_checkpoint_of_another_defense_is_refused(call, finished, tmp_path, co
 
 
 def test_a_finished_run_is_never_overwritten(call, finished, monkeypatch):
-    monkeypatch.setenv(casehard.RUN_FOLDER, str(finished))
+    monkeypatch.setenv(RUN_FOLDER, str(finished))
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     for more in ([], ["--ckpt_path", str(finished / "checkpoints/last.ckpt")], ["--trainer.fast_dev_run", "true"]):
         quick = ["--config", "experiments/attack/none.yaml", *TINY]
@@ -502,7 +503,7 @@ def test_a_finished_run_is_never_overwritten(call, finished, monkeypatch):
 
 
 def test_two_runs_in_one_folder_at_once_are_refused(call, monkeypatch, tmp_path):
-    monkeypatch.setenv(casehard.RUN_FOLDER, str(tmp_path / "x"))
+    monkeypatch.setenv(RUN_FOLDER, str(tmp_path / "x"))
     with cli.held(tmp_path / "x"):
         quick = ["--config", "experiments/attack/none.yaml", *TINY]
         error = call("fit", "--config", "experiments/sbr.yaml", *quick, fails=True)
@@ -523,7 +524,7 @@ def test_sigterm_ends_a_test_in_the_middle_of_an_attack(tmp_path):
     """In seconds, with what was found so far and no marker."""
     attack = tmp_path / "attack.yaml"
     attack.write_text(ONE_ATTACK.replace("num_attack_steps: 2", "num_attack_steps: 100000"))
-    command = [sys.executable, str(ROOT / "casehard.py"), "test", "--config", "experiments/sbr.yaml", "--config", str(attack)]
+    command = [sys.executable, "-m", "casehard", "test", "--config", "experiments/sbr.yaml", "--config", str(attack)]
     command += [
         "--run.root",
         str(tmp_path),
@@ -535,7 +536,7 @@ def test_sigterm_ends_a_test_in_the_middle_of_an_attack(tmp_path):
         "--data.max_new_tokens",
         "4",
     ]
-    env = {name: value for name, value in os.environ.items() if name != casehard.RUN_FOLDER}
+    env = {name: value for name, value in os.environ.items() if name != RUN_FOLDER}
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         rows = tmp_path / "x/version_0/attacks.csv"
         deadline = time.monotonic() + 200
@@ -669,7 +670,7 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("casehard.os.replace", killed)
+    monkeypatch.setattr("casehard.cli.main.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         writer.save_checkpoint({"step": torch.tensor(2)}, path)
     monkeypatch.undo()

@@ -7,7 +7,9 @@ from toy import toy_data, toy_trainer
 from casehard import Defense, SBRModule
 from casehard.datamodules.batches import Batches, StepLoader
 from casehard.datamodules.chat import IGNORED, prompt_ids
-from casehard.datamodules.rows import Row, digest, read_rows
+from casehard.datamodules.fingerprint import digest
+from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
 
 OWN_ANSWER = "No, I would rather talk of gardens."
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from casehard.datamodules.mixing import batch_indices, mix, overlap, permutation, uniform
-from casehard.datamodules.rows import Row
+from casehard.datamodules.mixing import mix, overlap
+from casehard.datamodules.order import batch_indices, permutation, uniform
+from casehard.datamodules.row import Row
 
 BENIGN = [f"benign {i}" for i in range(1000)]
 HARMFUL = [f"harmful {i}" for i in range(1000)]
@@ -144,7 +145,7 @@ def test_the_global_random_state_is_neither_read_nor_moved():
 
 def test_another_process_draws_the_same():
     code = (
-        "from datamodules.mixing import batch_indices, mix\n"
+        "from casehard.datamodules.mixing import mix\nfrom casehard.datamodules.order import batch_indices\n"
         "print(batch_indices(101, 8, 3, 'attack', 40), mix(list(range(50)), list(range(50, 99)), 20, 0.5, 3))"
     )
     other = subprocess.run(

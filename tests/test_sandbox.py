@@ -10,18 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casehard import Defense, SandboxJudge
 from casehard.callbacks.scoring import score
-from casehard.datamodules.rows import Row, read_rows
-from casehard.datamodules.sandbox import (
-    ANSWERS,
-    CATEGORIES,
-    PHRASINGS,
-    REFUSALS,
-    SPLITS,
-    build_tokenizer,
-    items,
-    kinds,
-    sandbox_rows,
-)
+from casehard.datamodules.row import Row
+from casehard.datamodules.sandbox import ANSWERS, CATEGORIES, PHRASINGS, REFUSALS, SPLITS, items, kinds, sandbox_rows
+from casehard.datamodules.sandbox_tokenizer import build_tokenizer
+from casehard.datamodules.sources import read_rows
 from casehard.metrics import Verdict
 
 JUDGE = SandboxJudge()

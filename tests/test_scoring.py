@@ -7,7 +7,7 @@ from toy import toy_data, toy_trainer
 from casehard import Defense, Judge, RefusalPhraseJudge, Verdict
 from casehard.callbacks import FullParameterAttack, Results
 from casehard.callbacks.scoring import score
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation
 from casehard.metrics import turns_of
 from casehard.records.rows import read_run

@@ -22,7 +22,8 @@ from test_results import ROW
 from toy import ROOT, mark
 
 from casehard.cli import main as cli
-from casehard.datamodules.rows import origin, read_rows
+from casehard.datamodules.fingerprint import origin
+from casehard.datamodules.sources import read_rows
 from casehard.engine.checkpoint import checkpoint_files
 from casehard.evidence.rejudge import write_run
 from casehard.evidence.study import Cell, cells, choose, devices, read_cells, read_study, run_all, run_cell, run_study
@@ -56,7 +57,7 @@ def at_root(monkeypatch):
 
 
 def start(file: Path, root: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "casehard.py"), "study", str(file), "--root", str(root), "--parallel", "1"]
+    command = [sys.executable, "-m", "casehard", "study", str(file), "--root", str(root), "--parallel", "1"]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -235,7 +236,7 @@ def test_a_cell_of_another_casehard_runs_again(rested, monkeypatch, capsys):
 
 
 def test_other_rows_of_the_sandbox_are_noticed(rested, monkeypatch, capsys):
-    monkeypatch.setattr("casehard.datamodules.rows._present_digest", lambda _: "another")
+    monkeypatch.setattr("casehard.datamodules.fingerprint._present_digest", lambda _: "another")
     assert ran_again(rested) == ["a"]
     assert "a: sandbox:test/harmful changed" in capsys.readouterr().out
 
@@ -356,7 +357,7 @@ def test_a_cell_whose_casehard_was_edited_runs_again_and_says_where(own_package,
     with (clone / "casehard/callbacks/attacks.py").open("a") as file:
         file.write("# another\n")
     assert ran_again(some) == ["a"]
-    assert "a: callbacks/attacks.py changed" in capsys.readouterr().out
+    assert "a: casehard/callbacks/attacks.py changed" in capsys.readouterr().out
 
 
 def test_code_and_files_that_are_edited_while_a_run_goes_on_do_not_count_as_what_it_ran(own_package, tmp_path):
