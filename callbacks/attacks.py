@@ -18,7 +18,7 @@ from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import LoRA, coverage, named, targets, trainable, what_trains
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import train_steps, watched
+from casehard.engine.training import Plain, train_steps, with_progress_bar
 from casehard.engine.weights import borrowed, check_device
 from casehard.lightning_modules.defense import Defense
 from casehard.records.rows import ResultRow
@@ -190,14 +190,14 @@ class HarmfulFineTuning(L.Callback):
             return {name: tensor.to(module.device) for name, tensor in job.draw(step).items()}
 
         shown = f"{self.name} ({self.threat_model}, {'undefended' if job.twin else module.label})"
-        with borrowed(module, self._prepared(job), self.copy_device):
+        with borrowed(module, device=self.copy_device), self._prepared(job):
             job = replace(job, trained=what_trains(module, module.model, self.lora), note=self._note(job))
             self._record(job, 0, before, 0.0)
-            loss = module.finetuning_loss if job.defended else module.sft_loss
+            loss = Plain(module.finetuning_loss if job.defended else module.sft_loss)
             how = (self.optimizer, module.forward_context, module.row_group)
             steps = train_steps(module, loss, batches, self.num_attack_steps, *how)
             trained, start = 0.0, time.perf_counter()
-            for step, value, bar in watched(steps, self.num_attack_steps, shown, job.trainer):
+            for step, value, bar in with_progress_bar(steps, self.num_attack_steps, shown, job.trainer):
                 trained += time.perf_counter() - start
                 if step in self.score_steps:
                     with self._handed_back(job):
@@ -222,7 +222,7 @@ class HarmfulFineTuning(L.Callback):
         if not job.defended or type(module).recover is Defense.recover:
             yield
             return
-        with borrowed(module, module.thawed(), self.copy_device):
+        with borrowed(module, device=self.copy_device):
             module.recover()
             yield
 

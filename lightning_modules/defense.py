@@ -204,7 +204,8 @@ class Defense(L.LightningModule):
         if self.stage != "finetuning" or not fitted:
             yield
             return
-        with borrowed(self):
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        with borrowed(self, trained.__contains__):
             if self.lora is None:
                 if self.random_weights:
                     torch.set_rng_state(self.drawn_from)
@@ -212,8 +213,8 @@ class Defense(L.LightningModule):
                 distribute(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
                 del aligned  # not held for the block
             else:  # an adapter whose second factor is zero adds nothing
-                trained = {n: local(p) for n, p in self.named_parameters() if p.requires_grad}
-                restore(self, {name: torch.zeros_like(p) for name, p in trained.items() if "lora_B" in name})
+                zeros = {n: torch.zeros_like(local(p)) for n, p in self.named_parameters() if n in trained and "lora_B" in n}
+                restore(self, zeros)
             yield
 
     @contextmanager
@@ -225,7 +226,7 @@ class Defense(L.LightningModule):
         Raises:
             ValueError: ``checkpoint`` is of another architecture, in its weights' shapes or in what it computes with them.
         """
-        with borrowed(self, self.thawed()):
+        with borrowed(self):
             theirs = self._read(checkpoint)
             weights, own = dict(theirs.named_parameters()), dict(self.model.named_parameters())
             plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
@@ -274,12 +275,6 @@ class Defense(L.LightningModule):
             )
         own, other = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
         _require_same_shapes(own, other, checkpoint)
-
-    @contextmanager
-    def thawed(self) -> Iterator[None]:
-        """For ``borrowed``: everything may change, so everything is copied."""
-        self.requires_grad_(True)
-        yield
 
     def _read(self, checkpoint: str, *random: Any) -> PreTrainedModel:
         """A checkpoint's model; where this one is sharded, on the first rank alone, and with its weights on meta elsewhere."""

@@ -26,7 +26,9 @@ class Job(Task):
 
     def __init__(self, defense: Defense) -> None:
         self.defense = defense
-        self.state: dict[str, Any] = {}  # tensors, Weights and numbers: saved with a checkpoint of ``fit``, brought back on resume
+        self.state: dict[
+            str, Any
+        ] = {}  # tensors, Weights and numbers: saved with a checkpoint of ``fit``, brought back on resume
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
 
     def freeze(self) -> None:

@@ -22,8 +22,8 @@ from casehard.engine.adapters import LoRA, adapter_vector, targets, trainable
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer, parked
 from casehard.engine.sharding import as_saved, saved_in, shard_of
-from casehard.engine.training import train_steps, watched
-from casehard.engine.weights import Weights, attack_vector, borrowed, check_device, local, reshard, shifted, vector_norm
+from casehard.engine.training import Plain, train_steps, with_progress_bar
+from casehard.engine.weights import NOTHING, Weights, attack_vector, borrowed, check_device, local, reshard, shifted, vector_norm
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.roles import ATTACKERS, DEFENDERS, RolesStrategy
 
@@ -263,10 +263,11 @@ class PatcherModule(Defense):
             return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
         shown = f"Round {self.progress['round']}, inner attack"
-        with borrowed(self, self._prepared(number, attacker), self.copy_device) as start:
+        changes = NOTHING if attacker.lora is not None else lambda name: "lora_" not in name
+        with borrowed(self, changes, self.copy_device) as start, self._prepared(number, attacker):
             how = (attacker.optimizer, self.forward_context, self.row_group)
-            steps = train_steps(self, self.sft_loss, batches, attacker.num_inner_steps, *how)
-            for _ in watched(steps, attacker.num_inner_steps, shown, self.trainer, leave=False):
+            steps = train_steps(self, Plain(self.sft_loss), batches, attacker.num_inner_steps, *how)
+            for _ in with_progress_bar(steps, attacker.num_inner_steps, shown, self.trainer, leave=False):
                 pass
             if attacker.lora is None:
                 return {name: tensor.to(self.copy_device) for name, tensor in attack_vector(self, start).items()}
