@@ -1,6 +1,7 @@
 """Score the model as it is: generate answers to the held-out prompts, judge them, reduce over all ranks."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -61,7 +62,7 @@ def _judged(judge: Judge, rows: list[Row], answers: list[str | None], benign: bo
     return [none if answer is None else next(verdicts) for answer in answers]
 
 
-def score(module: Defense, evaluation: Evaluation) -> Scores:
+def score(module: Defense, evaluation: Evaluation, respond: Callable[[list[Row], int], list[str]] | None = None) -> Scores:
     """Answer, judge and reduce; every rank answers its share of the prompts.
 
     What is judged and compared with a task's response is the answer without the thoughts before it (``answer_and_thoughts``). The
@@ -71,6 +72,7 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
     Args:
         module: the model; its mode comes back as it was.
         evaluation: held-out prompts and their judge.
+        respond: answers to the prompts of rows, in their order, of at most so many tokens; None for the module's greedy ones.
     """
     rank, world_size = _ranks()
     judge = evaluation.judge
@@ -84,8 +86,11 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
 
     def answer(rows: list[Row], kind: str, max_new_tokens: int = evaluation.max_new_tokens) -> tuple[list[Row], list[str | None]]:
         share = rows[rank::world_size]
-        prompts = [prompt_ids(row, module.tokenizer) for row in share]
-        generated = module.generate(prompts, max_new_tokens, evaluation.batch_size)
+        if respond is None:
+            prompts = [prompt_ids(row, module.tokenizer) for row in share]
+            generated = module.generate(prompts, max_new_tokens, evaluation.batch_size)
+        else:
+            generated = respond(share, max_new_tokens)
         answers = read_answers(generated, share, module.tokenizer)
         for i, (row, said) in enumerate(zip(share, answers, strict=True)):
             kept: Generation = {"response": said.text or ""} | ({"thoughts": said.thoughts} if said.thoughts else {})
