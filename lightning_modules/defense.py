@@ -38,7 +38,8 @@ from casehard.engine.forward import Batch, decoder_layers, label_positions, stat
 from casehard.engine.generation import generate
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import distribute, from_first, gathered, on_meta, sharded
-from casehard.engine.weights import borrowed, group_of, local, restore
+from casehard.engine.weights import Weights, borrowed, group_of, local, restore
+from casehard.lightning_modules.job import Job
 
 Stage = Literal["none", "alignment", "finetuning", "post_finetuning"]
 
@@ -52,6 +53,17 @@ def _require_same_shapes(own: set[tuple[str, torch.Size]], other: set[tuple[str,
             f"undefended_checkpoint must be of the defended model's architecture, and {which} alone has {name} of "
             f"shape {list(shape)}. Name the model that the defense started from, or leave it out."
         )
+
+
+class _FinetuningLoss(Job):
+    def freeze(self) -> None:
+        self.defense.freeze_parameters()
+
+    def begin(self) -> None:
+        self.defense.begin_finetuning()
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        return self.defense.finetuning_loss(batch)
 
 
 class Defense(L.LightningModule):
@@ -312,6 +324,25 @@ class Defense(L.LightningModule):
 
     def synchronize(self) -> None:
         """Make every rank hold the model as it is now, before somebody looks at it. Nothing unless ranks play different roles."""
+
+    @property
+    def stages(self) -> frozenset[str]:
+        """Stages at which the defense acts; empty for the baseline."""
+        return frozenset({self.stage} - {"none"})
+
+    def job(self) -> Job:
+        """The fine-tuning of a service under this defense, which starts at the weights as they are."""
+        return _FinetuningLoss(self)
+
+    @contextmanager
+    def handed_back(self, start: Weights, device: str | None = None) -> Iterator[None]:
+        """For a block, the model as a customer of the service gets it: recovered, on a loan."""
+        if type(self).recover is Defense.recover:
+            yield
+            return
+        with borrowed(self, device=device):
+            self.recover()
+            yield
 
     @property
     def stage(self) -> Stage:
