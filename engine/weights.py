@@ -180,7 +180,7 @@ CHECKED = "CASEHARD_CHECK_BORROWED"  # environment variable: make sure that a bo
 def _fingerprint(parameter: Tensor) -> bytes:
     """Hash of the bytes of this rank's part of a parameter, nan and signed zeros included."""
     data = local(parameter).reshape(-1).contiguous().view(torch.uint8).cpu().numpy()
-    return hashlib.blake2b(memoryview(data)).digest()
+    return hashlib.blake2b(data.tobytes()).digest()
 
 
 @contextmanager
