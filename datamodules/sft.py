@@ -1,7 +1,6 @@
 """The data of a run: what is trained on, what an attacker may use, and what is scored."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -229,6 +228,10 @@ class SFTDataModule(L.LightningDataModule):
                 "attack is flattered. Give it rows of its own (a slice: FILE#train[:100])."
             )
 
+    def instructed(self, rows: list[Row]) -> list[Row]:
+        """``rows`` behind ``system_prompt`` where they have no system turn of their own, as every row of the data is."""
+        return rows if self.system_prompt is None else [_instructed(row, self.system_prompt) for row in rows]
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -285,7 +288,7 @@ class SFTDataModule(L.LightningDataModule):
             )
         return examples
 
-    def batches(self, rows: list[Row], batch_size: int, seed: int, stream: str) -> Callable[[int], dict[str, Tensor]]:
+    def batches(self, rows: list[Row], batch_size: int, seed: int, stream: str) -> Batches:
         """The batch of every step of training on ``rows``; this process's share of it."""
         trainer = self.trainer
         assert trainer is not None

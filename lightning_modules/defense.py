@@ -63,7 +63,11 @@ class _FinetuningLoss(Job):
         self.defense.begin_finetuning()
 
     def loss(self, batch: Batch, step: int) -> Tensor:
-        return self.defense.finetuning_loss(batch)
+        shown = self.defense.terms
+        try:
+            return self.defense.finetuning_loss(batch)
+        finally:
+            self.terms, self.defense.terms = self.defense.terms, shown
 
 
 class Defense(L.LightningModule):
