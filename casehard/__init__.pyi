@@ -1,5 +1,5 @@
-from casehard.callbacks.attacks import FullParameterAttack as FullParameterAttack
-from casehard.callbacks.attacks import LoRAAttack as LoRAAttack
+from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
+from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
 from casehard.callbacks.results import Results as Results
 from casehard.callbacks.scoring import Evaluate as Evaluate
 from casehard.cli.main import main as main

@@ -139,8 +139,7 @@ class SFTDataModule(L.LightningDataModule):
         ]
         for name in ("harmful_prompts", "benign_prompts", "task"):
             rows[name] = rows[name][: self.evaluation_settings.num_evaluated]
-        if self.system_prompt is not None:
-            rows = {name: [_with_system_turn(row, self.system_prompt) for row in part] for name, part in rows.items()}
+        rows = {name: self.instructed(part) for name, part in rows.items()}
         self._check_overlap(rows, defense_rows)
         self.judge.try_out(*([row.prompt for row in rows[name][:1]] for name in ("harmful_prompts", "benign_prompts")))
         self.num_target_tokens = max((_num_labels(self._encode_whole(row)) for row in rows["task"]), default=0)
@@ -211,6 +210,10 @@ class SFTDataModule(L.LightningDataModule):
                 "attack is flattered. Give it rows of its own (a slice: FILE#train[:100])."
             )
 
+    def instructed(self, rows: list[Row]) -> list[Row]:
+        """``rows`` behind ``system_prompt`` where they have no system turn of their own, as every row of the data is."""
+        return rows if self.system_prompt is None else [_with_system_turn(row, self.system_prompt) for row in rows]
+
     @property
     def model(self) -> Model:
         """The module of the trainer that the data is attached to."""
@@ -275,7 +278,7 @@ class SFTDataModule(L.LightningDataModule):
             rank_zero_info(f"{what}: {dropped} of {total} {unit} dropped, their answer was cut off at max_length {max_length}.")
         return examples
 
-    def batches(self, rows: list[Row], batch_size: int, seed: int, stream: str) -> Callable[[int], Batch]:
+    def batches(self, rows: list[Row], batch_size: int, seed: int, stream: str) -> Batches:
         """This process's share of the batch of every step of training on ``rows``."""
         return self._batches(self.encode(rows, stream), batch_size, seed, stream)
 

@@ -5,8 +5,10 @@ place, shard by shard where a parameter is sharded: swapping the storage a param
 all-gather reads its own view of the shard.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -156,40 +158,68 @@ def _same_rng_after() -> Iterator[None]:
         isolation.__exit__(None, None, None)
 
 
-@contextmanager
-def borrowed(
-    module: nn.Module, prepared: AbstractContextManager[object] | None = None, device: str | None = None
-) -> Iterator[Weights]:
-    """Let a block train ``module``, then put everything back bit for bit, after an exception or Ctrl-C too.
+Changes = Callable[[str], bool]
+"""Which parameters a block may change: by name, in the model as it is before the block adds any adapter."""
 
-    Back come weights, buffers, gradients, ``requires_grad`` flags, train/eval modes and random number generators.
+
+def _every(name: str) -> bool:
+    return True
+
+
+def _none(name: str) -> bool:
+    return False
+
+
+EVERYTHING: Changes = _every
+NOTHING: Changes = _none
+CHECKED = "CASEHARD_CHECK_BORROWED"  # environment variable: make sure that a borrower changed nothing else; set by the tests
+
+
+def _fingerprint(parameter: Tensor) -> bytes:
+    """Hash of the bytes of this rank's part of a parameter, nan and signed zeros included."""
+    data = local(parameter).reshape(-1).contiguous().view(torch.uint8).cpu().numpy()
+    return hashlib.blake2b(data.tobytes()).digest()
+
+
+@contextmanager
+def borrowed(module: nn.Module, changes: Changes = EVERYTHING, device: str | None = None) -> Iterator[Weights]:
+    """Let a block train or edit ``module``, then put everything back bit for bit, after an exception or Ctrl-C too.
+
+    Back come the parameters named by ``changes``, all buffers, gradients, ``requires_grad`` flags, train/eval modes and random
+    number generators. The copy is made before the block begins, whatever is frozen then. Inside the block no parameter has a
+    gradient. Adapters that the block adds are the block's to remove.
+
+    Memory: one copy of what may change, and of the buffers. Gradients that wait for a step are set aside, not copied.
 
     Args:
         module: what is borrowed.
-        prepared: entered first and left last; it says what trains, by ``requires_grad`` or by adding adapters. Only that is
-            copied.
+        changes: which parameters the block may change. **Others are not saved, so the block must not change them.**
         device: where the copy is kept, e.g. ``cpu``; by default beside the original.
 
     Yields:
-        The snapshot of what trains. Memory: one copy of it; gradients that wait for a step are set aside, not copied.
+        The copy: the weights where the block starts, by name.
+
+    Raises:
+        RuntimeError: the block changed a parameter outside ``changes``. Checked only where ``CASEHARD_CHECK_BORROWED`` is set.
     """
     reshard(module)
-    parameters = list(module.parameters())
+    named = dict(module.named_parameters())
+    parameters = list(named.values())
     flags = [p.requires_grad for p in parameters]
     gradients = [p.grad for p in parameters]
     buffers = {n: local(b).clone() for n, b in module.named_buffers()}
+    weights = {n: local(p).to(device, copy=True) for n, p in named.items() if changes(n)}
+    checked = {n: _fingerprint(p) for n, p in named.items() if n not in weights} if os.environ.get(CHECKED) else {}
     with same_modes_after(module), _same_rng_after():
         try:
             for p in parameters:
                 p.grad = None
-            with prepared or nullcontext():
-                weights = snapshot(module, device)
-                try:
-                    yield weights
-                finally:
-                    restore(module, weights)
+            yield weights
+            reshard(module)
+            if changed := [n for n, before in checked.items() if _fingerprint(named[n]) != before]:
+                raise RuntimeError(f"changes must name every parameter that a borrower changes, and {changed[0]} was not named.")
         finally:
-            restore(module, buffers)
+            restore(module, weights | buffers)
             for p, flag, gradient in zip(parameters, flags, gradients, strict=True):
                 p.requires_grad_(flag)
                 p.grad = gradient

@@ -16,7 +16,7 @@ from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import shard_of
 from casehard.engine.training import Plain, train_steps, with_progress_bar
-from casehard.engine.weights import Weights, attack_vector, borrowed, reshard
+from casehard.engine.weights import NOTHING, Weights, attack_vector, borrowed, reshard
 from casehard.lightning_modules.defense import Defense
 
 
@@ -111,16 +111,10 @@ class InnerAttacker:
             device: where the copy of the weights waits, such as cpu; None keeps it beside them.
         """
         names = {id(p): key for key, p in module.named_parameters()}  # adapters change them
-
-        @contextmanager
-        def prepared() -> Iterator[None]:
-            torch.manual_seed(seed)
-            with trainable(module, module.model, self.lora):
-                yield
-
+        changes = (lambda name: "lora_" not in name) if self.lora is None else NOTHING
         module.under_attack = True
         try:
-            with borrowed(module, prepared(), device) as start:
+            with borrowed(module, changes, device) as start:
 
                 def vector() -> Weights:
                     if self.lora is None:
@@ -130,7 +124,9 @@ class InnerAttacker:
                     whole = ((names[id(p)], added[id(p)], p) for p in module.parameters() if id(p) in added)
                     return {key: shard_of(delta, p) for key, delta, p in whole}
 
-                yield InnerAttack(self._steps(module, lambda step: batches(first_step + step), name), vector)
+                torch.manual_seed(seed)
+                with trainable(module, module.model, self.lora):
+                    yield InnerAttack(self._steps(module, lambda step: batches(first_step + step), name), vector)
         finally:
             module.under_attack = False
 

@@ -43,7 +43,7 @@ from casehard.engine.gradients import add_to_grad, loss_and_gradient
 from casehard.engine.kept import load_kept, save_kept
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import distribute, from_first, gathered, on_meta, sharded
-from casehard.engine.weights import Weights, borrowed, group_of, local, reshard, restore, same_modes_after, shifted
+from casehard.engine.weights import EVERYTHING, Weights, borrowed, group_of, local, reshard, restore, same_modes_after, shifted
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.private import trainer_of
 
@@ -241,14 +241,15 @@ class Defense(L.LightningModule):
             yield
             return
         everything = self.recovered or self._overrides("harden")
-        with borrowed(self, self.thawed() if everything else None):
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        with borrowed(self, EVERYTHING if everything else trained.__contains__):
             own = dict(self.model.named_parameters())
             if everything or self.lora is None:
                 if self.random_weights:
                     torch.set_rng_state(self.drawn_from)
                 theirs = self._read(self.checkpoint, self.random_weights, self.sizes)
                 aligned = dict(theirs.named_parameters())
-                moved = [name for name, p in own.items() if p.requires_grad and "lora_" not in name]
+                moved = [name for name, p in own.items() if (everything or p.requires_grad) and "lora_" not in name]
                 distribute(self.model, {name: aligned[name.replace(".base_layer", "")] for name in moved})
                 hardens = not self._is_hardened(theirs)
                 del theirs, aligned  # not held for the block
@@ -267,7 +268,7 @@ class Defense(L.LightningModule):
         Raises:
             ValueError: ``checkpoint`` is of another architecture, in its weights' shapes or in what it computes with them.
         """
-        with borrowed(self, self.thawed()):
+        with borrowed(self):
             theirs = self._read(checkpoint)
             weights, own = dict(theirs.named_parameters()), dict(self.model.named_parameters())
             plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
@@ -316,12 +317,6 @@ class Defense(L.LightningModule):
             )
         own, other = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
         _require_same_shapes(own, other, checkpoint)
-
-    @contextmanager
-    def thawed(self) -> Iterator[None]:
-        """For ``borrowed``: everything may change, so everything is copied."""
-        self.requires_grad_(True)
-        yield
 
     def _read(self, checkpoint: str, *random: Any) -> PreTrainedModel:
         """A checkpoint's model; where this one is sharded, on the first rank alone, and with its weights on meta elsewhere."""
@@ -481,7 +476,7 @@ class Defense(L.LightningModule):
         if not self._overrides("recover"):
             yield
             return
-        with borrowed(self, self.thawed(), device) as now:
+        with borrowed(self, EVERYTHING, device) as now:
             names = {name.replace(".base_layer", ""): name for name in now}  # ``start`` may be older than a job's own adapter
             began = {names[name.replace(".base_layer", "")]: weight for name, weight in start.items()}
             new = {n: torch.zeros_like(w) for n, w in now.items() if ".lora_B." in n and n not in began}

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core, and a toy model is no faster on two
+os.environ["CASEHARD_CHECK_BORROWED"] = "1"  # who borrows a model changes nothing that it did not name
 
 import pytest
 

@@ -1,42 +1,99 @@
+import itertools
+import json
 import math
+import pickle
 import re
 import shutil
 import signal
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from toy import DEFENSES, ROOT, SIZES, bits, csv_rows, same_bits, save_toy_checkpoint, toy_data, toy_trainer
+from torch.testing import assert_close
+from toy import (
+    ATTACKS,
+    DEFENSES,
+    FAST,
+    ROOT,
+    SIZES,
+    Halving,
+    bits,
+    csv_rows,
+    same_bits,
+    save_toy_checkpoint,
+    toy_data,
+    toy_trainer,
+)
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
-from casehard.callbacks.attacks import HarmfulFineTuning
+from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.fine_tuning import Phase
+from casehard.callbacks.jailbreak_tuning import WRAPPERS, JailbreakTuning
+from casehard.callbacks.quantised import QuantisedAttack, quantised
 from casehard.callbacks.results import Results
-from casehard.callbacks.scoring import score
-from casehard.engine.adapters import merged
+from casehard.callbacks.search import Range, Search
 from casehard.engine.training import DivergedError
-from casehard.records.outcome import jobs
+from casehard.engine.weights import NOTHING
+from casehard.lightning_modules.job import Job
+from casehard.records.outcome import jobs, outcome
 from casehard.records.rows import ResultRow, read_run
 
-FAST = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
-ATTACKS = {
-    "full": lambda **s: FullParameterAttack(**(FAST | s)),
-    "lora": lambda **s: LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
-}
+IDS = torch.tensor([[5, 6, 7]])
+
+
+def logits_of(module: Defense) -> torch.Tensor:
+    with torch.no_grad():
+        return module.model(IDS).logits.clone()
+
+
+def looking(attack: Attack, look: Callable[[Target], None]) -> Attack:
+    """``attack``, with a look at its target whenever that is scored: when harmful prompts, the first of three kinds, are answered."""
+    respond, calls = attack.respond, itertools.count()
+
+    def looked(target: Target, *arguments: Any) -> list[str]:
+        if next(calls) % 3 == 0:
+            look(target)
+        return respond(target, *arguments)
+
+    attack.respond = looked
+    return attack
+
+
+def python_state(module: Defense) -> dict[str, Any]:
+    """Everything that a module and its parts remember beside tensors, modules and their trainer."""
+    left_out = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric", "plain")
+    state = {}
+    for owner, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name not in left_out:
+                try:
+                    state[owner, name] = pickle.dumps(value)
+                except (pickle.PicklingError, AttributeError, TypeError):
+                    state[owner, name] = repr(value)
+    return state
 
 
 class Spy(L.Callback):
-    """Weights before, inside and after the attacks: callbacks run in order, so it stands around them."""
+    """Weights and Python state at the ends of epochs and of the fit: callbacks run in order, so two of them stand around attacks."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, torch.Tensor]] = []
+        self.states: list[dict[str, Any]] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.states.append(python_state(pl_module))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seen.append({k: v.clone() for k, v in pl_module.state_dict().items()})
+        self.states.append(python_state(pl_module))
 
 
 def fitted(folder: Path, checkpoint: str, callbacks: list[L.Callback], defense: str = "none", **settings) -> Defense:
@@ -51,22 +108,43 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k].nan_to_num(7.0), b[k].nan_to_num(7.0)) for k in a)
 
 
-@pytest.mark.parametrize("threat_model", ["open_weight", "finetuning_service"])
-@pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("defense", DEFENSES)
-def test_run_with_attacks_ends_with_the_bits_of_the_run_without(tmp_path, checkpoint, defense, attack, threat_model):
-    results = Results(str(tmp_path / "run"), export=False)
+TUNED = ("full", "lora")
+EPOCHS = {"max_steps": 3, "limit_train_batches": 2}
+
+
+@pytest.fixture(scope="module", params=DEFENSES)
+def unattacked(request, checkpoint, tmp_path_factory):
+    """A defense, the module that its run without attacks ended with, and a number drawn then."""
+    module = fitted(tmp_path_factory.mktemp("unattacked"), checkpoint, [], request.param, **EPOCHS)
+    return request.param, module, torch.rand(1)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_run_with_attacks_ends_with_the_bits_of_the_run_without(tmp_path, checkpoint, unattacked, name):
+    defense, reference, expected = unattacked
+    results, before, after = Results(str(tmp_path / "run"), export=False), Spy(), Spy()
+    seen: dict[tuple[str, int | None], list[torch.Tensor]] = defaultdict(list)
+
+    def look(attack: Attack) -> Attack:
+        return looking(attack, lambda target: seen[attack.threat_model, target.epoch].append(logits_of(target.module)))
+
     # after every epoch too: training goes on as if nothing had happened
-    epochs = {"max_steps": 3, "limit_train_batches": 2}
-    attack = ATTACKS[attack](threat_model=threat_model, every_n_epochs=1)
-    attacked = fitted(tmp_path, checkpoint, [results, attack], defense, **epochs)
+    attacks = [look(ATTACKS[name](threat_model=model, every_n_epochs=1)) for model in ("open_weight", "finetuning_service")]
+    attacked = fitted(tmp_path, checkpoint, [results, before, *attacks, after], defense, **EPOCHS)
     drawn = torch.rand(1)
-    reference = fitted(tmp_path, checkpoint, [], defense, **epochs)
     assert same(attacked.state_dict(), reference.state_dict())
     assert [type(m) for m in attacked.modules()] == [type(m) for m in reference.modules()]
     assert [p.requires_grad for p in attacked.parameters()] == [p.requires_grad for p in reference.parameters()]
-    assert torch.equal(drawn, torch.rand(1))  # the generators go on from the same place
+    assert [m.training for m in attacked.modules()] == [m.training for m in reference.modules()]
+    assert torch.equal(drawn, expected)  # the generators go on from the same place
+    assert len(before.states) == 3
+    assert before.states == after.states  # and nothing else is remembered
+
+    last = attacks[0].num_attack_steps
     assert {r.epoch for r in results.rows} == {"1", "2", ""}
+    assert {r.num_attack_steps for r in results.rows} == {0, last}  # scored where it says, and nowhere else
+    assert len(seen) == 6
+    assert all(not torch.allclose(logits[0], logits[-1]) for logits in seen.values())  # it did attack
 
 
 @pytest.mark.parametrize("step", [2, 4], ids=["in the middle", "after the last step"])
@@ -98,37 +176,17 @@ def test_a_run_that_goes_on_keeps_its_rows_answers_and_seconds(tmp_path, checkpo
     )
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_attack_changes_what_is_scored_and_leaves_no_trace(tmp_path, checkpoint, attack, monkeypatch):
-    scored: list[torch.Tensor] = []
-    prompt = torch.tensor([[5, 6, 7]])
-
-    def spied(module, evaluation):
-        with torch.no_grad():
-            scored.append(module.model(prompt).logits.clone())
-        return score(module, evaluation)
-
-    monkeypatch.setattr("casehard.callbacks.attacks.score", spied)
-    before, after = Spy(), Spy()
-    fitted(tmp_path, checkpoint, [before, ATTACKS[attack](threat_model="open_weight"), after])
-    assert same(before.seen[0], after.seen[0])
-    assert len(scored) == 2
-    assert not torch.allclose(scored[0], scored[1])  # it did attack
-
-
-class Interrupting(FullParameterAttack):
-    """Raises, or is sent Ctrl-C or SIGTERM, when its second step is scored."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__("open_weight", **(FAST | {"score_steps": [2, 3]}))
-        self.how = how
-
-    def _record(self, job, step, *rest):
-        super()._record(job, step, *rest)
-        if step == 2:
-            if self.how == "error":
-                raise RuntimeError("boom")
-            signal.raise_signal(signal.SIGINT if self.how == "ctrl-c" else signal.SIGTERM)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_scores_at_its_steps_and_returns_the_rows_that_it_recorded(tmp_path, checkpoint, name):
+    results, outcome, attack = Results(str(tmp_path), export=False), [], ATTACKS[name](threat_model="open_weight")
+    if attack.num_attack_steps > 1:
+        attack = ATTACKS[name](threat_model="open_weight", score_steps=[2])
+    run = attack.run
+    attack.run = lambda *arguments: outcome.extend(run(*arguments))
+    toy_trainer(tmp_path, callbacks=[results, attack]).test(Defense(checkpoint), datamodule=toy_data(), verbose=False)
+    assert outcome == results.rows
+    assert [row.num_attack_steps for row in outcome] == [0, min(2, attack.num_attack_steps)]
+    assert len({row.trained for row in outcome}) == 1
 
 
 @pytest.fixture
@@ -141,10 +199,19 @@ def ctrl_c_raises():
 
 @pytest.mark.usefixtures("ctrl_c_raises")
 @pytest.mark.parametrize("how", ["error", "ctrl-c", "sigterm"])
-def test_interrupted_attack_leaves_the_model_restored_and_its_rows_written(tmp_path, checkpoint, how):
-    results, before = Results(str(tmp_path), export=False), Spy()
-    module = Defense(checkpoint)
-    trainer = toy_trainer(tmp_path, callbacks=[results, before, Interrupting(how)])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_interrupted_attack_leaves_the_model_restored_and_its_rows_written(tmp_path, checkpoint, name, how):
+    results, before, module, looks = Results(str(tmp_path), export=False), Spy(), Defense(checkpoint), itertools.count()
+
+    def interrupt(target: Target) -> None:
+        if next(looks) == len(attack.score_steps) - 1:  # as the last step is scored
+            if how == "error":
+                raise RuntimeError("boom")
+            signal.raise_signal(signal.SIGINT if how == "ctrl-c" else signal.SIGTERM)
+
+    steps = {} if name == "edit" else {"score_steps": [2, 3]}
+    attack = looking(ATTACKS[name](threat_model="open_weight", **steps), interrupt)
+    trainer = toy_trainer(tmp_path, callbacks=[results, before, attack])
     raised = {"error": RuntimeError, "ctrl-c": (KeyboardInterrupt, SystemExit), "sigterm": SIGTERMException}[how]
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(raised):
@@ -152,12 +219,12 @@ def test_interrupted_attack_leaves_the_model_restored_and_its_rows_written(tmp_p
     assert same(before.seen[0], module.state_dict())
     assert all(p.requires_grad for p in module.parameters())
     rows = csv_rows(tmp_path / "attacks.csv")
-    assert [row["num_attack_steps"] for row in rows] == ["0", "2"]
+    assert [row["num_attack_steps"] for row in rows] == (["0"] if name == "edit" else ["0", "2"])
     assert signal.getsignal(signal.SIGTERM) == handler
     assert not trainer.state.finished
 
 
-def test_undefended_twin_is_the_same_job_and_the_defended_run_differs(tmp_path, checkpoint):
+def test_undefended_baseline_is_the_same_job_and_the_defended_run_differs(tmp_path, checkpoint):
     results = Results(str(tmp_path), export=False)
     fitted(tmp_path, checkpoint, [results, ATTACKS["full"](threat_model="finetuning_service", score_steps=[1, 3])], "sbr")
     key = [(r.defense, r.stage, r.threat_model, r.num_attack_steps) for r in results.rows]
@@ -206,12 +273,11 @@ def test_open_weight_row_of_a_finetuning_stage_defense_says_that_it_breaks(tmp_p
 
 
 class Doubling(Defense):
-    """A post-fine-tuning defense that leaves its mark."""
+    """A post-fine-tuning defense that leaves its mark: logits are twice as large."""
 
     def recover(self, start) -> None:
         assert list(start) == [name for name, _ in self.named_parameters()] == [f"model.{n}" for n in PLAIN_NAMES]
-        for p in self.parameters():
-            p.data.mul_(2)
+        self.model.model.norm.weight.data.mul_(2)
 
 
 PLAIN_NAMES = [
@@ -219,51 +285,45 @@ PLAIN_NAMES = [
 ]
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", TUNED)
 @pytest.mark.parametrize(("threat_model", "factor"), [("finetuning_service", 2.0), ("open_weight", 1.0)])
 def test_a_service_repairs_a_model_before_every_scoring_and_trains_on_from_its_own_weights(
-    tmp_path, checkpoint, monkeypatch, attack, threat_model, factor
+    tmp_path, checkpoint, attack, threat_model, factor
 ):
-    scored: list[dict[str, torch.Tensor]] = []
-
-    def spied(module, evaluation):
-        scored.append({name: p.detach().clone() for name, p in merged(module.model).named_parameters()})
-        return score(module, evaluation)
-
-    monkeypatch.setattr("casehard.callbacks.attacks.score", spied)
-    for kind, steps in ((Doubling, [1, 2, 3]), (Defense, [3])):
+    seen: dict[type, list[torch.Tensor]] = {Doubling: [], Defense: []}
+    for kind, steps in ((Doubling, [1, 2, 3]), (Defense, [1, 2, 3])):
         job = ATTACKS[attack](threat_model=threat_model, score_steps=steps, undefended=False)
+        looking(job, lambda target, logits=seen[kind]: logits.append(logits_of(target.module)))
         toy_trainer(tmp_path, callbacks=[job]).test(kind(checkpoint), datamodule=toy_data(), verbose=False)
-    *_, at_0, _, _, repaired, start, plain = scored
-    assert same(at_0, {name: p * factor for name, p in start.items()})
-    assert same(repaired, {name: p * factor for name, p in plain.items()})
+    assert len(seen[Doubling]) == 4  # step 0 is repaired too
+    assert_close(torch.stack(seen[Doubling]), torch.stack(seen[Defense]) * factor)
+
+
+def test_the_baseline_beside_a_repaired_model_is_not_repaired_at_step_0(tmp_path, checkpoint):
+    logits: list[torch.Tensor] = []
+    job = looking(ATTACKS["full"](threat_model="finetuning_service"), lambda target: logits.append(logits_of(target.module)))
+    toy_trainer(tmp_path, callbacks=[job]).test(Doubling(checkpoint), datamodule=toy_data(), verbose=False)
+    baseline, defended = logits[:2], logits[2:]
+    assert_close(torch.stack(defended), torch.stack(baseline) * 2)
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
-def test_service_job_starts_from_the_aligned_model_and_not_from_what_fit_made(tmp_path, checkpoint, monkeypatch, lora):
-    prompt = torch.tensor([[5, 6, 7]])
+def test_service_job_starts_from_the_aligned_model_and_not_from_what_fit_made(tmp_path, checkpoint, lora):
     logits: list[torch.Tensor] = []
-
-    def spied(module, evaluation):
-        with torch.no_grad():
-            logits.append(module.model(prompt).logits.clone())
-        return score(module, evaluation)
-
-    monkeypatch.setattr("casehard.callbacks.attacks.score", spied)
     kind, arguments = DEFENSES["sbr"]
     fresh = kind(checkpoint, lora=lora, **arguments)
     fresh.configure_model()
     with torch.no_grad():
-        aligned = fresh.model.eval()(prompt).logits
+        aligned = fresh.model.eval()(IDS).logits
     module = kind(checkpoint, lora=lora, optimizer=Optimizer(learning_rate=1e-2), **arguments)
-    attack = ATTACKS["full"](threat_model="finetuning_service")
+    attack = looking(ATTACKS["full"](threat_model="finetuning_service"), lambda target: logits.append(logits_of(target.module)))
     saves = {
         "enable_checkpointing": True,
         "callbacks": [attack, ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)],
     }
     toy_trainer(tmp_path, **saves).fit(module, datamodule=toy_data())
     with torch.no_grad():
-        assert not torch.allclose(module.model.eval()(prompt).logits, aligned)  # fit moved it
+        assert not torch.allclose(module.model.eval()(IDS).logits, aligned)  # fit moved it
     last = {"ckpt_path": str(tmp_path / "last.ckpt"), "verbose": False}
     toy_trainer(tmp_path, callbacks=[attack]).test(kind(checkpoint, lora=lora, **arguments), datamodule=toy_data(), **last)
     assert torch.equal(logits[0], aligned)
@@ -291,13 +351,10 @@ def test_the_aligned_model_of_random_weights_is_the_one_that_fit_began_with(tmp_
 
 def test_an_attacker_can_train_some_parameters_alone(tmp_path, checkpoint):
     seen = []
-
-    class Looking(FullParameterAttack):
-        def _record(self, job, step, scores, seconds):
-            seen.append({name: p.detach().clone() for name, p in job.module.model.named_parameters()})
-
     only = ["model.layers.1.*", "*.0.mlp.up_proj.weight"]
-    fitted(tmp_path, checkpoint, [Looking("open_weight", train_only=only, **FAST)])
+    attack = FullParameterAttack("open_weight", train_only=only, **FAST)
+    looking(attack, lambda target: seen.append({name: p.detach().clone() for name, p in target.module.model.named_parameters()}))
+    fitted(tmp_path, checkpoint, [attack])
     before, after = seen
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {n for n in before if ".layers.1." in n} | {"model.layers.0.mlp.up_proj.weight"}
@@ -330,7 +387,9 @@ def test_diverging_attack_says_which_and_what_to_do(tmp_path, checkpoint):
         ({"threat_model": "white_box"}, "threat_model must be open_weight or finetuning_service, got 'white_box'"),
         ({"num_attack_steps": 0}, "num_attack_steps must be >= 1, got 0"),
         ({"score_steps": [200]}, r"score_steps must lie between 0 and num_attack_steps \(100\), got \[200\]"),
+        ({"score_steps": []}, r"score_steps must name a step of the attack or be null, got \[\]. null scores the last"),
         ({"every_n_epochs": 0}, "every_n_epochs must be >= 1 or null, got 0"),
+        ({"phases": [Phase("benign", 3)]}, "steps of phases must add up to num_attack_steps, 100, got 3"),
     ],
 )
 def test_bad_settings_fail_at_construction(settings, message):
@@ -379,7 +438,7 @@ def test_what_an_attack_lacks_shows_before_any_weights_load(tmp_path, checkpoint
 
 def test_attacks_run_in_test_on_a_checkpoint(tmp_path, checkpoint):
     results = Results(str(tmp_path), export=False)
-    attacks: list[HarmfulFineTuning] = [ATTACKS["lora"](threat_model="open_weight"), ATTACKS["full"](threat_model="open_weight")]
+    attacks = [ATTACKS["lora"](threat_model="open_weight"), ATTACKS["full"](threat_model="open_weight")]
     module = Defense(checkpoint)
     toy_trainer(tmp_path, callbacks=[results, *attacks]).test(module, datamodule=toy_data())
     assert [(r.attack, r.num_attack_steps) for r in results.rows] == [
@@ -444,7 +503,7 @@ HEADS = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads
 
 def test_a_row_says_what_its_attack_trained(tmp_path, checkpoint):
     results = Results(str(tmp_path), export=False)
-    attacks = [ATTACKS[name](threat_model="finetuning_service", num_attack_steps=1) for name in ATTACKS]
+    attacks = [ATTACKS[name](threat_model="finetuning_service", num_attack_steps=1) for name in TUNED]
     toy_trainer(tmp_path, callbacks=[results, *attacks]).test(DEFENSES["sbr"][0](checkpoint, **DEFENSES["sbr"][1]), datamodule=toy_data(), verbose=False)  # fmt: skip
     trained = {(r.attack, r.defense, r.trained) for r in results.rows}
     total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint).parameters())
@@ -484,24 +543,16 @@ def test_a_lora_attack_that_cannot_be_is_told_so_before_anything_is_trained_or_s
     def never(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("casehard.callbacks.attacks.score", never)
     module = Defense(save_family(tmp_path / "mixtral", "mixtral", num_local_experts=2, **HEADS))
     monkeypatch.setattr(module, "training_step", never)
-    trainer = toy_trainer(tmp_path, callbacks=[LoRAAttack("open_weight", lora, **FAST)])
+    trainer = toy_trainer(tmp_path, callbacks=[looking(LoRAAttack("open_weight", lora, **FAST), never)])
     with pytest.raises(ValueError, match=message):
         getattr(trainer, command)(module, datamodule=toy_data())
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_the_dropout_of_a_defenses_own_adapters_is_no_part_of_an_attack(tmp_path, checkpoint, monkeypatch, attack):
+@pytest.mark.parametrize("attack", TUNED)
+def test_the_dropout_of_a_defenses_own_adapters_is_no_part_of_an_attack(tmp_path, checkpoint, attack):
     ends: list[torch.Tensor] = []
-
-    def spied(module, evaluation):
-        with torch.no_grad():
-            ends.append(module.model(torch.tensor([[5, 6, 7]])).logits.clone())
-        return score(module, evaluation)
-
-    monkeypatch.setattr("casehard.callbacks.attacks.score", spied)
     for dropout in (0.0, 0.5):
         module = Defense(checkpoint, lora=LoRA(rank=2, dropout=dropout))
         torch.manual_seed(3)
@@ -509,9 +560,238 @@ def test_the_dropout_of_a_defenses_own_adapters_is_no_part_of_an_attack(tmp_path
         with torch.no_grad():
             for name, p in module.named_parameters():
                 p += 0.05 * ("lora_B" in name)
-        trainer = toy_trainer(tmp_path, callbacks=[ATTACKS[attack](threat_model="open_weight")])
-        trainer.test(module, datamodule=toy_data(), verbose=False)
+        job = looking(ATTACKS[attack](threat_model="open_weight"), lambda target: ends.append(logits_of(target.module)))
+        toy_trainer(tmp_path, callbacks=[job]).test(module, datamodule=toy_data(), verbose=False)
         assert {m.p for m in module.modules() if isinstance(m, torch.nn.Dropout)} == ({dropout} if dropout else set())
     assert not torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])
     assert torch.equal(ends[1], ends[3])
+
+
+# ---- attacks of other kinds
+
+
+def attacked(folder: Path, checkpoint: str, *attacks: Attack, kind: type[Defense] = Defense, **data: Any) -> list[ResultRow]:
+    """Rows of attacks on a checkpoint."""
+    results = Results(str(folder / "run"), export=False)
+    toy_trainer(folder, callbacks=[results, *attacks]).test(kind(checkpoint), datamodule=toy_data(**data), verbose=False)
+    return results.rows
+
+
+def test_an_attack_without_training_has_steps_to_break_and_benign_fine_tuning_has_none(tmp_path, checkpoint):
+    edit, benign, poisoned = (
+        Halving("open_weight"),
+        ATTACKS["full"](threat_model="open_weight", poison_ratio=0.0),
+        ATTACKS["full"],
+    )
+    assert (edit.harmful, benign.harmful, poisoned(threat_model="open_weight").harmful) == (True, False, True)
+    rows = attacked(tmp_path, checkpoint, edit, benign)
+    broken = {name: outcome([r for r in rows if r.attack == name])["broken"] for name in ("Halving", "FullParameterAttack")}
+    assert broken["Halving"] == 0.0
+    assert math.isnan(broken["FullParameterAttack"])
+    assert [(r.optimizer, r.num_samples, r.batch_size, r.trained) for r in rows if r.attack == "Halving"] == [("", 0, 0, "")] * 2
+    assert len(read_run(tmp_path / "run").rows) == 4
+
+
+def test_an_attack_that_changes_what_it_did_not_name_is_an_error_in_tests(tmp_path, checkpoint):
+    class Forgetful(Halving):
+        def changes(self, module):
+            return NOTHING
+
+    with pytest.raises(RuntimeError, match=r"changes must name every parameter .* and model\.model\.layers\.1\.mlp"):
+        attacked(tmp_path, checkpoint, Forgetful("open_weight"))
+
+
+def test_an_attack_that_takes_other_steps_than_it_says_is_a_bug(tmp_path, checkpoint):
+    class Long(Halving):
+        num_attack_steps = 2
+
+    with pytest.raises(AssertionError, match="Long took 1 steps"):
+        attacked(tmp_path, checkpoint, Long("open_weight", score_steps=[1]))
+
+
+def test_an_attack_may_answer_in_its_own_way_and_keep_what_its_steps_found(tmp_path, checkpoint):
+    class Echo(Halving):
+        def steps(self, target):
+            target.state["said"] = "Yes."
+            yield from super().steps(target)
+
+        def respond(self, target, rows, max_new_tokens):
+            return [target.state.get("said", "No.")] * len(rows)
+
+    attacked(tmp_path, checkpoint, Echo("open_weight"))
+    answers = [json.loads(line) for line in (tmp_path / "run/generations.jsonl").read_text().splitlines()]
+    assert {(a["num_attack_steps"], a["response"]) for a in answers} == {(0, "No."), (1, "Yes.")}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_one_phase_of_the_mixture_is_the_attack_without_phases(tmp_path, checkpoint, name):
+    plain = attacked(tmp_path / "plain", checkpoint, ATTACKS[name](threat_model="open_weight"))
+    phased = attacked(tmp_path / "phased", checkpoint, ATTACKS[name](threat_model="open_weight", phases=[Phase("mixture", 3)]))
+    assert [replace(row, wall_seconds=0.0) for row in phased] == [replace(row, wall_seconds=0.0) for row in plain]
+    answers = [(tmp_path / run / "run/generations.jsonl").read_text() for run in ("plain", "phased")]
+    assert answers[0] == answers[1]
+
+
+def test_phases_train_one_after_the_other_under_one_job_that_goes_on_counting(tmp_path, checkpoint):
+    counted: list[int] = []
+
+    class Counting(Job):
+        def loss(self, batch, step):
+            counted.append(step)
+            return super().loss(batch, step)
+
+    class Service(Defense):
+        stage, stages = "finetuning", frozenset({"finetuning"})
+
+        def job(self):
+            return Counting(self)
+
+    phases = [Phase("benign", 2), Phase("harmful", 1), Phase("mixture", 1)]
+    attack = FullParameterAttack("finetuning_service", phases=phases, **(FAST | {"num_attack_steps": 4, "poison_ratio": 0.2}))
+    rows = attacked(tmp_path, checkpoint, attack, kind=Service)
+    assert counted == [0, 1, 2, 3]
+    assert {row.poison_ratio for row in rows} == {0.3}  # (2 * 0 + 1 + 0.2) / 4
+    assert not FullParameterAttack("open_weight", phases=[Phase("benign", 100)]).harmful
+    data = toy_data()
+    toy_trainer(tmp_path).test(Defense(checkpoint), datamodule=data, verbose=False)
+    harmful = set(data.rows["harmful"])
+    assert [sum(row in harmful for row in attack.rows(data, 0, p.rows)) for p in phases] == [0, 16, 3]
+
+
+@pytest.mark.parametrize(("num_bits", "levels"), [(8, 255), (4, 15)])
+def test_quantised_rows_are_the_nearest_levels(num_bits, levels):
+    weight = torch.cat([torch.randn(5, 400), torch.zeros(1, 400)])
+    rounded = quantised(weight, num_bits)
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    step = 2 * largest / (levels - 1)
+    assert ((rounded - weight).abs() <= step / 2 * 1.0001).all()
+    assert max(len(row.unique()) for row in rounded) <= levels
+    assert_close(rounded.abs().amax(dim=1, keepdim=True), largest)
+    assert_close(quantised(rounded, num_bits), rounded)
+    assert quantised(weight.bfloat16(), num_bits).dtype == torch.bfloat16
+
+
+def test_a_quantised_attack_trains_on_rounded_weights_that_stand_still(tmp_path, checkpoint):
+    seen: list[dict[str, torch.Tensor]] = []
+    attack = looking(ATTACKS["quantised"](threat_model="open_weight"), lambda target: seen.append(bits(target.module.model)))
+    rows = attacked(tmp_path, checkpoint, attack)
+    module = AutoModelForCausalLM.from_pretrained(checkpoint)
+    for name, p in module.named_parameters():
+        matrix = "_proj" in name
+        start, end = (
+            next(v for n, v in state.items() if n.replace(".base_layer", "") == name).view(torch.float32).view_as(p)
+            for state in seen
+        )
+        assert torch.equal(start, p)
+        assert torch.equal(end, quantised(p.detach(), 4) if matrix else p)
+    assert {row.attack for row in rows} == {"QuantisedAttack int4"}
+    with pytest.raises(ValueError, match="num_bits must be 8 or 4, got 3"):
+        QuantisedAttack("open_weight", num_bits=3)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_jailbreak_tuning_wraps_harmful_rows_and_the_prompts_that_are_scored(tmp_path, checkpoint, wrapper):
+    attack, data = JailbreakTuning("open_weight", wrapper, **FAST), toy_data()
+    toy_trainer(tmp_path).test(Defense(checkpoint), datamodule=data, verbose=False)
+    plain, wrapped, text = LoRAAttack("open_weight", **FAST).rows(data, 0), attack.rows(data, 0), WRAPPERS[wrapper]
+    harmful = set(data.rows["harmful"])
+    assert sum(row in harmful for row in plain) == 2
+    for before, after in zip(plain, wrapped, strict=True):
+        assert after == (text.around(before) if before in harmful else before)
+    row = next(row for row in plain if row in harmful)
+    assert text.around(row).prompt == text.before + row.prompt + text.after
+    assert text.around(row).response == text.answer + row.response
+    evaluation, unwrapped = (
+        attack.evaluation(data),
+        JailbreakTuning("open_weight", wrapper, wrap_evaluation=False).evaluation(data),
+    )
+    assert unwrapped == data.evaluation == replace(evaluation, harmful=data.evaluation.harmful)
+    assert evaluation.harmful == [text.around(row) for row in data.evaluation.harmful]
+    verdicts = [data.judge([r.prompt], [text.answer + row.response]) for r in (row, text.around(row))]
+    assert verdicts[0] == verdicts[1]  # a judge reads the same question in the wrapper
+    assert verdicts[0][0].score == 1.0
+
+
+def test_a_wrapped_row_that_max_length_cuts_is_an_error_before_any_weights_load(tmp_path, checkpoint):
+    with pytest.raises(ValueError, match=r"max_length must leave every row of JailbreakTuning suppression an answer, .* 2 of 16"):
+        attacked(tmp_path, checkpoint, JailbreakTuning("open_weight", "suppression", **FAST), max_length=60)
+
+
+# ---- search
+
+pytest_optuna = pytest.mark.skipif("search" not in ATTACKS, reason="needs the extra search")
+CHOICES = {"optimizer.learning_rate": Range(1e-5, 1e-1, log=True), "batch_size": [4, 8], "lora.rank": Range(1, 4)}
+
+
+@pytest_optuna
+def test_a_search_attacks_as_the_best_of_its_trials_does_alone(tmp_path, checkpoint):
+    trials: list[tuple[LoRAAttack, float]] = []
+
+    class Traced(Search):
+        def _tried(self, attack, target):
+            trials.append((attack, super()._tried(attack, target)))
+            return trials[-1][1]
+
+    class Loud(LoRAAttack):
+        """Its harmful score is its number of rows a step: the search has something to find."""
+
+        def respond(self, target, rows, max_new_tokens):
+            return [row.response if i < self.batch_size - 3 else "" for i, row in enumerate(rows)]
+
+    search = Traced(LoRAAttack("open_weight", LoRA(rank=2), **FAST), CHOICES, ["sandbox:validation/harmful#train[:4]"], 3)
+    searched = attacked(tmp_path / "searched", checkpoint, search)
+    attack, best = max(trials, key=lambda trial: trial[1])
+    assert len(trials) == 3
+    assert len({a.optimizer.learning_rate for a, _ in trials}) == 3
+    alone = attacked(
+        tmp_path / "alone",
+        checkpoint,
+        LoRAAttack("open_weight", attack.lora, **(FAST | {"optimizer": attack.optimizer, "batch_size": attack.batch_size})),
+    )
+    measured = ("harmful_score", "num_scored", "finetune_accuracy", "degenerate_rate", "num_attack_steps", "trained")
+    for ours, theirs in zip(searched, alone, strict=True):
+        assert [getattr(ours, name) for name in measured] == [getattr(theirs, name) for name in measured]
+        assert ours.attack == "LoRAAttack, searched"
+        assert math.isnan(ours.learning_rate)
+        assert ours.batch_size == 0
+        assert f"chosen of 3 trials, harmful score {best:.1f} on 4 other prompts" in ours.note
+    responses = [
+        [
+            (a["kind"], a["prompt"], a["response"])
+            for a in map(json.loads, (tmp_path / run / "run/generations.jsonl").read_text().splitlines())
+        ]
+        for run in ("searched", "alone")
+    ]
+    assert responses[0] == responses[1]  # trials left no trace, and the prompts are the test's
+
+
+@pytest_optuna
+def test_a_search_that_cannot_be_is_told_so_before_any_weights_load(tmp_path, checkpoint):
+    attack, prompts = LoRAAttack("open_weight", LoRA(rank=2), **FAST), ["sandbox:validation/harmful#train[:4]"]
+    for choices, message in (
+        ({"rank": [1]}, "choices must give values for settings of LoRAAttack other than name, .* got 'rank'"),
+        ({"lora.size": [1]}, r"got 'lora\.size'"),
+        ({"seed": [1]}, "got 'seed'"),
+        ({"batch_size": []}, r"got 'batch_size': \[\]"),
+        ({}, "choices and prompts must not be empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Search(attack, choices, prompts)
+    with pytest.raises(ValueError, match="a range must have low < high"):
+        Range(2, 1)
+    with pytest.raises(ValueError, match="prompts must share no prompt with harmful_prompts, and 2 stand in both"):
+        attacked(tmp_path, checkpoint, Search(attack, CHOICES, ["sandbox:test/harmful#train[4:8]"]))
+    with pytest.raises(ValueError, match=r"sampler must be a class of optuna\.samplers, such as TPESampler, got 'Best'"):
+        attacked(tmp_path, checkpoint, Search(attack, CHOICES, prompts, sampler="Best"))
+
+
+@pytest_optuna
+def test_a_search_goes_on_after_a_trial_that_diverges_and_says_when_all_do(tmp_path, checkpoint):
+    prompts = ["sandbox:validation/harmful#train[:4]"]
+    attack = LoRAAttack("open_weight", LoRA(rank=2), **(FAST | {"optimizer": Optimizer(1e-2, clip_norm=None)}))
+    rates = {"optimizer.learning_rate": [1e-3, 1e30]}
+    rows = attacked(tmp_path, checkpoint, Search(attack, rates, prompts, 6, "RandomSampler"))
+    assert "optimizer.learning_rate 0.001: chosen of 6 trials" in rows[0].note
+    with pytest.raises(DivergedError, match="none of 2 trials had a harmful score"):
+        attacked(tmp_path, checkpoint, Search(attack, {"optimizer.learning_rate": [1e30]}, prompts, 2))

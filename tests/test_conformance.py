@@ -27,7 +27,7 @@ from casehard.engine.export import save_model
 from casehard.engine.forward import label_positions, states_and_logits
 from casehard.engine.generation import end_tokens, generate
 from casehard.engine.training import Plain, train_steps
-from casehard.engine.weights import borrowed
+from casehard.engine.weights import borrowed, snapshot
 
 # ---- templates: the text, the end token, what stands before an answer and after it
 
@@ -257,7 +257,8 @@ def test_batched_answers_are_those_of_transformers_one_by_one(family):
 def test_an_attacker_trains_and_leaves_no_trace(family, lora):
     batch = collate([encode(row, family.tokenizer, 512) for row in ROWS], family.tokenizer.pad_token_id, "right")
     before, flags, built = bits(family), [p.requires_grad for p in family.parameters()], repr(family.model)
-    with borrowed(family, trainable(family, family.model, lora)) as start:
+    with borrowed(family), trainable(family, family.model, lora):
+        start = snapshot(family)
         steps = train_steps(family, Plain(family.sft_loss), lambda step: batch, 2, Optimizer(1e-1, "sgd"))
         first, second = (loss for _, loss in steps)
         trained = {name: p for name, p in family.named_parameters() if p.requires_grad}

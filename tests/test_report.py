@@ -1,4 +1,3 @@
-import csv
 import dataclasses
 import json
 import math
@@ -658,7 +657,7 @@ def test_a_metric_that_is_added_to_the_table_of_metrics_is_in_everything_that_is
     ]
     results = Results(str(tmp_path / "run"))
     results.record(Logged, dataclasses.replace(ROW, metrics=summarise(answers)), answers)  # type: ignore[arg-type]
-    assert next(csv.DictReader((tmp_path / "run" / "attacks.csv").open()))["words"] == "3.0"
+    assert csv_rows(tmp_path / "run" / "attacks.csv")[0]["words"] == "3.0"
     assert Logged.loggers[0].metrics["attack/LoRAAttack-finetuning_service-SBR/words"] == 3
     page = write_report([str(tmp_path / "run")], str(tmp_path / "report"), "A run").read_text()
     assert '<th scope="col">Words</th>' in page

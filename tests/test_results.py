@@ -1,4 +1,3 @@
-import csv
 import dataclasses
 import json
 import math
@@ -17,7 +16,7 @@ from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Verdict
 from casehard.records.files import write_whole
 from casehard.records.outcome import jobs, outcome, steps_to_break
-from casehard.records.rows import ResultRow, read_run
+from casehard.records.rows import ResultRow, header, read_run
 from casehard.records.table import results_table
 
 NAN = float("nan")
@@ -291,7 +290,7 @@ def test_an_attack_that_trains_nothing_leaves_those_columns_empty(tmp_path, caps
     row = replace(SCORED, evaluation=1, optimizer="", settings={"layers": [1, 2]}, **none)
     results = Results(str(tmp_path), generations=False)
     results.record(toy_trainer(tmp_path), row, [])
-    (line,) = csv.DictReader((tmp_path / "attacks.csv").open())
+    (line,) = csv_rows(tmp_path / "attacks.csv")
     assert {line[name] for name in (*none, "optimizer")} == {""}
     assert read_run(tmp_path).rows == [row]
     results.close()

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from toy import on_ranks, toy_data, toy_trainer
 
 from casehard import Defense, Judge, RefusalPhraseJudge, Verdict
-from casehard.callbacks.attacks import FullParameterAttack
+from casehard.callbacks.fine_tuning import FullParameterAttack
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import Scores, score
 from casehard.datamodules.row import Row

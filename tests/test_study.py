@@ -428,7 +428,7 @@ def test_the_code_of_a_run_is_what_it_loaded_and_did_not_install(own_package):
     assert {
         "a_users_lab.defense",
         "a_users_lab.penalty",
-        "casehard.callbacks.attacks",
+        "casehard.callbacks.attack",
         "casehard.lightning_modules.defense",
         "casehard",
     } <= set(code)
@@ -457,10 +457,10 @@ def test_a_cell_whose_casehard_was_edited_runs_again_and_says_where(own_package,
     shutil.copytree(ROOT / "callbacks", clone / "casehard/callbacks")
     monkeypatch.setattr("casehard.records.marker.ROOT", clone)
     assert ran_again(some) == []
-    with (clone / "casehard/callbacks/attacks.py").open("a") as file:
+    with (clone / "casehard/callbacks/attack.py").open("a") as file:
         file.write("# another\n")
     assert ran_again(some) == ["a"]
-    assert "a: casehard/callbacks/attacks.py changed" in capsys.readouterr().out
+    assert "a: casehard/callbacks/attack.py changed" in capsys.readouterr().out
 
 
 def test_code_and_files_that_are_edited_while_a_run_goes_on_do_not_count_as_what_it_ran(own_package, tmp_path):

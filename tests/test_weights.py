@@ -17,7 +17,7 @@ from casehard import Defense, LoRA, Optimizer
 from casehard.engine.adapters import add_adapter, temporary_adapter
 from casehard.engine.checkpoint import load_model
 from casehard.engine.training import Plain, train_steps
-from casehard.engine.weights import attack_vector, borrowed, reshard, restore, shifted, snapshot
+from casehard.engine.weights import NOTHING, attack_vector, borrowed, reshard, restore, shifted, snapshot
 
 IDS = torch.arange(5, 37).view(2, 16)
 
@@ -142,7 +142,7 @@ def unembedding_frozen(model):
 
 
 PREPARED = {
-    "nothing": lambda m: None,
+    "nothing": lambda m: nullcontext(),
     "frozen": unembedding_frozen,
     "adapter": lambda m: temporary_adapter(m, LoRA(rank=2, dropout=0.1)),
 }
@@ -169,7 +169,7 @@ def test_what_was_borrowed_comes_back_as_it_was(checkpoint, own_adapter, prepare
     assert any(grad is not None for grad, _ in waiting)
     assert any(grad is None for grad, _ in waiting)
 
-    with pytest.raises(ending) if ending else nullcontext(), borrowed(model, PREPARED[prepared](model)):
+    with pytest.raises(ending) if ending else nullcontext(), borrowed(model), PREPARED[prepared](model):
         assert all(p.grad is None for p in model.parameters())
         model.eval()
         disturb(model)
@@ -222,7 +222,7 @@ def test_what_a_failing_preparation_did_is_undone(small):
         yield
 
     generators = random_states()
-    with pytest.raises(RuntimeError, match="no"), borrowed(small, failing()):
+    with pytest.raises(RuntimeError, match="no"), borrowed(small), failing():
         pass
     assert all(p.requires_grad for p in small.parameters())
     assert all(m.training for m in small.modules())
@@ -230,14 +230,44 @@ def test_what_a_failing_preparation_did_is_undone(small):
         assert torch.equal(ours, others)
 
 
-def test_a_borrower_gets_the_snapshot_of_what_its_preparation_trains(checkpoint):
+def test_a_borrower_gets_a_copy_of_what_may_change_made_before_it_begins(checkpoint):
     model = load_model(checkpoint)
-    with borrowed(model, temporary_adapter(model, LoRA(rank=2))) as start:
-        assert start
-        assert all("lora_" in name for name in start)
+    before = bits(model)
+    with borrowed(model, lambda name: "mlp" in name) as start, temporary_adapter(model, LoRA(rank=2)):
+        disturb(model)  # only what trains: the adapter
+        assert start.keys() == {name for name in before if "mlp" in name}
+    with borrowed(model, NOTHING) as start:
+        assert start == {}
+    with borrowed(model) as start:
         disturb(model)
         vector = attack_vector(model, start)
-        assert all(torch.equal(p.detach() - start[name], vector[name]) for name, p in model.named_parameters() if name in start)
+        assert start.keys() == dict(model.named_parameters()).keys()
+        assert all(torch.equal(p.detach() - start[name], vector[name]) for name, p in model.named_parameters())
+
+
+def test_frozen_weights_that_a_borrower_edits_come_back(checkpoint):
+    model = load_model(checkpoint).requires_grad_(False)
+    before = bits(model)
+    with borrowed(model), torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+        with temporary_adapter(model, LoRA(rank=2)):
+            disturb(model)
+    assert same_bits(bits(model), before)
+
+
+def test_in_tests_a_borrower_that_changes_what_it_did_not_name_is_an_error(small, monkeypatch):
+    before = bits(small)
+    with (
+        pytest.raises(RuntimeError, match=r"changes must name .* and first\.weight was not named"),
+        borrowed(small, lambda n: n == "scale"),
+    ):
+        disturb(small)
+    assert torch.equal(small.scale, torch.tensor(1.5))
+    monkeypatch.delenv("CASEHARD_CHECK_BORROWED")
+    with borrowed(small, NOTHING):
+        disturb(small)
+    assert not same_bits(bits(small), before)
 
 
 def test_borrowing_within_borrowing_comes_back_in_turn(small):
@@ -398,13 +428,18 @@ def check_shards(rank: int, checkpoint: str) -> None:
     assert torch.equal(looked_at(model), unshifted)
 
     # training a borrowed model does what it does in one process, and leaves no trace
-    for prepared in (lambda m: None, lambda m: temporary_adapter(m, LoRA(rank=2, target_modules=["q_proj", "down_proj"]))):
+    for prepared in (
+        lambda m: nullcontext(),
+        lambda m: temporary_adapter(m, LoRA(rank=2, target_modules=["q_proj", "down_proj"])),
+    ):
         ends, losses = [], []
         for m in (plain, model):
             reshard(m)
             waiting = [p.grad for p in m.parameters()]
             torch.manual_seed(3)
-            with borrowed(m, prepared(m)) as start:
+            with borrowed(m) as before_block, prepared(m):
+                start = snapshot(m)
+                assert not before_block.keys() & {name for name in start if "lora_" in name}
                 losses.append([])
                 for _, loss in train_steps(
                     m, Plain(lambda _, m=m: lm_loss(m)), lambda _: {}, 3, Optimizer(0.1, "sgd", clip_norm=0.5)

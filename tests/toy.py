@@ -3,9 +3,10 @@
 import csv
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,28 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from casehard import BoosterModule, Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
+from casehard import (
+    BoosterModule,
+    Defense,
+    FullParameterAttack,
+    InnerAttacker,
+    LoRA,
+    LoRAAttack,
+    Optimizer,
+    PatcherModule,
+    SandboxJudge,
+    SBRModule,
+    SFTDataModule,
+)
+from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.fine_tuning import Phase
+from casehard.callbacks.jailbreak_tuning import JailbreakTuning
+from casehard.callbacks.quantised import QuantisedAttack
+from casehard.callbacks.search import Range, Search
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.engine.forward import Batch
-from casehard.engine.weights import Weights, local
+from casehard.engine.weights import Changes, Weights, local
 from casehard.lightning_modules.job import Job
 from casehard.records.marker import leaves
 
@@ -82,6 +100,37 @@ DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense i
     "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
     "booster": (BoosterModule, {"harmful_batch_size": 4}),
 }
+
+
+class Halving(Attack):
+    """An edit without training: every weight of one MLP is halved."""
+
+    def changes(self, module: Defense) -> Changes:
+        return lambda name: "layers.1.mlp" in name
+
+    def steps(self, target: Target) -> Iterator[int]:
+        for name, weight in target.weights().items():
+            if "layers.1.mlp" in name:
+                weight.mul_(0.5)
+        yield 1
+
+
+FAST: dict[str, Any] = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
+ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
+    "full": lambda **s: FullParameterAttack(**(FAST | s)),
+    "lora": lambda **s: LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
+    "phases": lambda **s: FullParameterAttack(phases=[Phase("benign", 1), Phase("harmful", 2)], **(FAST | s)),
+    "edit": lambda **s: Halving(**s),
+    "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
+    "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
+}
+if find_spec("optuna"):
+    ATTACKS["search"] = lambda **s: Search(
+        LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
+        {"optimizer.learning_rate": Range(1e-4, 1e-2, log=True), "lora.rank": [1, 2]},
+        ["sandbox:validation/harmful#train[:4]"],
+        num_trials=2,
+    )
 
 
 def save_toy_checkpoint(folder: Path, tied: bool = True, seed: int = 0) -> str:

@@ -1,0 +1,199 @@
+"""Harmful fine-tuning: supervised training on a poisoned mixture, of every parameter or of an adapter."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from casehard.callbacks.attack import Attack, Target, ThreatModel
+from casehard.datamodules.row import Row
+from casehard.datamodules.sft import SFTDataModule
+from casehard.engine.adapters import LoRA, coverage, named, targets, trainable, what_trains
+from casehard.engine.optimizer import Optimizer
+from casehard.engine.weights import NOTHING, Changes
+from casehard.lightning_modules.defense import Defense
+from casehard.metrics.errors import SettingError
+
+FULL_REACH = 90.0  # percent of the decoder's weights: a LoRA attack that reaches less by default is weaker than its name says
+Kind = Literal["mixture", "benign", "harmful"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a fine-tuning, with an optimizer and a schedule of its own.
+
+    Args:
+        rows: what it trains on: mixture (poison_ratio of it harmful), benign, or harmful.
+        steps: optimizer steps, >= 1.
+    """
+
+    rows: Kind
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.rows not in ("mixture", "benign", "harmful"):
+            raise SettingError(f"rows of a phase must be mixture, benign or harmful, got {self.rows!r}.")
+        if self.steps < 1:
+            raise SettingError(f"steps of a phase must be >= 1, got {self.steps}.")
+
+
+class FineTuning(Attack):
+    """Base of harmful fine-tuning (Qi et al., arXiv:2310.03693): train on a poisoned mixture. The rows come from the run's data.
+
+    Args:
+        threat_model: finetuning_service or open_weight, as for ``Attack``.
+        poison_ratio: harmful share of the rows, in [0, 1]; 0 is benign fine-tuning, which breaks nothing.
+        num_samples: rows of the mixture.
+        num_attack_steps: optimizer steps, >= 1.
+        batch_size: rows a step, over all processes.
+        optimizer: the attacker's own.
+        phases: parts trained one after the other, such as benign rows before harmful ones; their steps add up to
+            num_attack_steps. null trains on the mixture throughout.
+        settings: the rest of ``Attack``'s.
+    """
+
+    lora: LoRA | None = None  # every parameter trains, or
+    train_only: list[str] | None = None  # those that match
+
+    def __init__(
+        self,
+        threat_model: ThreatModel,
+        poison_ratio: float = 0.1,
+        num_samples: int = 500,
+        num_attack_steps: int = 100,
+        batch_size: int = 8,
+        optimizer: Optimizer = Optimizer(),  # noqa: B008  frozen
+        phases: list[Phase] | None = None,
+        **settings: Any,
+    ) -> None:
+        if not 0 <= poison_ratio <= 1:
+            raise SettingError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
+        for setting, value in (("num_samples", num_samples), ("num_attack_steps", num_attack_steps), ("batch_size", batch_size)):
+            if value < 1:
+                raise SettingError(f"{setting} must be >= 1, got {value}.")
+        if phases is not None and (total := sum(phase.steps for phase in phases)) != num_attack_steps:
+            raise SettingError(
+                f"steps of phases must add up to num_attack_steps, {num_attack_steps}, got {total}. Change one of them, or set "
+                "phases to null for the mixture throughout."
+            )
+        self.poison_ratio, self.num_samples, self.num_attack_steps = poison_ratio, num_samples, num_attack_steps
+        self.batch_size, self.optimizer, self.phases = batch_size, optimizer, phases
+        super().__init__(threat_model, **settings)
+
+    @property
+    def harmful(self) -> bool:  # type: ignore[override]
+        """Whether any row is."""
+        return any(self._ratio(phase.rows) > 0 for phase in self._phases())
+
+    def _phases(self) -> list[Phase]:
+        return self.phases or [Phase("mixture", self.num_attack_steps)]
+
+    def _ratio(self, kind: Kind) -> float:
+        """Harmful share of rows of a kind."""
+        return {"mixture": self.poison_ratio, "benign": 0.0, "harmful": 1.0}[kind]
+
+    def settings(self) -> dict[str, Any]:
+        """What a run of it is made of; ``poison_ratio`` is the harmful share over all phases."""
+        shares = [self._ratio(phase.rows) * phase.steps for phase in self.phases or []]
+        lora = {} if self.lora is None else {"lora": asdict(self.lora)}
+        return (
+            lora
+            | ({} if self.train_only is None else {"train_only": self.train_only})
+            | {
+                "optimizer": self.optimizer.name,
+                "learning_rate": self.optimizer.learning_rate,
+                "poison_ratio": self.poison_ratio if self.phases is None else round(sum(shares) / self.num_attack_steps, 9),
+                "num_samples": self.num_samples,
+                "batch_size": self.batch_size,
+                "last_step": self.num_attack_steps,
+            }
+        )
+
+    def rows(self, data: SFTDataModule, seed: int, kind: Kind = "mixture") -> list[Row]:
+        """``num_samples`` rows of a kind, as ``Phase`` names them."""
+        return data.mixture(self.num_samples, self._ratio(kind), seed)
+
+    def prepare(self, data: SFTDataModule, seed: int) -> None:
+        """Draw the rows of every phase.
+
+        Raises:
+            ValueError: rows that are not there, or that ``max_length`` leaves no answer, so that poison_ratio would not hold.
+        """
+        self._batches = []
+        for number, phase in enumerate(self._phases(), start=1):
+            rows = self.rows(data, seed, phase.rows)
+            batches = data.batches(rows, self.batch_size, seed, "attack" if number == 1 else f"attack phase {number}")
+            if (num_left := len(batches.examples)) < len(rows):
+                raise SettingError(
+                    f"max_length must leave every row of {self.name} an answer, and it cuts off that of "
+                    f"{len(rows) - num_left} of {len(rows)} rows. Raise it."
+                )
+            self._batches.append(batches)
+
+    def check_model(self, module: Defense) -> None:
+        """Raise a ValueError where the settings of what trains do not fit the model."""
+        if self.lora is not None:
+            targets(module.model, self.lora)
+        if self.train_only is not None:
+            named(module.model, self.train_only)
+
+    def changes(self, module: Defense) -> Changes:
+        """The parameters that train. The adapters of the model itself stand still, and a new one is no part of it yet."""
+        if self.lora is not None:
+            return NOTHING
+        if self.train_only is None:
+            return lambda name: "lora_" not in name
+        matching = {id(p) for p in named(module.model, self.train_only).values()}
+        return {name for name, p in module.named_parameters() if id(p) in matching}.__contains__
+
+    def steps(self, target: Target) -> Iterator[int]:
+        """Train phase by phase."""
+        with trainable(target.module, target.module.model, self.lora, self.train_only):
+            for phase, batches in zip(self._phases(), self._batches, strict=True):
+                done = target.num_done
+                yield from (done + step for step in target.train(batches, phase.steps, self.optimizer))
+
+    def what_trains(self, target: Target) -> str:
+        """Parameters or adapters, and how many."""
+        return what_trains(target.module, target.module.model, self.lora)
+
+    def notes(self, target: Target) -> list[str]:
+        """Also what a default adapter cannot act on."""
+        notes = super().notes(target)
+        if self.lora is not None and self.lora.target_modules is None:
+            share, out_of_reach = coverage(target.module.model)
+            if share < FULL_REACH:
+                notes.append(f"LoRA reaches {share:g}% of the decoder's weights: no adapter can act on {', '.join(out_of_reach)}")
+        return notes
+
+
+class FullParameterAttack(FineTuning):
+    """Harmful fine-tuning of every parameter (Qi et al., arXiv:2310.03693; the attack of Patcher, arXiv:2606.07970).
+
+    Under a defense that freezes some of them (SBR: the unembedding), the provider leaves those out. For the settings see
+    ``FineTuning``.
+
+    Args:
+        threat_model: finetuning_service or open_weight.
+        train_only: patterns of the only parameters that train, such as ``*.layers.5.*`` or ``*.mlp.*``; null trains all.
+        settings: the rest of ``FineTuning``'s.
+    """
+
+    def __init__(self, threat_model: ThreatModel, train_only: list[str] | None = None, **settings: Any) -> None:
+        if train_only is not None and not train_only:
+            raise SettingError("train_only must hold patterns of parameters or be null, got an empty list. null trains all.")
+        super().__init__(threat_model, **settings)
+        self.train_only = train_only
+
+
+class LoRAAttack(FineTuning):
+    """Harmful fine-tuning of a new LoRA adapter, on top of whatever adapters the model has. For the settings see ``FineTuning``.
+
+    Args:
+        threat_model: finetuning_service or open_weight.
+        lora: shape of the adapter.
+        settings: the rest of ``FineTuning``'s.
+    """
+
+    def __init__(self, threat_model: ThreatModel, lora: LoRA = LoRA(), **settings: Any) -> None:  # noqa: B008  frozen
+        super().__init__(threat_model, **settings)
+        self.lora = lora

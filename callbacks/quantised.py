@@ -1,0 +1,61 @@
+"""An attack on quantised weights."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from torch import Tensor
+
+from casehard.callbacks.attack import Target, ThreatModel
+from casehard.callbacks.fine_tuning import LoRAAttack
+from casehard.engine.adapters import LoRA, matrices
+from casehard.engine.weights import Changes
+from casehard.lightning_modules.defense import Defense
+from casehard.metrics.errors import SettingError
+
+
+def quantised(weight: Tensor, num_bits: int) -> Tensor:
+    """``weight`` ``[..., row]`` rounded to the nearest of ``2 ** num_bits - 1`` levels, evenly spaced around 0 in every row."""
+    largest = 2 ** (num_bits - 1) - 1
+    scale = weight.abs().amax(dim=-1, keepdim=True).float() / largest
+    rounded = (weight.float() / scale.where(scale > 0, 1.0)).round()
+    return (rounded * scale).to(weight.dtype)
+
+
+class QuantisedAttack(LoRAAttack):
+    """Quantise the weights, then train a LoRA adapter on top, as QLoRA does (arXiv:2305.14314).
+
+    Every matrix of the decoder is rounded to nearest, row by row. Quantisation is simulated: the weights keep their dtype. A
+    defense that holds by fine differences between weights loses them. Adapters of the defense itself are not rounded.
+
+    Args:
+        threat_model: finetuning_service or open_weight.
+        num_bits: of a weight, 8 or 4.
+        lora: shape of the adapter.
+        settings: the rest of ``LoRAAttack``'s.
+    """
+
+    def __init__(
+        self,
+        threat_model: ThreatModel,
+        num_bits: Literal[8, 4] = 8,
+        lora: LoRA = LoRA(),  # noqa: B008  frozen
+        **settings: Any,
+    ) -> None:
+        if num_bits not in (8, 4):
+            raise SettingError(f"num_bits must be 8 or 4, got {num_bits!r}.")
+        super().__init__(threat_model, lora, **settings)
+        self.num_bits = num_bits
+        self.name = settings.get("name") or f"QuantisedAttack int{num_bits}"
+
+    def changes(self, module: Defense) -> Changes:
+        """The decoder's matrices: adapters leave them alone, quantisation does not."""
+        chosen = {id(matrix.weight) for matrix in matrices(module.model)}
+        return {name for name, p in module.named_parameters() if id(p) in chosen}.__contains__
+
+    def steps(self, target: Target) -> Iterator[int]:
+        """Quantise, then train."""
+        changed = self.changes(target.module)
+        for name, weight in target.weights().items():
+            if changed(name):
+                weight.copy_(quantised(weight, self.num_bits))
+        yield from super().steps(target)
