@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from toy import (
     Halving,
     bits,
     csv_rows,
+    looking,
     same_bits,
     save_toy_checkpoint,
     toy_data,
@@ -54,19 +54,6 @@ def logits_of(module: Defense) -> torch.Tensor:
         return module.model(IDS).logits.clone()
 
 
-def looking(attack: Attack, look: Callable[[Target], None]) -> Attack:
-    """``attack``, with a look at its target whenever that is scored: when harmful prompts, the first of three kinds, are answered."""
-    respond, calls = attack.respond, itertools.count()
-
-    def looked(target: Target, *arguments: Any) -> list[str]:
-        if next(calls) % 3 == 0:
-            look(target)
-        return respond(target, *arguments)
-
-    attack.respond = looked
-    return attack
-
-
 def python_state(module: Defense) -> dict[str, Any]:
     """Everything that a module and its parts remember beside tensors, modules and their trainer."""
     left_out = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric", "plain")
@@ -92,6 +79,8 @@ class Spy(L.Callback):
         self.states.append(python_state(pl_module))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.finish()
+        pl_module.forget_training()
         self.seen.append({k: v.clone() for k, v in pl_module.state_dict().items()})
         self.states.append(python_state(pl_module))
 
@@ -184,7 +173,7 @@ def test_an_attack_scores_at_its_steps_and_returns_the_rows_that_it_recorded(tmp
     run = attack.run
     attack.run = lambda *arguments: outcome.extend(run(*arguments))
     toy_trainer(tmp_path, callbacks=[results, attack]).test(Defense(checkpoint), datamodule=toy_data(), verbose=False)
-    assert outcome == results.rows
+    assert outcome == [replace(row, evaluation=0) for row in results.rows]  # it is numbered where it is kept
     assert [row.num_attack_steps for row in outcome] == [0, min(2, attack.num_attack_steps)]
     assert len({row.trained for row in outcome}) == 1
 
@@ -589,7 +578,9 @@ def test_an_attack_without_training_has_steps_to_break_and_benign_fine_tuning_ha
     broken = {name: outcome([r for r in rows if r.attack == name])["broken"] for name in ("Halving", "FullParameterAttack")}
     assert broken["Halving"] == 0.0
     assert math.isnan(broken["FullParameterAttack"])
-    assert [(r.optimizer, r.num_samples, r.batch_size, r.trained) for r in rows if r.attack == "Halving"] == [("", 0, 0, "")] * 2
+    assert [(r.optimizer, r.num_samples, r.batch_size, r.trained) for r in rows if r.attack == "Halving"] == [
+        ("", None, None, "")
+    ] * 2
     assert len(read_run(tmp_path / "run").rows) == 4
 
 
@@ -753,7 +744,7 @@ def test_a_search_attacks_as_the_best_of_its_trials_does_alone(tmp_path, checkpo
     for ours, theirs in zip(searched, alone, strict=True):
         assert [getattr(ours, name) for name in measured] == [getattr(theirs, name) for name in measured]
         assert ours.attack == "LoRAAttack, searched"
-        assert math.isnan(ours.learning_rate)
+        assert ours.learning_rate is None
         assert ours.batch_size == 0
         assert f"chosen of 3 trials, harmful score {best:.1f} on 4 other prompts" in ours.note
     responses = [

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_sbr import rows_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toy import DEFENSES, ROOT, Everywhere, StatefulJob, bits, same_bits, toy_data, toy_trainer
+from toy import DEFENSES, ROOT, Everywhere, StatefulJob, bits, looking, same_bits, toy_data, toy_trainer
 from transformers import AutoModelForCausalLM
 
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
@@ -152,24 +152,16 @@ def test_a_job_is_the_same_in_fit_and_in_an_attack(checkpoint, tmp_path):
     fitted(module, tmp_path)
     ends: list[dict[str, Tensor]] = []
 
-    class Looking(FullParameterAttack):
-        def _batches(self, data):
-            return data.batches(
-                data.mixture(data.num_samples, data.poison_ratio, data.seed), data.batching.batch_size, data.seed, "fit"
-            )
+    class AsFit(FullParameterAttack):
+        def prepare(self, data, seed):
+            rows = data.mixture(data.num_samples, data.poison_ratio, data.seed)
+            self._batches = [data.batches(rows, data.batching.batch_size, data.seed, "fit")]
 
-        def _record(self, job, step, scores, seconds):
-            if step:
-                with job.module.handed_back(start=began):
-                    ends.append(weights(job.module.model))
-
+    attack = AsFit("finetuning_service", undefended=False, **FAST)
+    looking(attack, lambda target: ends.append(weights(target.module.model)))
     other = Everywhere(checkpoint, optimizer=ADAMW)
-    attack = Looking("finetuning_service", undefended=False, **FAST)
-    other.configure_model()
-    other._harden()
-    began = {f"model.{name}": w for name, w in weights(other.model).items()}
     toy_trainer(tmp_path, callbacks=[attack]).test(other, datamodule=toy_data(), verbose=False)
-    assert same(ends[0], weights(module.model))
+    assert same(ends[-1], weights(module.model))
 
 
 # ---- what fit leaves
@@ -195,21 +187,18 @@ def test_fit_exports_the_recovered_model(checkpoint, tmp_path, lora):
 def test_a_recovering_defenses_service_job_starts_from_the_aligned_model(checkpoint, tmp_path, lora):
     seen = []
 
-    class Looking(FullParameterAttack):
-        def _record(self, job, step, scores, seconds):
-            seen.append((step, weights(merged(job.module.model))))
-
-    attack = Looking("finetuning_service", undefended=False, **FAST)
+    attack = FullParameterAttack("finetuning_service", undefended=False, **FAST)
+    looking(attack, lambda target: seen.append(weights(merged(target.module.model))))
     module = Halving(checkpoint, ADAMW, lora)
     saver = ModelCheckpoint(tmp_path, save_last=True)
     fitted(module, tmp_path, callbacks=[attack, saver], enable_checkpointing=True)
     toy_trainer(tmp_path, callbacks=[attack]).test(
         Halving(checkpoint, ADAMW, lora), datamodule=toy_data(), ckpt_path=tmp_path / "last.ckpt", verbose=False
     )
-    assert [step for step, _ in seen] == [0, 3, 0, 3]
-    assert same(seen[0][1], read(checkpoint))
-    assert same(seen[2][1], seen[0][1])
-    assert same(seen[3][1], seen[1][1])
+    assert len(seen) == 4  # two runs, at steps 0 and 3
+    assert same(seen[0], read(checkpoint))
+    assert same(seen[2], seen[0])
+    assert same(seen[3], seen[1])
     assert not same(weights(merged(module.model)), read(checkpoint))
 
 

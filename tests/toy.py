@@ -1,6 +1,7 @@
 """The tiny model and data that every test uses, and the list of defenses that the shared tests are crossed with."""
 
 import csv
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -131,6 +132,19 @@ if find_spec("optuna"):
         ["sandbox:validation/harmful#train[:4]"],
         num_trials=2,
     )
+
+
+def looking(attack: Attack, look: Callable[[Target], None]) -> Attack:
+    """``attack``, with a look at its target whenever that is scored: when harmful prompts, the first of three kinds, are answered."""
+    respond, calls = attack.respond, itertools.count()
+
+    def looked(target: Target, *arguments: Any) -> list[str]:
+        if next(calls) % 3 == 0:
+            look(target)
+        return respond(target, *arguments)
+
+    attack.respond = looked  # type: ignore[method-assign]
+    return attack
 
 
 def save_toy_checkpoint(folder: Path, tied: bool = True, seed: int = 0) -> str:
