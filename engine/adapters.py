@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from casehard.engine.anatomy import is_linear
+from casehard.engine.private import forget_adapters, parameters_of
+
 
 @dataclass(frozen=True)
 class LoRA:
@@ -78,11 +81,6 @@ class Matrix:
     def named(self, name: str) -> bool:
         """Whether ``name`` is its name or the end of it."""
         return f".{self.name}".endswith(f".{name}")
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Whether it does what a linear layer does: a router, which also chooses, may be a subclass of one."""
-    return type(layer).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def matrices(model: PreTrainedModel) -> list[Matrix]:
@@ -184,7 +182,7 @@ class StackWrapper(ParamWrapper):
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As peft's."""
-        own = self.get_base_layer()._parameters
+        own = parameters_of(self.get_base_layer())
         names = list(own)
         try:
             return super().forward(*args, **kwargs)
@@ -382,6 +380,5 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
         for name in _names(layer):
             layer.delete_adapter(name)
     _unwrap(model)
-    model.__dict__.pop("peft_config", None)
-    model.__dict__.pop("_hf_peft_config_loaded", None)
+    forget_adapters(model)
     return model

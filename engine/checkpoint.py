@@ -27,6 +27,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from casehard.datamodules.chat import prompt_ids
 from casehard.datamodules.rows import Row, file_sha256
 from casehard.engine.comparison import distance, logits_of, num_embedded, rounding, some_ids
+from casehard.engine.private import forget_adapters, forget_quantisation
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
 _ONE_OR_MANY = ("model.safetensors", "model.safetensors.index.json")  # transformers would read the first
@@ -273,8 +274,7 @@ def load_model(
 
 def _unmark(model: PreTrainedModel) -> None:
     """Its weights are plain, whatever it was read from: transformers would refuse to save it, or call it quantised."""
-    for mark in ("quantization_method", "is_quantized", "hf_quantizer"):
-        model.__dict__.pop(mark, None)
+    forget_quantisation(model)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
 
@@ -359,8 +359,7 @@ def _with_adapter(checkpoint: str, source: str, base: str, dtype: torch.dtype) -
             raise ValueError(f"{len(wrong)} weights of the adapter are missing or have no place in {base!r} ({_few(wrong)})")
         apart = logits_of(model, some_ids(model))  # peft has put the adapter into it
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    for mark in ("peft_config", "_hf_peft_config_loaded"):
-        merged.__dict__.pop(mark, None)
+    forget_adapters(merged)
     merged.requires_grad_(True)  # peft froze it
     off = distance(logits_of(merged, some_ids(merged)), apart)
     if not off <= rounding(dtype):

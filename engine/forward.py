@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from casehard.engine.prefix_tree import Packed, pack, padded
+from casehard.engine.private import attention_takes_masks, runs_compiled
 from casehard.engine.weights import same_modes_after
 
 Batch = dict[str, Tensor]
@@ -26,14 +27,9 @@ divided by."""
 _FOLDABLE: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # what ``foldable`` has found
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's layers, as the architecture names them."""
-    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or [])]
-
-
 def uncompiled(model: PreTrainedModel) -> AbstractContextManager[object]:
-    """For a block of passes of ever other kinds, each of which a compiled layer would be compiled for anew."""
-    compiled = any(layer._compiled_call_impl is not None for layer in decoder_layers(model))
+    """Run compiled layers eagerly inside the block: generation sees a new shape at every step and would compile for each."""
+    compiled = any(runs_compiled(module) for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
@@ -145,11 +141,7 @@ def foldable(model: PreTrainedModel, length: int) -> bool:
 
 
 def _takes_mask(model: PreTrainedModel) -> bool:
-    return (
-        getattr(model, "_supports_attention_backend", False)
-        and model.config._attn_implementation in ("eager", "sdpa")
-        and "position_ids" in inspect.signature(model.forward).parameters
-    )
+    return attention_takes_masks(model) and "position_ids" in inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from casehard.engine.forward import decoder_layers
+from casehard.engine.anatomy import decoder_layers
 from casehard.engine.weights import Weights, group_of, local, reshard
 
 T = TypeVar("T")

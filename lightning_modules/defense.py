@@ -24,6 +24,7 @@ from casehard.datamodules.batches import share_of
 from casehard.datamodules.mixing import counter_seed
 from casehard.datamodules.rows import Row
 from casehard.engine.adapters import LoRA, add_adapter, merged
+from casehard.engine.anatomy import decoder_layers
 from casehard.engine.checkpoint import (
     WEIGHT_FILES,
     load_model,
@@ -34,7 +35,7 @@ from casehard.engine.checkpoint import (
 )
 from casehard.engine.comparison import distance, logits_of, rounding, some_ids
 from casehard.engine.export import merge_error
-from casehard.engine.forward import Batch, decoder_layers, label_positions, states_and_logits
+from casehard.engine.forward import Batch, label_positions, states_and_logits
 from casehard.engine.generation import generate
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import distribute, from_first, gathered, on_meta, sharded

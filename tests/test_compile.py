@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from toy import DEFENSES, bits, same_bits, toy_trainer
 
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
-from casehard.engine.forward import decoder_layers
+from casehard.engine.anatomy import decoder_layers
+from casehard.engine.private import runs_compiled
 
 COMPILED = {"compile_backend": "aot_eager"}  # needs no C++ compiler
 SHAPE = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4}
@@ -59,9 +60,9 @@ def test_answers_are_generated_by_layers_as_they_are(checkpoint):
 def test_an_exported_model_is_not_compiled(checkpoint):
     module = Defense(checkpoint, lora=LoRA(rank=2), **COMPILED)
     module.configure_model()
-    assert all(layer._compiled_call_impl is not None for layer in decoder_layers(module.model))
+    assert all(runs_compiled(layer) for layer in decoder_layers(module.model))
     exported = module.exported()
-    assert all(layer._compiled_call_impl is None for layer in decoder_layers(exported))
+    assert all(not runs_compiled(layer) for layer in decoder_layers(exported))
     plain = Defense(checkpoint)
     plain.configure_model()
     assert same_bits(bits(exported), bits(plain.model))
