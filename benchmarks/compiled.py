@@ -12,7 +12,7 @@ from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.rows import read_rows
 from casehard.engine.forward import Batch
-from casehard.lightning_modules import Defense, Optimizer, train_steps
+from casehard.lightning_modules import Backbone, Defense, Optimizer, train_steps
 
 SANDBOX = str(Path(__file__).parent.parent / "models/sandbox/aligned")
 
@@ -45,7 +45,7 @@ def main(
     """
 
     def steps_of(compile_backend: str | None) -> Iterator[tuple[int, float]]:
-        module = Defense(checkpoint, compile_backend=compile_backend)
+        module = Defense(checkpoint, backbone=Backbone(compile_backend=compile_backend))
         module.configure_model()
         module.to(device)
         examples, _ = encode_rows(read_rows(rows), module.tokenizer, max_length)

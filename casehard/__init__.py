@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from casehard.callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
     from casehard.cli.main import main
     from casehard.datamodules import SandboxJudge, SFTDataModule
-    from casehard.lightning_modules import Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, RolesStrategy, SBRModule
+    from casehard.lightning_modules import Backbone, Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, RolesStrategy, SBRModule
     from casehard.metrics import (
         AttackSuccessRate,
         FinetuneAccuracy,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttackSuccessRate",
+    "Backbone",
     "Defense",
     "Evaluate",
     "FinetuneAccuracy",

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from casehard.datamodules.chat import turn_end
 from casehard.engine.forward import Batch, additive, foldable, prefill, uncompiled
-from casehard.engine.sharding import most
+from casehard.engine.sharding import max_over_ranks
 from casehard.engine.weights import group_of, same_modes_after
 
 Company = Literal["any", "equal", "none"]
@@ -55,10 +55,10 @@ def generate(
     answers = [""] * len(prompts)
     with _evaluating(model):
         chunks = _chunks([len(prompt) for prompt in prompts], batch_size, "any" if foldable(model, 0) else company(model))
-        for number in range(most(model, len(chunks))):
+        for number in range(max_over_ranks(model, len(chunks))):
             chunk = chunks[number] if number < len(chunks) else []
             batch = _left_padded([prompts[i] for i in chunk] or [[pad]], pad, model.device)  # a row to keep step with
-            by_steps = _goes_by_steps(model, most(model, batch["input_ids"].shape[1]) + max_new_tokens)
+            by_steps = _goes_by_steps(model, max_over_ranks(model, batch["input_ids"].shape[1]) + max_new_tokens)
             out = (_step_by_step if by_steps else _by_transformers)(model, batch, max_new_tokens, ends, pad)
             texts = tokenizer.batch_decode([_ended(ids, ends) for ids in out.tolist()], skip_special_tokens=False)
             for i, text in zip(chunk, texts, strict=False):
@@ -152,7 +152,7 @@ def _step_by_step(model: PreTrainedModel, batch: Batch, max_new_tokens: int, end
         answers[rows, step] = new.masked_fill(ended, pad)
         ended |= torch.isin(new, last)
         left = (~ended).nonzero()[:, 0]
-        if step + 1 == max_new_tokens or not most(model, len(left)):
+        if step + 1 == max_new_tokens or not max_over_ranks(model, len(left)):
             break
         if 0 < len(left) < 0.75 * len(rows):  # not for every row: each time the whole cache is copied
             cache.batch_select_indices(left)

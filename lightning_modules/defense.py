@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,29 +18,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
 from casehard.datamodules.batches import share_of
 from casehard.datamodules.mixing import counter_seed
 from casehard.datamodules.rows import Row
-from casehard.engine.adapters import LoRA, add_adapter, merged
-from casehard.engine.anatomy import decoder_layers
-from casehard.engine.checkpoint import (
-    WEIGHT_FILES,
-    load_model,
-    load_tokenizer,
-    num_positions,
-    require_plain_weights,
-    require_rows_for_tokens,
-)
+from casehard.engine.adapters import LoRA, merged
+from casehard.engine.checkpoint import WEIGHT_FILES, load_model, num_positions, require_plain_weights
 from casehard.engine.comparison import distance, logits_of, rounding, some_ids
 from casehard.engine.export import merge_error
 from casehard.engine.forward import Batch, label_positions, states_and_logits
 from casehard.engine.generation import generate
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.sharding import distribute, from_first, gathered, on_meta, sharded
+from casehard.engine.sharding import distribute, gathered, sharded
 from casehard.engine.weights import borrowed, group_of, local, restore
+from casehard.lightning_modules.backbone import Backbone, mixed_precision, read_other, shard_mesh
 
 Stage = Literal["none", "alignment", "finetuning", "post_finetuning"]
 
@@ -66,15 +59,7 @@ class Defense(L.LightningModule):
             its base; quantised weights are refused.
         optimizer: of ``fit``.
         lora: train adapters of this shape; null trains every parameter.
-        random_weights: take only the sizes from ``checkpoint`` and start from random weights.
-        sizes: other values for some sizes in ``config.json``, such as ``{num_hidden_layers: 2}``; only where weights are random.
-        tokenizer: folder or hub id, where ``checkpoint`` has none; null takes the checkpoint's.
-        activation_checkpointing: compute a layer's activations again in the backward pass instead of keeping them: less memory,
-            a third more time.
-        compile_backend: of ``torch.compile`` for the decoder layers, such as inductor; null runs them as they are. Answers are
-            generated without it.
-        weights_dtype: of the model's weights in memory, float32 or bfloat16.
-        export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
+        backbone: how the model is loaded.
     """
 
     model: PreTrainedModel
@@ -85,26 +70,13 @@ class Defense(L.LightningModule):
         checkpoint: str,
         optimizer: Optimizer = Optimizer(),  # noqa: B008  frozen
         lora: LoRA | None = None,
-        random_weights: bool = False,
-        sizes: dict[str, int] | None = None,
-        tokenizer: str | None = None,
-        activation_checkpointing: bool = False,
-        compile_backend: str | None = None,
-        weights_dtype: Literal["float32", "bfloat16"] = "float32",
-        export_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        backbone: Backbone = Backbone(),  # noqa: B008  frozen
     ) -> None:
-        if sizes and not random_weights:
-            raise ValueError(
-                f"sizes must be left out unless random_weights is set, got {sizes}: weights that are read have theirs."
-            )
-        if not random_weights:
+        if not backbone.random_weights:
             require_plain_weights(checkpoint)
         super().__init__()
-        self.sizes, self.activation_checkpointing, self.compile_backend = sizes, activation_checkpointing, compile_backend
-        self.checkpoint, self.optimizer, self.lora, self.random_weights = checkpoint, optimizer, lora, random_weights
-        self.weights_dtype = getattr(torch, weights_dtype)
-        self.export_dtype = None if export_dtype is None else getattr(torch, export_dtype)
-        self.tokenizer = load_tokenizer(tokenizer or checkpoint)
+        self.checkpoint, self.optimizer, self.lora, self.backbone = checkpoint, optimizer, lora, backbone
+        self.tokenizer = backbone.load_tokenizer(checkpoint)
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
         self.num_passes: float = 0  # forward and backward, over a batch each, that ``fit`` took; nan if a checkpoint knew none
         self.can_go_on = True  # with training: optimizer and gradients are as the last step left them
@@ -126,58 +98,28 @@ class Defense(L.LightningModule):
             self.register_module("model", self._whole())
         else:
             whole = self._whole() if mesh.get_local_rank() == 0 else None
-            model, plain = sharded(whole, mesh, self.trainer.strategy.root_device, self._policy())
+            policy, prepare = mixed_precision(str(self.trainer.precision)), self.backbone.prepared(self.lora)
+            model, self.empty_model = sharded(whole, mesh, self.trainer.strategy.root_device, policy, prepare)
             self.register_module("model", model)
-            self.plain = [plain]  # in a list, or it would be a part of this module
-        if self.compile_backend is not None:
-            for layer in decoder_layers(self.model):
-                layer.compile(dynamic=True, backend=self.compile_backend)
+        self.backbone.compile(self.model)
         if self.stage == "finetuning":
             self.freeze_parameters()
 
     def _whole(self) -> PreTrainedModel:
-        model = load_model(self.checkpoint, self.weights_dtype, self.random_weights, self.sizes).train()
-        require_rows_for_tokens(model, self.tokenizer)
-        if self.activation_checkpointing:
-            model.gradient_checkpointing_enable()
-        if self.lora is not None:
-            add_adapter(model, self.lora, "defense")
-        return model
+        return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer)
+
+    def _mesh(self) -> DeviceMesh | None:
+        return shard_mesh(self.device_mesh, self.num_roles)
 
     @property
     def num_positions(self) -> int | None:
         """How many tokens a prompt and its answer may have; None where the model does not say. No weights are loaded for it."""
-        return num_positions(self.checkpoint, self.sizes)
+        return num_positions(self.checkpoint, self.backbone.sizes)
 
     @property
     def row_group(self) -> dist.ProcessGroup | None:
         """The ranks that share out the rows of a batch; None for all."""
         return None if self.device_mesh is None else self.device_mesh["data_parallel"].get_group()
-
-    def _mesh(self) -> DeviceMesh | None:
-        """The ranks over which the weights are sharded; None where every rank holds them whole.
-
-        Raises:
-            ValueError: a mesh of another number of roles, such as for tensor parallelism, which nothing here does.
-        """
-        mesh = self.device_mesh
-        if mesh is None:
-            return None
-        if (size := mesh["tensor_parallel"].size()) != self.num_roles:
-            raise ValueError(
-                f"tensor_parallel_size must be {self.num_roles}, the number of roles, got {size}: weights are sharded over the "
-                "data-parallel ranks (FSDP2). Set data_parallel_size to the number of processes."
-            )
-        rows = mesh["data_parallel"]
-        if self.num_roles > 1 and rows.size() == 1:  # with one role Lightning's own loader is used, which takes shards alone
-            return None
-        names = ("fsdp",)  # by which peft knows that modules run whole
-        return DeviceMesh.from_group(rows.get_group(), mesh.device_type, mesh_dim_names=names)
-
-    def _policy(self) -> MixedPrecisionPolicy:
-        """Under bf16-mixed, float32 shards that are put together in bfloat16; their gradients are averaged in float32."""
-        mixed = self.trainer.precision == "bf16-mixed"
-        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
 
     def exported(self) -> PreTrainedModel | None:
         """The model to ship: adapters merged, on a copy if there are any.
@@ -187,7 +129,7 @@ class Defense(L.LightningModule):
         Raises:
             ValueError: merged, it does not answer as it does with its adapters beside its weights.
         """
-        model = self.model if group_of(self.model) is None else gathered(self.model, *self.plain)
+        model = self.model if group_of(self.model) is None else gathered(self.model, self.empty_model)
         whole = None if model is None else merged(model)
         if model is not None and whole is not None and whole is not model:
             off = merge_error(model, whole, self.tokenizer)
@@ -207,9 +149,9 @@ class Defense(L.LightningModule):
             return
         with borrowed(self):
             if self.lora is None:
-                if self.random_weights:
+                if self.backbone.random_weights:
                     torch.set_rng_state(self.drawn_from)
-                aligned = dict(self._read(self.checkpoint, self.random_weights, self.sizes).named_parameters())
+                aligned = read_other(lambda: self.backbone.load(self.checkpoint), self._mesh()).parameters
                 distribute(self.model, {name: aligned[name] for name, p in self.model.named_parameters() if p.requires_grad})
                 del aligned  # not held for the block
             else:  # an adapter whose second factor is zero adds nothing
@@ -227,33 +169,27 @@ class Defense(L.LightningModule):
             ValueError: ``checkpoint`` is of another architecture, in its weights' shapes or in what it computes with them.
         """
         with borrowed(self, self.thawed()):
-            theirs = self._read(checkpoint)
-            weights, own = dict(theirs.named_parameters()), dict(self.model.named_parameters())
+            load = partial(load_model, checkpoint, self.backbone.dtype)
+            theirs = read_other(load, self._mesh(), with_logits=True)
+            own = dict(self.model.named_parameters())
             plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
             ours = {key: own[name].shape for name, key in plain.items()}
-            _require_same_shapes(set(ours.items()), {(key, w.shape) for key, w in weights.items()}, checkpoint)
-            distribute(self.model, {name: weights[key] for name, key in plain.items()})
-            stored, buffers = set(theirs.state_dict()), dict(theirs.named_buffers())
+            _require_same_shapes(set(ours.items()), {(key, w.shape) for key, w in theirs.parameters.items()}, checkpoint)
+            distribute(self.model, {name: theirs.parameters[key] for name, key in plain.items()})
             for name, buffer in self.model.named_buffers():  # those of a checkpoint: the biases of some routers
-                if (key := name.replace(".base_layer", "")) in stored:
-                    local(buffer).copy_(buffers[key])
+                if (key := name.replace(".base_layer", "")) in theirs.buffers:
+                    local(buffer).copy_(theirs.buffers[key])
             restore(self.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if name not in plain})
-            expected = self._logits_of(theirs)
-            del theirs, weights, buffers  # not held for the block
-            found = logits_of(self.model, some_ids(self.model))
-            if not (off := distance(found, expected)) <= rounding(found.dtype):
+            expected = theirs.logits
+            del theirs  # not held for the block
+            answered = logits_of(self.model, some_ids(self.model))
+            if not (off := distance(answered, expected)) <= rounding(answered.dtype):
                 raise ValueError(
                     f"undefended_checkpoint must be of the defended model's architecture, and the weights of {checkpoint!r} give "
                     f"other logits in it ({100 * off:.2g}% off), since its config.json has other settings. Name the model that "
                     "the defense started from, or leave it out."
                 )
             yield
-
-    def _logits_of(self, model: PreTrainedModel) -> Tensor:
-        """Logits of a model that ``_read`` gave, on every rank."""
-        mesh = self._mesh()
-        logits = logits_of(model, some_ids(model)) if mesh is None or mesh.get_local_rank() == 0 else None
-        return logits if mesh is None else from_first(logits, mesh)  # type: ignore[return-value]
 
     def check_undefended(self, checkpoint: str) -> None:
         """Make sure, from sizes alone, that ``undefended_at`` will find a model of this architecture.
@@ -266,7 +202,7 @@ class Defense(L.LightningModule):
         if (folder / "adapter_config.json").exists():
             return  # of the base's sizes, and looked at when it is read
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            ours = load_model(self.checkpoint, random_weights=True, sizes=self.sizes)
+            ours = load_model(self.checkpoint, random_weights=True, sizes=self.backbone.sizes)
             theirs = load_model(checkpoint, random_weights=True)
         if folder.is_dir() and not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
             raise FileNotFoundError(
@@ -281,14 +217,6 @@ class Defense(L.LightningModule):
         """For ``borrowed``: everything may change, so everything is copied."""
         self.requires_grad_(True)
         yield
-
-    def _read(self, checkpoint: str, *random: Any) -> PreTrainedModel:
-        """A checkpoint's model; where this one is sharded, on the first rank alone, and with its weights on meta elsewhere."""
-        if (mesh := self._mesh()) is None:
-            return load_model(checkpoint, self.weights_dtype, *random)
-        whole = load_model(checkpoint, self.weights_dtype, *random) if mesh.get_local_rank() == 0 else None
-        plain = from_first(None if whole is None else on_meta(whole), mesh)
-        return plain if whole is None else whole
 
     # ---- what a defense overrides
 
@@ -419,7 +347,7 @@ class Defense(L.LightningModule):
             )
         checkpoint["num_passes"] = self.num_passes
         checkpoint["made_by"] = self.made_by()
-        if self.random_weights:
+        if self.backbone.random_weights:
             checkpoint["drawn_from"] = self.drawn_from
 
     def made_by(self) -> dict[str, Any]:

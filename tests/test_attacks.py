@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from toy import DEFENSES, ROOT, bits, same_bits, save_toy_checkpoint, toy_data, toy_trainer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
+from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
 from casehard.callbacks.attacks import HarmfulFineTuning
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import score
@@ -275,7 +275,7 @@ def test_the_aligned_model_of_random_weights_is_the_one_that_fit_began_with(tmp_
     for seed, callbacks, max_steps, last in ((1, [whole, saver], 2, None), (2, [resumed], 3, tmp_path / "last.ckpt")):
         L.seed_everything(seed)  # the resumed run may not lean on the seed
         trainer = toy_trainer(tmp_path, callbacks=callbacks, max_steps=max_steps, enable_checkpointing=True)
-        trainer.fit(kind(checkpoint, random_weights=True, **settings), datamodule=toy_data(), ckpt_path=last)
+        trainer.fit(kind(checkpoint, backbone=Backbone(random_weights=True), **settings), datamodule=toy_data(), ckpt_path=last)
     assert same_bits(whole.aligned, whole.began)
     assert same_bits(resumed.aligned, whole.began)
 

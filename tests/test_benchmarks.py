@@ -12,7 +12,7 @@ from test_sbr import rows_of
 from torch.utils.flop_counter import FlopCounterMode
 from toy import ROOT
 
-from casehard import Defense
+from casehard import Backbone, Defense
 from casehard.datamodules.chat import collate
 from casehard.engine.forward import states_and_logits
 
@@ -76,7 +76,7 @@ def test_a_block_of_patcher_is_a_round_with_its_attack(scale, checkpoint, capsys
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_to_be_computed_is_what_torch_counts(scale, checkpoint, tied):
-    module = Defense(checkpoint, random_weights=True, sizes={"tie_word_embeddings": tied})
+    module = Defense(checkpoint, backbone=Backbone(random_weights=True, sizes={"tie_word_embeddings": tied}))
     module.configure_model()
     module.model.set_attn_implementation("eager")  # torch counts its products
     batch = collate(rows_of(num_rows=4), 0, "right")

@@ -9,11 +9,11 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from toy import DEFENSES, bits, same_bits, toy_trainer
 
-from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
+from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
 from casehard.engine.anatomy import decoder_layers
 from casehard.engine.private import runs_compiled
 
-COMPILED = {"compile_backend": "aot_eager"}  # needs no C++ compiler
+COMPILED = {"backbone": Backbone(compile_backend="aot_eager")}  # needs no C++ compiler
 SHAPE = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4}
 
 
@@ -32,10 +32,11 @@ def num_compiled() -> int:
 @pytest.mark.parametrize("defense", DEFENSES)
 def test_a_compiled_model_is_trained_and_attacked_as_it_would_be_otherwise(checkpoint, tmp_path, defense):
     kind, settings = DEFENSES[defense]
-    settings = settings | {"optimizer": Optimizer(1e-2, "sgd"), "activation_checkpointing": defense == "none"}
+    settings = settings | {"optimizer": Optimizer(1e-2, "sgd")}
     found = []
-    for compiled in ({}, COMPILED):
-        module, seen = kind(checkpoint, **compiled, **settings), []
+    for compiled in (None, "aot_eager"):  # which needs no C++ compiler
+        backbone = Backbone(compile_backend=compiled, activation_checkpointing=defense == "none")
+        module, seen = kind(checkpoint, backbone=backbone, **settings), []
         attack = (LoRAAttack if defense == "patcher" else FullParameterAttack)("open_weight", **SHAPE)
         loss = module.sft_loss
         module.sft_loss = lambda batch, loss=loss, seen=seen: seen.append(loss(batch)) or seen[-1]
