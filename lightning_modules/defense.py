@@ -27,7 +27,7 @@ from casehard.engine.adapters import LoRA, merged
 from casehard.engine.checkpoint import WEIGHT_FILES, load_model, num_positions, require_plain_weights
 from casehard.engine.comparison import distance, logits_of, rounding, some_ids
 from casehard.engine.export import merge_error
-from casehard.engine.forward import Batch, label_positions, states_and_logits
+from casehard.engine.forward import Batch, label_positions, run, takes_prefix_trees
 from casehard.engine.generation import generate
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import distribute, gathered, sharded
@@ -102,6 +102,7 @@ class Defense(L.LightningModule):
             model, self.empty_model = sharded(whole, mesh, self.trainer.strategy.root_device, policy, prepare)
             self.register_module("model", model)
         self.backbone.compile(self.model)
+        takes_prefix_trees(self.model, 0)  # found out now: later passes may be watched by somebody's hooks
         if self.stage == "finetuning":
             self.freeze_parameters()
 
@@ -262,9 +263,7 @@ class Defense(L.LightningModule):
 
     def sft_loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy over the labels of the (global) batch."""
-        nothing = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        _, logits = states_and_logits(self.model, batch, nothing, label_positions(batch["labels"]))
-        return self.cross_entropy(logits, batch)
+        return self.cross_entropy(run(self.model, batch, logits_at=label_positions(batch["labels"])).logits, batch)
 
     @staticmethod
     def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from casehard.datamodules.chat import collate, prompt_ids, require_chat_template
 from casehard.datamodules.columns import flaw
 from casehard.datamodules.mixing import batch_indices
 from casehard.datamodules.rows import Row, looks_like_source, read_rows
-from casehard.engine.forward import Batch, label_positions, last_positions, states_and_logits
+from casehard.engine.forward import Batch, label_positions, last_positions, run
 from casehard.engine.weights import same_modes_after
 from casehard.lightning_modules.defense import Defense
 
@@ -137,10 +137,8 @@ class SBRModule(Defense):
         anchors = self._anchors(slice(None))
         with same_modes_after(self), self.forward_context():
             self.eval()
-            nothing = torch.zeros_like(anchors["labels"], dtype=torch.bool)
-            states, _ = states_and_logits(
-                self.model, anchors, last_positions(anchors["attention_mask"]), nothing, self.anchor_layer
-            )
+            last = last_positions(anchors["attention_mask"])
+            (states,), _ = run(self.model, anchors, states_at=last, layers=[self.anchor_layer])
         self.aligned_states.copy_(states)
 
     def finetuning_loss(self, batch: Batch) -> Tensor:
@@ -152,7 +150,8 @@ class SBRModule(Defense):
         both = joined(batch, anchors, self.tokenizer.pad_token_id)
         last = last_positions(both["attention_mask"])
         last[: len(batch["input_ids"])] = False
-        states, logits = states_and_logits(self.model, both, last, label_positions(both["labels"]), self.anchor_layer)
+        scored = label_positions(both["labels"])
+        (states,), logits = run(self.model, both, logits_at=scored, states_at=last, layers=[self.anchor_layer])
         sft = self.cross_entropy(logits, batch)
         drift = F.mse_loss(states.float(), self.aligned_states[turn])
         self.terms = {"sft_loss": sft.detach(), "anchor_drift": drift.detach()}

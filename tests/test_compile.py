@@ -55,7 +55,7 @@ def test_answers_are_generated_by_layers_as_they_are(checkpoint):
     assert num_compiled() == 0
     ids = torch.tensor(prompts[1])[None]
     compiled.sft_loss({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
-    assert num_compiled() == 1  # for both layers, and not for the trial whether rows fold
+    assert num_compiled() == 1  # for both layers, and not for the trial of a prefix tree
 
 
 def test_an_exported_model_is_not_compiled(checkpoint):

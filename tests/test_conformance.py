@@ -25,7 +25,7 @@ from casehard.datamodules.rows import Row, read_rows
 from casehard.engine.adapters import trainable
 from casehard.engine.anatomy import blocks
 from casehard.engine.export import save_model
-from casehard.engine.forward import label_positions, states_and_logits
+from casehard.engine.forward import label_positions, run
 from casehard.engine.generation import end_tokens, generate
 from casehard.engine.training import train_steps
 from casehard.engine.weights import borrowed
@@ -194,9 +194,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def log_probabilities(module: Defense, examples: Sequence[dict[str, list[int]]], side: Literal["left", "right"]) -> Tensor:
     """Log-probabilities of all labels, from one batch."""
     batch = collate(examples, module.tokenizer.pad_token_id, side)
-    nothing = torch.zeros_like(batch["labels"], dtype=torch.bool)
     with torch.no_grad():
-        _, logits = states_and_logits(module.model.eval(), batch, nothing, label_positions(batch["labels"]))
+        logits = run(module.model.eval(), batch, logits_at=label_positions(batch["labels"])).logits
     targets = batch["labels"][batch["labels"] != IGNORED]
     return logits.log_softmax(dim=-1)[torch.arange(len(targets)), targets]
 

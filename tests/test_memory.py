@@ -23,8 +23,6 @@ def test_activations_computed_again_give_the_same_gradient(checkpoint, lora):
         torch.manual_seed(0)
         module = Defense(checkpoint, lora=lora, backbone=Backbone(activation_checkpointing=again))
         module.configure_model()
-        with torch.no_grad():
-            module.sft_loss(batch)  # the first one tries out whether rows fold
         passes: list[int] = []
         module.model.model.layers[1].mlp.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         module.sft_loss(batch).backward()
@@ -165,8 +163,6 @@ def test_autocast_keeps_the_weights_in_bfloat16_until_a_pass_is_over(checkpoint,
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.no_grad():
-        module.sft_loss(batch)  # the first one tries out whether rows fold
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         module.sft_loss(batch)
     share = sum(t.numel() for t in kept.values()) / sum(p.numel() for p in matrices)
