@@ -35,9 +35,9 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     layers = _outermost(model, names)
     if not layers:
         raise ValueError(
-            f"the model must be of an architecture that declares its decoder layers, and {type(model).__name__} declares "
-            f"{', '.join(sorted(names)) or 'none'} and has none of them. Leave compile_backend out, shard nothing "
-            "(trainer.strategy ddp), or take a defense and attacks that do not look into layers."
+            f"checkpoint must be of an architecture that declares its decoder layers, and {type(model).__name__} declares "
+            f"{', '.join(sorted(names)) or 'none'}{' and has none of them' if names else ''}. Leave "
+            "backbone.compile_backend out, set trainer.strategy to ddp, or take a method that does not look into layers."
         )
     return layers
 

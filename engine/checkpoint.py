@@ -144,9 +144,9 @@ def require_plain_weights(checkpoint: str) -> None:
     with _reading(checkpoint):
         settings = _settings(source)
     parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
-    found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    if found is not None:
-        method = found.get("quant_method") or next((name for name in found if name.startswith("load_in_")), "quantised")
+    quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if quantised is not None:
+        method = quantised.get("quant_method") or next((name for name in quantised if name.startswith("load_in_")), "quantised")
         raise ValueError(
             f"checkpoint {checkpoint!r} must hold plain weights (float32, bfloat16 or float16), and config.json of "
             f"{source!r} says quantization_config: {method}. Name the model that it was quantised from, or a GGUF file of it, "
@@ -214,8 +214,8 @@ def num_positions(checkpoint: str, sizes: Mapping[str, int] | None = None) -> in
     """How many positions the model of ``checkpoint`` can tell apart, or was made for; None where its config says nothing."""
     source, gguf = _source(checkpoint)
     config = _resized(source, sizes, **gguf) if sizes else AutoConfig.from_pretrained(source, **gguf)
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    number = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return number if isinstance(number, int) and number > 0 else None
 
 
 def load_model(
@@ -294,7 +294,7 @@ def _require_whole(checkpoint: str, report: Mapping[str, Iterable[Any]], in_part
             "language model alone is trained, attacked and exported.",
             stacklevel=2,
         )
-    found = [
+    flaws = [
         f"{len(names)} {what} ({_few(names)})"
         for names, what in (
             (missing, "are missing"),
@@ -303,7 +303,7 @@ def _require_whole(checkpoint: str, report: Mapping[str, Iterable[Any]], in_part
         )
         if names
     ]
-    if not found:
+    if not flaws:
         return
     out = "Correct config.json, or save the model anew with save_pretrained."
     for name in unexpected:
@@ -312,7 +312,7 @@ def _require_whole(checkpoint: str, report: Mapping[str, Iterable[Any]], in_part
             break
     raise ValueError(
         f"checkpoint {checkpoint!r} must hold exactly the weights of the model that its config.json describes, and "
-        f"{', '.join(found)}. {out}"
+        f"{', '.join(flaws)}. {out}"
     )
 
 

@@ -75,9 +75,9 @@ def run(
     ids, mask = batch["input_ids"], batch["attention_mask"]
     tree = fold and takes_prefix_trees(model, ids.shape[1])
     packed = pack(ids, mask, _break_even_length(model)) if tree else padded(ids, mask)
-    nowhere = packed.index[:0, 0]
-    states_index = nowhere if states_at is None else packed.index[states_at]
-    return _run(model, packed, states_index, nowhere if logits_at is None else packed.index[logits_at], layers)
+    nowhere = packed.token_index[:0, 0]
+    states_index = nowhere if states_at is None else packed.token_index[states_at]
+    return _run(model, packed, states_index, nowhere if logits_at is None else packed.token_index[logits_at], layers)
 
 
 @torch.no_grad()
@@ -89,11 +89,11 @@ def prefill(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, DynamicCache]
         batch: ``input_ids`` and ``attention_mask``, ``[batch, seq]``, padded on the left.
     """
     packed = pack(batch["input_ids"], batch["attention_mask"], _break_even_length(model))
-    cache, last = DynamicCache(), packed.index[:, -1]
+    cache, last = DynamicCache(), packed.token_index[:, -1]
     _, logits = _run(model, packed, last[:0], last, cache=cache)
     layer: Any  # mypy takes it for any of transformers' layers, with or without keys
     for layer in cache.layers:
-        layer.keys, layer.values = _by_row(layer.keys, packed.index), _by_row(layer.values, packed.index)
+        layer.keys, layer.values = _by_row(layer.keys, packed.token_index), _by_row(layer.values, packed.token_index)
     return logits, cache
 
 
@@ -176,7 +176,9 @@ def _agrees_on_a_tree(model: PreTrainedModel) -> bool:
     with uncompiled(model), same_modes_after(model), torch.autocast(ids.device.type, enabled=False):
         model.eval()
         layouts = pack(ids, torch.ones_like(ids), torch.inf), padded(ids, torch.ones_like(ids))
-        tree, rows = (_run(model, packed, packed.index.flatten(), packed.index[0, :1]).states[0] for packed in layouts)
+        tree, rows = (
+            _run(model, packed, packed.token_index.flatten(), packed.token_index[0, :1]).states[0] for packed in layouts
+        )
     reshard(model)
     tolerance = 1e-3 if tree.dtype == torch.float32 else 5e-2
     return bool((tree - rows).norm() <= tolerance * rows.norm())

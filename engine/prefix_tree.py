@@ -25,7 +25,7 @@ class Packed(NamedTuple):
     input_ids: Tensor  # [packs, width]
     positions: Tensor  # [packs, width], of a token in its row
     attention_mask: Tensor | None  # [packs, width, width] bool, true where a token (dim 1) attends to another; None: causal
-    index: Tensor  # [batch, seq], of each token in the flattened ``input_ids``; 0 for padding
+    token_index: Tensor  # [batch, seq], of each token in the flattened ``input_ids``; 0 for padding
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, break_even_length: float) -> Packed:

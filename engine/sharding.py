@@ -127,9 +127,9 @@ def distribute(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         weights: by name. Where a parameter is sharded only the first rank's values count; the others may pass meta tensors.
     """
     reshard(module)
-    own = dict(module.named_parameters())
+    parameters = dict(module.named_parameters())
     for name, whole in weights.items():
-        local(own[name]).copy_(shard_of(whole.detach(), own[name], source=0))
+        local(parameters[name]).copy_(shard_of(whole.detach(), parameters[name], source=0))
 
 
 def shard_of(whole: Tensor, like: Tensor, source: int | None = None) -> Tensor:
@@ -185,8 +185,8 @@ def max_over_ranks(module: nn.Module, number: int) -> int:
 def as_saved(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
     """Shards as the DTensors that a sharded checkpoint takes; tensors of parameters that are not sharded stay as they are."""
     reshard(module)
-    own = dict(module.named_parameters())
-    return {name: _like(own[name], w) for name, w in weights.items()}
+    parameters = dict(module.named_parameters())
+    return {name: _like(parameters[name], w) for name, w in weights.items()}
 
 
 def _like(p: Tensor, part: Tensor) -> Tensor:
@@ -198,10 +198,10 @@ def _like(p: Tensor, part: Tensor) -> Tensor:
 def saved_in(module: nn.Module, path: str | Path, prefix: str) -> Weights:
     """This rank's shards of what a sharded checkpoint holds under ``prefix``, on any number of ranks, by parameter name."""
     reshard(module)
-    own = dict(module.named_parameters())
+    parameters = dict(module.named_parameters())
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
     start = f"state_dict.{prefix}"
-    wanted = {key: torch.empty_like(own[key.removeprefix(start)]) for key in stored if key.startswith(start)}
+    wanted = {key: torch.empty_like(parameters[key.removeprefix(start)]) for key in stored if key.startswith(start)}
     if wanted:
         dcp.load(wanted, checkpoint_id=path)
     return {key.removeprefix(start): local(tensor) for key, tensor in wanted.items()}

@@ -1,6 +1,7 @@
 """Compiled decoder layers train the model that others train."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +9,13 @@ from test_patcher import data
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from toy import DEFENSES, bits, same_bits, toy_trainer
+from transformers import PreTrainedModel
 
 from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
 from casehard.engine.anatomy import decoder_layers
+from casehard.engine.checkpoint import load_model
 from casehard.engine.private import runs_compiled
+from casehard.lightning_modules import backbone
 
 COMPILED = {"backbone": Backbone(compile_backend="aot_eager")}  # needs no C++ compiler
 SHAPE = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4}
@@ -35,8 +39,8 @@ def test_a_compiled_model_is_trained_and_attacked_as_it_would_be_otherwise(check
     settings = settings | {"optimizer": Optimizer(1e-2, "sgd")}
     found = []
     for compiled in (None, "aot_eager"):  # which needs no C++ compiler
-        backbone = Backbone(compile_backend=compiled, activation_checkpointing=defense == "none")
-        module, seen = kind(checkpoint, backbone=backbone, **settings), []
+        loading = Backbone(compile_backend=compiled, activation_checkpointing=defense == "none")
+        module, seen = kind(checkpoint, backbone=loading, **settings), []
         attack = (LoRAAttack if defense == "patcher" else FullParameterAttack)("open_weight", **SHAPE)
         loss = module.sft_loss
         module.sft_loss = lambda batch, loss=loss, seen=seen: seen.append(loss(batch)) or seen[-1]
@@ -56,6 +60,19 @@ def test_answers_are_generated_by_layers_as_they_are(checkpoint):
     ids = torch.tensor(prompts[1])[None]
     compiled.sft_loss({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
     assert num_compiled() == 1  # for both layers, and not for the trial of a prefix tree
+
+
+def test_an_architecture_that_declares_no_layers_is_an_error(checkpoint, monkeypatch):
+    monkeypatch.setattr(backbone, "load_model", undeclared)
+    with pytest.raises(ValueError, match="architecture that declares its decoder layers, and LlamaForCausalLM declares none"):
+        Defense(checkpoint, **COMPILED).configure_model()
+    Defense(checkpoint).configure_model()
+
+
+def undeclared(*args: Any) -> PreTrainedModel:
+    model = load_model(*args)
+    model._no_split_modules = set()
+    return model
 
 
 def test_an_exported_model_is_not_compiled(checkpoint):

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from toy import on_ranks, toy_data, toy_trainer
 
 from casehard import Backbone, Defense, LoRA, Optimizer
+from casehard.engine.anatomy import blocks
 
 CELLS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -59,6 +60,8 @@ def every_cell(rank: int, checkpoint: str, folder: Path) -> None:
             num_graphs = counters["stats"]["unique_graphs"]
             assert (num_graphs > 0) == ("compiled" in cell), f"{name}, {cell}: {num_graphs} graphs were compiled"
             assert all(isinstance(p, DTensor) == (name == "fsdp2") for p in module.parameters())
+            parts = blocks(module.model, "attention", "mlp")  # sharded, compiled and inside adapters too
+            assert [len(block.writers) for block in parts] == [2, 2]
             assert module._whole.call_count == (name == "ddp" or rank == 0)  # no other rank ever holds all weights
             models = [module.exported()]
             if (name, cell) == ("fsdp2", "adapters, compiled, checkpointed"):

@@ -45,7 +45,7 @@ def test_three_rows_make_the_tree_made_by_hand():
     packed = pack(ids, mask, torch.inf)
     assert packed.input_ids.tolist() == [[4, 5, 6, 7, 8, 9]]
     assert packed.positions.tolist() == [[0, 0, 1, 2, 2, 3]]
-    assert packed.index.tolist() == [[1, 2, 3, 0], [1, 2, 4, 5], [0, 0, 0, 0]]
+    assert packed.token_index.tolist() == [[1, 2, 3, 0], [1, 2, 4, 5], [0, 0, 0, 0]]
     assert packed.attention_mask.int().tolist() == [
         [
             [1, 0, 0, 0, 0, 0],
@@ -66,7 +66,7 @@ def test_every_token_is_found_and_sees_its_row_up_to_itself_and_nothing_else(see
     ids, mask = batch_of(rows, padding_side)
     packed = pack(ids, mask, break_even_length)
     width = packed.input_ids.shape[1]
-    for row, places in zip(rows, (place[real.bool()] for place, real in zip(packed.index, mask, strict=True)), strict=True):
+    for row, places in zip(rows, (place[real.bool()] for place, real in zip(packed.token_index, mask, strict=True)), strict=True):
         assert packed.input_ids.flatten()[places].tolist() == row
         assert packed.positions.flatten()[places].tolist() == list(range(len(row)))
         for i, place in enumerate(places.tolist()):
@@ -82,7 +82,7 @@ def test_padding_sees_itself_alone_and_is_seen_by_nothing():
     packed = pack(ids, mask, 20.0)
     assert packed.input_ids.shape == (2, 9)
     real = torch.zeros(18, dtype=torch.bool)
-    real[packed.index[mask.bool()]] = True
+    real[packed.token_index[mask.bool()]] = True
     assert real.sum() == 17
     for number, place in (~real).view(2, 9).nonzero().tolist():
         assert packed.attention_mask[number, place].nonzero().flatten().tolist() == [place]
@@ -93,7 +93,7 @@ def test_real_tokens_may_stand_anywhere():
     ids = torch.tensor([[9, 1, 9, 2, 3], [1, 2, 9, 9, 4]])
     mask = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 0, 0, 1]])
     for packed in (pack(ids, mask, torch.inf), padded(ids, mask)):
-        assert torch.equal(packed.input_ids.flatten()[packed.index][mask.bool()], ids[mask.bool()])
+        assert torch.equal(packed.input_ids.flatten()[packed.token_index][mask.bool()], ids[mask.bool()])
         assert packed.input_ids.max() == 4
     assert padded(ids, mask).input_ids.tolist() == [[1, 2, 3], [1, 2, 4]]
 
@@ -109,7 +109,7 @@ def test_rows_that_share_no_prefix_are_left_as_they_are():
     packed = pack(ids, mask, BREAK_EVEN)
     assert packed.attention_mask is None
     assert torch.equal(packed.input_ids, ids)
-    assert torch.equal(packed.index, torch.arange(9).view(3, 3))
+    assert torch.equal(packed.token_index, torch.arange(9).view(3, 3))
 
 
 def test_rows_make_a_tree_unless_attending_to_them_all_costs_more_than_it_spares():
