@@ -10,7 +10,7 @@ from paired import paired, seconds, spread
 
 from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
-from casehard.datamodules.rows import read_rows
+from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
 from casehard.lightning_modules import Backbone, Defense, Optimizer, train_steps
 

@@ -68,7 +68,7 @@ def main(
         out: where the runs go; null throws them away.
     """
     seconds: dict[str, list[float]] = {form: [] for form in FORMS}
-    sizes = [f"--data.batch_size={batch_size}", f"--model.init_args.attacker.batch_size={batch_size}"]
+    sizes = [f"--data.batching.batch_size={batch_size}", f"--model.init_args.attacker.batch_size={batch_size}"]
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(out or scratch).resolve()
         for seed in tqdm(seeds, "seeds"):

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from casehard import InnerAttacker, Optimizer, PatcherModule, SandboxJudge, SFTDataModule
 from casehard.datamodules.chat import collate, encode_rows
-from casehard.datamodules.mixing import batch_indices
-from casehard.datamodules.rows import Row, read_rows
-from casehard.datamodules.sft import REFUSAL
+from casehard.datamodules.order import batch_indices
+from casehard.datamodules.row import Row
+from casehard.datamodules.settings import REFUSAL, Batching, Sources
+from casehard.datamodules.sources import read_rows
 from casehard.lightning_modules import Defense
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
@@ -44,13 +45,10 @@ def ours(
     """Seconds of every round."""
     clock = Clock(every=num_outer_steps)
     data = SFTDataModule(
-        benign=[],
-        judge=SandboxJudge(),
-        refusals=[refusals],
-        alignment_harmful=[harmful],
+        Sources(benign=[], refusals=[refusals], alignment_harmful=[harmful]),
+        SandboxJudge(),
+        batching=Batching(batch_size, max_length),
         train_on="alignment",
-        batch_size=batch_size,
-        max_length=max_length,
     )
     attacker = InnerAttacker(num_inner_steps, Optimizer(1e-4), batch_size)
     settings = {"fresh_optimizer": True, "one_pass_per_row": one_pass_per_row, "optimizer": Optimizer(3e-4)}

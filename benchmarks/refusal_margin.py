@@ -14,7 +14,8 @@ from tqdm import tqdm
 from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import collate, encode_rows, prompt_ids
 from casehard.datamodules.mixing import mix
-from casehard.datamodules.rows import Row, read_rows
+from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch, last_positions, run
 from casehard.engine.weights import attack_vector, same_modes_after, snapshot, vector_norm
 from casehard.lightning_modules import Defense, Optimizer, train_steps

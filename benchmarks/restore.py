@@ -9,7 +9,7 @@ from paired import paired, spread
 from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.mixing import mix
-from casehard.datamodules.rows import read_rows
+from casehard.datamodules.sources import read_rows
 from casehard.engine.weights import borrowed
 from casehard.lightning_modules import Defense, Optimizer, train_steps
 

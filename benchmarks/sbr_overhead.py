@@ -11,7 +11,7 @@ from torch import Tensor
 from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.mixing import mix
-from casehard.datamodules.rows import read_rows
+from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
 from casehard.lightning_modules import Optimizer, SBRModule, train_steps
 

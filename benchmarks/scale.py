@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from casehard import Backbone, Defense, InnerAttacker, Optimizer, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
 from casehard.datamodules.batches import Example
 from casehard.datamodules.chat import IGNORED
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
+from casehard.datamodules.settings import Batching, Sources
 
 SANDBOX = str(Path(__file__).parent.parent / "models/sandbox/aligned")
 STILL = Optimizer(1e-12)  # no weight moves: every fit starts from the same ones
@@ -57,8 +58,9 @@ class RandomTokens(SFTDataModule):
 
     def encode(self, rows: list[Row], what: str) -> list[Example]:
         draw = torch.Generator().manual_seed(self.seed)
-        asked = self.max_length // 2
-        ids = torch.randint(self.vocabulary, (len(rows), self.max_length), generator=draw).tolist()
+        length = self.batching.max_length
+        asked = length // 2
+        ids = torch.randint(self.vocabulary, (len(rows), length), generator=draw).tolist()
         return [{"input_ids": row, "labels": [IGNORED] * asked + row[asked:]} for row in ids]
 
 
@@ -206,8 +208,8 @@ def main(
 
     def block(kind: str) -> Block:
         nonlocal anchors
-        sources = {"refusals": ["sandbox:defender/refusals"], "alignment_harmful": ["sandbox:defender/harmful"]}
-        data = RandomTokens([], SandboxJudge(), **sources, train_on="alignment", batch_size=batch_size, max_length=length)  # type: ignore[arg-type]
+        sources = Sources([], refusals=["sandbox:defender/refusals"], alignment_harmful=["sandbox:defender/harmful"])
+        data = RandomTokens(sources, SandboxJudge(), batching=Batching(batch_size, length), train_on="alignment")
         data.vocabulary = model.config.get_text_config().vocab_size
         make, settings = kinds[kind]
         module = make(**shape, **settings)

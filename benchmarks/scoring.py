@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from casehard.datamodules.chat import prompt_ids
-from casehard.datamodules.rows import read_rows
+from casehard.datamodules.sources import read_rows
 from casehard.engine.generation import end_tokens, generate
 from casehard.lightning_modules import Defense
 

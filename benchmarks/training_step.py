@@ -14,7 +14,7 @@ from torch import Tensor
 
 from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
-from casehard.datamodules.rows import read_rows
+from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
 from casehard.lightning_modules import Defense, Optimizer, train_steps
 

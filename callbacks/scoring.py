@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from casehard.callbacks.sigterm import ended_by_sigterm
 from casehard.datamodules.answers import answer_and_thoughts
 from casehard.datamodules.chat import prompt_ids, read_answers
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics import (
@@ -130,7 +130,7 @@ def score(module: Defense, evaluation: Evaluation) -> Scores:
         rank_zero_warn(f"{why}. The answers are kept: `casehard judge` asks again.")
     unheard = _unheard(ordered, evaluation.max_new_tokens)
     if unheard:
-        rank_zero_warn(f"{unheard}. Raise data.max_new_tokens to hear them.")
+        rank_zero_warn(f"{unheard}. Raise data.evaluation.max_new_tokens to hear them.")
     note = "; ".join(filter(None, [why, unheard]))
     return Scores({name: float(value) for name, value in found.items()} | counts, ordered, note)
 

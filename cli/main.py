@@ -32,8 +32,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from casehard.callbacks import Results
+from casehard.cli.sandbox import main as sandbox
 from casehard.datamodules import SFTDataModule
-from casehard.datamodules.sandbox import main as sandbox
 from casehard.engine.fit_checkpoint import numbers_only, read_notes
 from casehard.lightning_modules import Defense, DivergedError
 from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole

@@ -59,13 +59,13 @@ def answer_and_thoughts(text: str, prompt: str = "", special: Collection[str] = 
         text = opened[0] + text
     if CHANNEL in text:
         messages = _MESSAGE.findall(text)
-        thoughts = [said for channel, said in messages if channel != "final"]
-        final = [said for channel, said in messages if channel == "final"]
+        thoughts = [content for channel, content in messages if channel != "final"]
+        final = [content for channel, content in messages if channel == "final"]
         answer = "".join(final).strip() if final else None
     else:
         answer, thoughts = _split(text, opened is not None)
-    said = "\n".join(thought for thought in (_without(t, special).strip() for t in thoughts) if thought)
-    return None if answer is None else _without(answer, special), said
+    cleaned = (_without(thought, special).strip() for thought in thoughts)
+    return None if answer is None else _without(answer, special), "\n".join(filter(None, cleaned))
 
 
 def unopened(prompt: str) -> str:
@@ -87,10 +87,10 @@ def _split(text: str, opened: bool) -> tuple[str | None, list[str]]:
         thoughts.append(after[: closing.start()])
         rest, opened = after[closing.end() :], False
     if not thoughts:  # some models leave out the mark that opens
-        found = [(match, mark) for mark, closing in _CLOSING.items() if mark not in _PROSE and (match := closing.search(text))]
-        if not found:
+        closings = [(match, mark) for mark, closing in _CLOSING.items() if mark not in _PROSE and (match := closing.search(text))]
+        if not closings:
             return text, []
-        closing, mark = min(found, key=lambda pair: pair[0].start())
+        closing, mark = min(closings, key=lambda pair: pair[0].start())
         if mark in text[: closing.start()].lower():
             return text, []
         thoughts, rest = [text[: closing.start()]], text[closing.end() :]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from casehard.datamodules.chat import IGNORED, collate
-from casehard.datamodules.mixing import batch_indices
+from casehard.datamodules.order import batch_indices
 
 Example = dict[str, list[int]]
+Batch = dict[str, Tensor]
 
 
 class Batches:
@@ -20,7 +21,7 @@ class Batches:
         examples: encoded rows.
         batch_size: rows of a step over all ranks, which share them out evenly.
         seed: of the order.
-        stream: name of who draws; streams are independent.
+        stream: name of what draws; streams are independent.
         pad_token_id: fills short rows.
         padding_side: where it fills them.
         rank: which share of the batch is this process's.
@@ -44,7 +45,7 @@ class Batches:
         self.pad_token_id, self.padding_side = pad_token_id, padding_side
         self.rank, self.world_size = rank, world_size
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
+    def __call__(self, step: int) -> Batch:
         """This rank's share of batch ``step`` (from 0); ``num_labels`` lets the ranks' mean be the global batch's mean."""
         batch = collate(self.rows(step)[self.rank :: self.world_size], self.pad_token_id, self.padding_side)
         return batch | {"num_labels": torch.tensor(self.num_labels(step) / self.world_size)}
@@ -65,12 +66,12 @@ def share_of(trainer: L.Trainer) -> tuple[int, int]:
 
 
 class StepLoader:
-    """``Batches`` as a loader that resumes where it was, in the middle of an epoch too.
+    """``Batches`` as a loader that resumes in the middle of an epoch, too.
 
     Args:
         batches: by their number.
-        num_accumulated: how many of them Lightning makes one step of. They count as one batch: no epoch ends among them, and
-            ``num_labels`` is a share of the labels of all, so that the mean of their losses is the mean over all their labels.
+        num_accumulated: batches that Lightning accumulates into one step. No epoch ends among them, and ``num_labels`` is a share
+            of the labels of all of them, so that the mean of their losses is the mean over all their labels.
     """
 
     def __init__(self, batches: Batches, num_accumulated: int = 1) -> None:
@@ -79,7 +80,7 @@ class StepLoader:
     def __len__(self) -> int:
         return max(1, len(self.batches.examples) // (self.batches.batch_size * self.num_accumulated)) * self.num_accumulated
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         for _ in range(len(self) - self.step % len(self)):
             self.step += 1
             yield self.batches(self.step - 1) | {"num_labels": torch.tensor(self._share(self.step - 1))}

@@ -1,6 +1,7 @@
 """Rows to token ids, for any chat template: prompt and answer are told apart by their tokens, never by the model's name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from casehard.datamodules.answers import CHANNEL, THOUGHTS, answer_and_thoughts, unopened
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 
 IGNORED = -100  # the label of a token that nothing is learnt from
 PROBE = "casehard"  # stands in for a turn, to see what a template makes of it
@@ -27,7 +28,7 @@ _CLOSINGS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str | None, ...
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer without a chat template, or with one that leaves out what is said, before anything is encoded."""
+    """Refuse, before anything is encoded, a tokenizer without a chat template or with one that leaves out a turn's text."""
     if not tokenizer.chat_template:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path!r} must have a chat template, got none. "
@@ -47,7 +48,7 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class Answer(NamedTuple):
-    """What a model wrote: its answer, None where it never came to one, the thoughts before it, and whether it was cut off."""
+    """What a model wrote: its answer (None if it never began one), the thoughts before it, and whether it was cut off."""
 
     text: str | None
     thoughts: str
@@ -55,9 +56,9 @@ class Answer(NamedTuple):
 
 
 def read_answers(texts: Sequence[str], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Answer]:
-    """What a model said and thought when it was asked ``rows``, from what it wrote, special tokens and all.
+    """The model's answers to ``rows``, from the texts that it wrote, special tokens included.
 
-    It was cut off where no special token stands at the end, or one that only ends thoughts; see ``answer_and_thoughts``.
+    A text is cut off if it ends in no special token, or in one that only ends thoughts; see ``answer_and_thoughts``.
     """
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = {*added, *tokenizer.all_special_tokens}
@@ -88,31 +89,50 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dic
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} must have an end token, got none. Set its eos_token.")
     prompt = _render(row, tokenizer)
-    asked = _ids(prompt, tokenizer)
+    before = _ids(prompt, tokenizer)
     answer, closing = _answer(row, prompt, tokenizer)
-    answered = _ids(prompt + answer, tokenizer)
-    if answered[: len(asked)] == asked:
-        answered = answered[len(asked) :]
+    learnt = _ids(prompt + answer, tokenizer)
+    if learnt[: len(before)] == before:
+        learnt = learnt[len(before) :]
     else:  # a token spans the border, and generation will not see it
-        answered = _ids(answer, tokenizer)
-    answered = _ended(answered, closing.tokens, tokenizer.eos_token_id)
-    input_ids, labels = asked + answered, [IGNORED] * len(asked) + answered
-    return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]} if len(asked) < max_length else None
+        learnt = _ids(answer, tokenizer)
+    learnt = _with_end_token(learnt, closing.tokens, tokenizer.eos_token_id)
+    input_ids, labels = before + learnt, [IGNORED] * len(before) + learnt
+    return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]} if len(before) < max_length else None
 
 
 def encode_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict[str, list[int]]], int]:
     """Examples of ``rows``, in their order, and how many rows were dropped because ``max_length`` cut off their answer."""
-    encoded = [encode(row, tokenizer, max_length) for row in rows]
-    examples = [example for example in encoded if example is not None]
-    if rows and not examples:
-        needed = 1 + min(len(prompt_ids(row, tokenizer)) for row in rows)
+    examples, dropped = encode_together([rows], tokenizer, max_length)
+    return [example for (example,) in examples], dropped
+
+
+def encode_together(
+    columns: Sequence[Sequence[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    known: Mapping[Row, dict[str, list[int]] | None] = MappingProxyType({}),
+) -> tuple[list[tuple[dict[str, list[int]], ...]], int]:
+    """Examples of rows that belong together, and how many tuples of them were dropped.
+
+    Args:
+        columns: lists of rows; the i-th rows of all lists belong together.
+        tokenizer: encodes them.
+        max_length: tokens of a row; where it cuts off the answer of one row, the rows that belong to it are dropped, too.
+        known: examples of some rows, encoded before with the same tokenizer and ``max_length``.
+    """
+    together = list(zip(*columns, strict=True))
+    encoded = [[known[row] if row in known else encode(row, tokenizer, max_length) for row in rows] for rows in together]
+    examples = [tuple(e for e in parts if e is not None) for parts in encoded if None not in parts]
+    if together and not examples:
+        needed = 1 + min(max(len(prompt_ids(row, tokenizer)) for row in rows) for rows in together)
         raise ValueError(
-            f"max_length must leave room for an answer, got {max_length}, which cuts off every one of {len(rows)} rows. "
+            f"max_length must leave room for an answer, got {max_length}, which cuts off every one of {len(together)} rows. "
             f"The shortest needs {needed} for its prompt and one token of its answer."
         )
-    return examples, len(encoded) - len(examples)
+    return examples, len(together) - len(examples)
 
 
 def collate(
@@ -158,18 +178,18 @@ def _roles(turns: list[dict[str, str]]) -> str:
 
 
 def _closing(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Closing:
-    """What the template writes after an answer to turns of ``roles``, found out on turns that say nothing.
+    """What the template writes after an answer to turns of ``roles``, found by rendering turns of probe text.
 
     Raises:
         ValueError: the template refuses such turns, leaves one out, or goes on after an answer as if it were asked again.
     """
     known = _CLOSINGS.setdefault(tokenizer, {})
     if (key := (str(tokenizer.chat_template), *roles)) not in known:
-        known[key] = _found_closing(roles, tokenizer)
+        known[key] = _find_closing(roles, tokenizer)
     return known[key]
 
 
-def _found_closing(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Closing:
+def _find_closing(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Closing:
     turns = [{"role": role, "content": f"{PROBE}{i}x"} for i, role in enumerate(roles)]
     answer, more = {"role": "assistant", "content": PROBE + "answer"}, {"role": "user", "content": PROBE + "more"}
     prompt, full = _rendered(turns, tokenizer), _rendered([*turns, answer], tokenizer)
@@ -184,8 +204,8 @@ def _found_closing(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -
     tokens = [i for i in _ids(closing, tokenizer) if i in added or i == tokenizer.eos_token_id]
     opening = prompt.rpartition(turns[-1]["content"])[2]
     if not tokens and opening.strip() and closing.endswith(opening):
-        on = _rendered([*turns, answer, more], tokenizer).rpartition(answer["content"])[2]
-        if not on.startswith(closing):
+        continuation = _rendered([*turns, answer, more], tokenizer).rpartition(answer["content"])[2]
+        if not continuation.startswith(closing):
             raise ValueError(
                 "the chat template must open the assistant's turn only where add_generation_prompt asks for it, and it does so "
                 "after an answer too, without a token that ends the turn: the opening would be learnt as a part of every answer. "
@@ -199,23 +219,23 @@ def _answer(row: Row, prompt: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
     full = _render(row, tokenizer, answered=True)
     closing = _closing(tuple(role for role, _ in row.messages), tokenizer)
     response = row.response or ""
-    said, thoughts = answer_and_thoughts(response)
+    answer_text, thoughts = answer_and_thoughts(response)
     if full.startswith(prompt):
         answer = full[len(prompt) :]
-        if all(part.strip() in answer for part in (said or response, thoughts)):
-            return _thought(answer, answer, prompt), closing
-    # The template opens a finished turn otherwise than one to be generated, with or without think tags for instance. The answer
-    # is then found from the end, by what the template writes after any answer: a short one may also occur in the closing marks.
+        if all(part.strip() in answer for part in (answer_text or response, thoughts)):
+            return _close_thoughts(answer, answer, prompt), closing
+    # The template opens a finished turn in another way than a turn to be generated, for instance without think tags. Look for the
+    # answer from the end then, in front of what the template writes after any answer: a short answer may occur in that, too.
     for content in (response, response.strip(), response.lstrip(), response.rstrip()):
         if full.endswith(content + closing.text):
-            return _thought(content + closing.text, content, prompt), closing
+            return _close_thoughts(content + closing.text, content, prompt), closing
     raise ValueError(
         "the chat template must write an answer as it is, but one is missing from what it rendered. "
         "Take out of the answers what the template rewrites, such as think tags, or use another template."
     )
 
 
-def _thought(answer: str, content: str, prompt: str) -> str:
+def _close_thoughts(answer: str, content: str, prompt: str) -> str:
     """``answer`` with the thoughts closed that ``prompt`` opens, unless it does so itself."""
     closed = unopened(prompt)
     return answer if not closed or closed.strip() in content else closed + answer
@@ -225,7 +245,7 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _ended(ids: list[int], closing: list[int], eos_token_id: int) -> list[int]:
+def _with_end_token(ids: list[int], closing: list[int], eos_token_id: int) -> list[int]:
     """``ids`` up to the end token that the template writes after an answer, or up to its own mark and then an end token."""
     end = eos_token_id if eos_token_id in closing or not closing else closing[0]
     places = [i for i, token in enumerate(ids) if token == end]

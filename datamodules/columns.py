@@ -58,12 +58,12 @@ def turns_of(record: dict[str, Any], where: str, uses_response: bool) -> list[Tu
         asked, answered = next((pair for pair in PAIRS if pair[0] in held and pair[1] in held), (asked, answered))
     if not asked and not answered and not any(_known(column) in ASKING + ANSWERING for column in record):
         raise ValueError(
-            f"{where} must have columns that are known, got {shown(record)}. Accepted are {FORMS}: rename the columns."
+            f"{where} must have columns that are known, got {names_in_error(record)}. Accepted are {FORMS}: rename the columns."
         )
     turns, used = [], []
     if asked:
         used.append(asked)
-        turns = _asked(held, asked, used, where)
+        turns = _prompt_turns(held, asked, used, where)
     if answered and not (turns and turns[-1][0] == "assistant"):
         answer = _turns_under(answered, held, "assistant", where)
         if answer and answer[0][0] != "assistant":  # the whole conversation
@@ -73,11 +73,11 @@ def turns_of(record: dict[str, Any], where: str, uses_response: bool) -> list[Tu
         used.append(answered)
     if not turns:
         return turns
-    turns = _before(held, used, turns, where) + turns
+    turns = _earlier_turns(held, used, turns, where) + turns
     for column in [column for column in held if column not in used]:
         if ALTERNATIVES.fullmatch(column) and (turns[-1][0] == "assistant" or not uses_response):
             continue
-        if not _said(column, held, used, turns):
+        if not _is_redundant(column, held, used, turns):
             raise ValueError(
                 f"{where} must be used whole, but its column {column} would be left out beside {' and '.join(used)}. "
                 "Write what it says into the others, or take it out."
@@ -99,13 +99,13 @@ def flaw(text: Any) -> str | None:
 def kind(value: Any) -> str:
     """What a JSON value is, in words."""
     if isinstance(value, Doubled):
-        return f"an object that has {shown([value.key])} twice"
+        return f"an object that has {names_in_error([value.key])} twice"
     names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "true or false", int: "a number"}
     return names.get(type(value), "a number" if isinstance(value, float) else type(value).__name__)
 
 
-def shown(names: Any) -> str:
-    """Names of columns, keys or roles for an error; what does not look like a name may be a text, and is not shown."""
+def names_in_error(names: Any) -> str:
+    """Names of columns, keys or roles for an error; what does not look like a name may be a text, and is not names_in_error."""
     plain = [str(name) if re.fullmatch(r"[\w./:;|-]{1,40}", str(name)) else "a longer name" for name in names]
     return ", ".join(plain[:20] + ["..."] * (len(plain) > 20)) or "no columns"
 
@@ -137,7 +137,7 @@ def _held(record: dict[str, Any], where: str) -> dict[str, Any]:
     return held
 
 
-def _asked(held: dict[str, Any], asked: str, used: list[str], where: str) -> list[Turn]:
+def _prompt_turns(held: dict[str, Any], asked: str, used: list[str], where: str) -> list[Turn]:
     """The turns of the column that asks, with its material; adds to ``used`` what it took besides."""
     turns = _turns_under(asked, held, "user", where)
     material = next((column for column in MATERIAL if column in held), None)
@@ -148,7 +148,7 @@ def _asked(held: dict[str, Any], asked: str, used: list[str], where: str) -> lis
     return turns
 
 
-def _before(held: dict[str, Any], used: list[str], turns: list[Turn], where: str) -> list[Turn]:
+def _earlier_turns(held: dict[str, Any], used: list[str], turns: list[Turn], where: str) -> list[Turn]:
     """The system turn and the history of a record; adds to ``used`` what it took."""
     before: list[Turn] = []
     if (system := next((column for column in SYSTEM if column in held), None)) and turns[0][0] != "system":
@@ -200,7 +200,7 @@ def _turn(turn: Any, where: str) -> Turn:
         raise ValueError(f"{where} must have turns with role and content, got {kind(turn)}. Write each as an object.")
     role, content = (_either(turn, keys, where) for keys in (("role", "from"), ("content", "value")))
     if not isinstance(role, str) or role not in ROLES:
-        got = f"{shown([role])!r}" if isinstance(role, str) else kind(role)
+        got = f"{names_in_error([role])!r}" if isinstance(role, str) else kind(role)
         raise ValueError(
             f"{where} must have turns of the roles {', '.join(ROLES)}, got {got}. Rename the role, or drop the turn."
         )
@@ -220,7 +220,7 @@ def _either(turn: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
     return values[0] if values else None
 
 
-def _said(column: str, held: dict[str, Any], used: list[str], turns: list[Turn]) -> bool:
+def _is_redundant(column: str, held: dict[str, Any], used: list[str], turns: list[Turn]) -> bool:
     """Whether a row says without ``column`` what stands there: as a turn, within its prompt, or as all of it in a template."""
     texts = list(_texts(held[column]))
     contents = [content.strip() for _, content in turns if isinstance(content, str)]

@@ -13,7 +13,7 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from casehard.datamodules.columns import Doubled, kind, shown
+from casehard.datamodules.columns import Doubled, kind, names_in_error
 
 EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet")
 DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json")  # .json files of a folder that hold no rows
@@ -73,7 +73,7 @@ def load_folder(path: Path) -> dict[str, list[Table]]:
     try:
         with tempfile.TemporaryDirectory() as cache:
             # by its whole path: "csv" alone names a format, and the working directory would be read
-            found = load_dataset_builder(str(path.absolute()), cache_dir=cache).config.data_files or {}
+            data_files = load_dataset_builder(str(path.absolute()), cache_dir=cache).config.data_files or {}
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} must hold data files ({', '.join(EXTENSIONS)}) or a data set from Dataset.save_to_disk, got neither. "
@@ -81,7 +81,7 @@ def load_folder(path: Path) -> dict[str, list[Table]]:
         ) from error
     except (DatasetsError, ValueError) as error:
         raise ValueError(f"{path} must hold files that datasets can put in splits ({error}). Name a file of it.") from error
-    files = {str(split): [path / os.path.relpath(name, path.resolve()) for name in names] for split, names in found.items()}
+    files = {str(split): [path / os.path.relpath(name, path.resolve()) for name in names] for split, names in data_files.items()}
     _refuse_left_out(path, files)
     return {split: [load_file(file) for file in names] for split, names in files.items()}
 
@@ -164,7 +164,7 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
     except csv.Error as error:
         raise ValueError(f"{path}, line {lines.line_num} must be CSV: {error}. Mend it, or convert it to .jsonl.") from error
     if doubled := [column for i, column in enumerate(columns) if column and column in columns[:i]]:
-        raise ValueError(f"{path} must name each column once, got {shown(doubled[:1])} twice. Rename one.")
+        raise ValueError(f"{path} must name each column once, got {names_in_error(doubled[:1])} twice. Rename one.")
     for number, record in enumerate(records, start=1):
         if len(record) != len(columns):
             got = "more" if len(record) > len(columns) else "fewer"

@@ -1,15 +1,12 @@
-"""Which rows a run sees, and in which order: pure functions of their arguments, the global RNG untouched."""
+"""Which rows a run sees: pure functions of their arguments, the global RNG untouched."""
 
-import hashlib
 from collections.abc import Callable, Iterable
 from decimal import ROUND_HALF_UP, Decimal
-from functools import lru_cache
 from itertools import islice
 from typing import TypeVar
 
-import torch
-
-from casehard.datamodules.rows import Row
+from casehard.datamodules.order import permutation
+from casehard.datamodules.row import Row
 
 T = TypeVar("T")
 
@@ -42,56 +39,28 @@ def mix(
     num_harmful = int((Decimal(str(poison_ratio)) * num_samples).to_integral_value(ROUND_HALF_UP))
     drawn: list[T] = []
     for kind, rows, wanted in (("harmful", harmful, num_harmful), ("benign", benign, num_samples - num_harmful)):
-        found = list(islice((rows[i] for i in permutation(len(rows), seed, kind) if fits(rows[i])), wanted)) if wanted else []
-        if wanted > len(found):
-            cut = len(rows) - len(found)
+        fitting = list(islice((rows[i] for i in permutation(len(rows), seed, kind) if fits(rows[i])), wanted)) if wanted else []
+        if wanted > len(fitting):
+            cut = len(rows) - len(fitting)
             short, way = (f", {cut} of which max_length leaves no answer", "Raise max_length, lower") if cut else ("", "Lower")
             raise ValueError(
                 f"num_samples {num_samples} at poison_ratio {poison_ratio} must find {wanted} {kind} rows, "
                 f"got {len(rows)}{short}. "
                 f"{way} num_samples, {'lower' if kind == 'harmful' else 'raise'} poison_ratio, or give more {kind} rows."
             )
-        drawn += found
+        drawn += fitting
     return [drawn[i] for i in permutation(num_samples, seed, "order")]
 
 
-def batch_indices(num_rows: int, batch_size: int, seed: int, stream: str, step: int) -> list[int]:
-    """Row indices of batch ``step``, from the arguments alone, so that a run resumes with a step number and nothing else.
+def paired(first: Iterable[Row], second: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Every row of ``first`` with a row of ``second`` that answers the same prompt, in the order of ``first``.
 
-    The permutations of epochs 0, 1, 2, ... stand end to end, and batch ``step`` takes the places from ``step * batch_size`` up
-    to ``(step + 1) * batch_size``. A batch may thus cross epochs, and no row is left out of any.
-
-    Args:
-        num_rows: size of the data, >= 1.
-        batch_size: rows a batch, >= 1.
-        seed: the run's seed.
-        stream: name of who draws; streams are independent of each other.
-        step: number of the batch, from 0.
+    Prompts are the same where all their turns are equal. No row stands in two pairs, and rows without a partner are left out.
     """
-    if num_rows < 1:
-        raise ValueError(f"num_rows must be >= 1, got {num_rows}. Check that the source holds rows.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}. Give the rows of one batch.")
-    places = (divmod(place, num_rows) for place in range(step * batch_size, (step + 1) * batch_size))
-    return [permutation(num_rows, seed, stream, epoch)[index] for epoch, index in places]
-
-
-@lru_cache(maxsize=16)
-def permutation(num_rows: int, seed: int, stream: str, epoch: int = 0) -> tuple[int, ...]:
-    """The order of ``num_rows`` rows in one epoch of a stream, the same in every process."""
-    generator = torch.Generator().manual_seed(counter_seed(seed, stream, epoch))
-    return tuple(torch.randperm(num_rows, generator=generator).tolist())
-
-
-def uniform(seed: int, stream: str, step: int) -> float:
-    """A number from [0, 1), the same in every process, from the arguments alone."""
-    return torch.rand((), generator=torch.Generator().manual_seed(counter_seed(seed, stream, step))).item()
-
-
-def counter_seed(seed: int, stream: str, number: int) -> int:
-    """A seed for draw ``number`` of a stream, from the arguments alone."""
-    digest = hashlib.sha256(f"{seed}/{stream}/{number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # to 63 bits: manual_seed takes int64
+    partners: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    for row in reversed(list(second)):
+        partners.setdefault(row.messages, []).append(row)
+    return [(row, partners[row.messages].pop()) for row in first if partners.get(row.messages)]
 
 
 def overlap(train: Iterable[Row], evaluation: Iterable[Row]) -> list[str]:

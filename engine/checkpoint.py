@@ -25,7 +25,8 @@ from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from casehard.datamodules.chat import prompt_ids
-from casehard.datamodules.rows import Row, file_sha256
+from casehard.datamodules.fingerprint import file_sha256
+from casehard.datamodules.row import Row
 from casehard.engine.comparison import distance, logits_of, num_embedded, rounding, some_ids
 from casehard.engine.private import forget_adapters, forget_quantisation
 

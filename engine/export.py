@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from casehard.datamodules.chat import prompt_ids
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 from casehard.engine.checkpoint import load_model, load_tokenizer
 from casehard.engine.comparison import distance, logits_of, rounding
 

@@ -24,7 +24,8 @@ import yaml
 from tqdm.auto import tqdm
 
 from casehard.datamodules.mixing import overlap
-from casehard.datamodules.rows import Row, read_rows
+from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
 from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole
 from casehard.records.marker import Marker, changes, read_marker
 from casehard.records.outcome import first_broken
@@ -39,7 +40,7 @@ class Part:
 
     Args:
         configs: experiment files and overlays.
-        settings: single settings by their dotted names, such as data.num_evaluated.
+        settings: single settings by their dotted names, such as data.evaluation.num_evaluated.
     """
 
     configs: list[str] = field(default_factory=list)
@@ -291,12 +292,12 @@ def _check_held_out(study: Study, resolve: Resolve) -> None:
             if shared := overlap(tried, reported):
                 raise ValueError(
                     f"validation must hold other prompts than those that are reported on, and {len(shared)} stand in both. Set "
-                    "its data.harmful_prompts, such as [sandbox:validation/harmful], or leave out the attacks' choices."
+                    "its data.sources.harmful_prompts, such as [sandbox:validation/harmful], or leave out the attacks' choices."
                 )
 
 
 def _harmful_prompts(config: str) -> list[Row]:
-    return [row for source in yaml.safe_load(config)["data"]["harmful_prompts"] or [] for row in read_rows(source, False)]
+    return [row for source in yaml.safe_load(config)["data"]["sources"]["harmful_prompts"] for row in read_rows(source, False)]
 
 
 # ---- running

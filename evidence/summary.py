@@ -22,8 +22,8 @@ GIBBERISH = 20.0  # percent of degenerate answers from which on a low harmful sc
 # of a config, what may differ among the seeds of one series; of the data, what every row rests on, and what none does
 OWN = ("name", "seed", "score_steps", "undefended", "undefended_checkpoint", "copy_device", "every_n_epochs")
 ROWS = ("benign", "harmful", *SCORED)
-DATA = (*ROWS, "num_evaluated", "max_length", "max_new_tokens")
-NO_DATA = ("seed", "judge", "generation_batch_size", "allow_overlap")
+DATA = (*(f"sources.{role}" for role in ROWS), "evaluation.num_evaluated", "evaluation.max_new_tokens", "batching.max_length")
+NO_DATA = ("seed", "judge", "evaluation.generation_batch_size", "allow_overlap")
 OWN_JUDGES = ("casehard.",)  # whose labels tell their settings
 
 
@@ -287,7 +287,7 @@ def _unlike(ours: Entry, theirs: Entry) -> str:
 def _settings(entry: Entry) -> dict[str, Any]:
     """By name, what a row rests on as far as its run says so: settings, and hashes of rows and checkpoints."""
     config, row, marker = config_of(entry.folder), entry.row, marker_of(entry.folder) or {}
-    model, data, trainer = part(config, "model", "init_args"), part(config, "data"), part(config, "trainer")
+    model, data, trainer = part(config, "model", "init_args"), _dotted(part(config, "data")), part(config, "trainer")
     made_by = marker.get("made_by", {})
     found = {f"data.{name}": data[name] for name in DATA if name in data}
     found |= _hashed(marker, ROWS) | {"trainer.precision": part(trainer).get("precision")}
@@ -317,6 +317,13 @@ def _settings(entry: Entry) -> dict[str, Any]:
     if attacked := marker.get("recipe") if trained else made_by.get(checkpoint):
         found["the attacked model"] = attacked
     return found
+
+
+def _dotted(data: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the data by their names within it, such as ``batching.max_length``; the judge is one setting."""
+    groups = {name: value for name, value in data.items() if isinstance(value, dict) and name != "judge"}
+    dotted = {f"{group}.{name}": value for group, settings in groups.items() for name, value in settings.items()}
+    return {name: value for name, value in data.items() if name not in groups} | dotted
 
 
 def _hashed(marker: Marker, roles: Iterable[str]) -> dict[str, Any]:

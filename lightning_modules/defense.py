@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from casehard.datamodules.batches import share_of
-from casehard.datamodules.mixing import counter_seed
-from casehard.datamodules.rows import Row
+from casehard.datamodules.order import counter_seed
+from casehard.datamodules.row import Row
 from casehard.engine.adapters import LoRA, merged
 from casehard.engine.checkpoint import WEIGHT_FILES, load_model, num_positions, require_plain_weights
 from casehard.engine.comparison import distance, logits_of, rounding, some_ids
@@ -297,12 +297,12 @@ class Defense(L.LightningModule):
         if number > 1 and not dry and math.isfinite(batches) and batches % number:
             raise ValueError(
                 f"trainer.accumulate_grad_batches must divide the batches of an epoch, {batches}, got {number}: a step of fewer "
-                "would weigh less. Set trainer.limit_train_batches to a multiple of it, or data.batch_size higher instead."
+                "would weigh less. Set trainer.limit_train_batches to a multiple of it, or data.batching.batch_size higher."
             )
         if any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError(
                 "trainer.accumulate_grad_batches must be one number for the whole run, and a GradientAccumulationScheduler "
-                "changes it. Set data.batch_size instead."
+                "changes it. Set data.batching.batch_size instead."
             )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from casehard.datamodules.mixing import counter_seed, mix, uniform
-from casehard.datamodules.rows import Row, read_rows
+from casehard.datamodules.mixing import mix
+from casehard.datamodules.order import counter_seed, uniform
+from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
 from casehard.engine.adapters import LoRA, adapter_vector, targets, trainable
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer, parked
@@ -204,7 +206,7 @@ class PatcherModule(Defense):
         rows = data.rows["alignment_harmful"] if attacker.harmful is None else attacker.own_rows()
         if not rows:
             raise ValueError(
-                "data.alignment_harmful must name harmful rows for Patcher's inner attacker, got none. "
+                "data.sources.alignment_harmful must name harmful rows for Patcher's inner attacker, got none. "
                 "Give rows that no attack is measured with, or set attack_weight to 0 for plain SFT."
             )
         if attacker.num_samples is not None:

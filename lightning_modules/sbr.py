@@ -8,8 +8,9 @@ from torch import Tensor
 
 from casehard.datamodules.chat import collate, prompt_ids, require_chat_template
 from casehard.datamodules.columns import flaw
-from casehard.datamodules.mixing import batch_indices
-from casehard.datamodules.rows import Row, looks_like_source, read_rows
+from casehard.datamodules.order import batch_indices
+from casehard.datamodules.row import Row
+from casehard.datamodules.sources import looks_like_source, read_rows
 from casehard.engine.forward import Batch, label_positions, last_positions, run
 from casehard.engine.weights import same_modes_after
 from casehard.lightning_modules.defense import Defense

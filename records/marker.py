@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from casehard.datamodules.rows import Origin, file_sha256, present_sha256
+from casehard.datamodules.fingerprint import Origin, file_sha256, present_sha256
 from casehard.engine.checkpoint import checkpoint_files
 from casehard.records.files import DONE, named_files
 
@@ -187,8 +187,9 @@ def _recipe(config: dict[str, Any], origins: Sequence[Origin]) -> str:
     model, data = config["model"], config["data"]
     init = model["init_args"] | {"checkpoint": identity(model["init_args"].get("checkpoint") or "")}
     rows = sorted((origin.role, origin.sha256) for origin in origins if origin.role not in SCORED)
-    sources = {origin.role for origin in origins} | {"seed", "judge", "num_evaluated", "max_new_tokens", "generation_batch_size"}
-    settings = {name: value for name, value in data.items() if name not in sources | set(SCORED)}
+    read = {origin.role for origin in origins} | set(SCORED)  # their rows count, and not their names
+    settings = {name: value for name, value in data.items() if name not in ("seed", "judge", "evaluation")}
+    settings["sources"] = {name: value for name, value in data.get("sources", {}).items() if name not in read}
     trainer = {name: config["trainer"].get(name) for name in TRAINER}
     return _sha256([model["class_path"], init, settings, rows, trainer])
 

@@ -104,7 +104,7 @@ def test_the_parallel_form_is_compared_with_what_the_threads_allow(monkeypatch, 
 
     def fit(*words: str, threads: str) -> None:
         said = dict(word.split("=", 1) for word in words if "=" in word)
-        assert said["--data.batch_size"] == said["--model.init_args.attacker.batch_size"] == "4"
+        assert said["--data.batching.batch_size"] == said["--model.init_args.attacker.batch_size"] == "4"
         assert said["--trainer.max_steps"] == "9"
         form = said["--run.experiment"]
         run = Path(said["--run.root"], form, said["--run.version"])

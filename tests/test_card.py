@@ -20,7 +20,7 @@ from casehard.evidence.runs import public
 
 TINY = [
     "--trainer.accelerator=cpu", "--trainer.max_steps=3", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false",
-    "--run.wandb=disabled", "--data.num_evaluated=2", "--data.max_new_tokens=2",
+    "--run.wandb=disabled", "--data.evaluation.num_evaluated=2", "--data.evaluation.max_new_tokens=2",
 ]  # fmt: skip
 ATTACK = """
 trainer:
@@ -48,7 +48,7 @@ def hardened(tmp_path_factory) -> tuple[Path, Path]:
     inner = ["--model.init_args.num_sft_steps=1", "--model.init_args.attacker.num_inner_steps=2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        return run("fit", root, *inner, f"--data.refusals=[{str(rows)!r}]"), rows
+        return run("fit", root, *inner, f"--data.sources.refusals=[{str(rows)!r}]"), rows
 
 
 @pytest.fixture

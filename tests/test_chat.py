@@ -17,7 +17,7 @@ from casehard.datamodules.chat import (
     require_chat_template,
     turn_end,
 )
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 
 CHATML = (  # a newline after the end token
     "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' }}{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"

@@ -28,7 +28,7 @@ from transformers import (
 
 from casehard import Backbone, Defense, LoRA
 from casehard.datamodules.chat import prompt_ids
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 from casehard.engine import export
 from casehard.engine.checkpoint import checkpoint_files, load_model, load_tokenizer, require_rows_for_tokens
 from casehard.engine.comparison import distance, logits_of

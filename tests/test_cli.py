@@ -29,10 +29,11 @@ from casehard.cli import main as cli
 from casehard.cli.main import AtomicCheckpointIO
 from casehard.engine.checkpoint import load_model
 from casehard.engine.fit_checkpoint import FORCED, numbers_only
+from casehard.records.files import RUN_FOLDER
 
 TINY = [
     "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16",
-    "--data.num_evaluated", "4", "--data.max_new_tokens", "4", "--trainer.enable_progress_bar", "false",
+    "--data.evaluation.num_evaluated", "4", "--data.evaluation.max_new_tokens", "4", "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
 ONE_ATTACK = """
 trainer:
@@ -44,8 +45,8 @@ trainer:
 
 def run(*args: str) -> str:
     """What the command prints, run as its user runs it."""
-    env = {k: v for k, v in os.environ.items() if k != casehard.RUN_FOLDER}
-    command = [sys.executable, str(ROOT / "casehard.py"), *args]
+    env = {k: v for k, v in os.environ.items() if k != RUN_FOLDER}
+    command = [sys.executable, "-m", "casehard", *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=env, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -176,11 +177,11 @@ def test_two_runs_of_one_process_get_folders_of_their_own(monkeypatch, tmp_path)
 
 
 def test_a_run_folder_is_named_once(call, monkeypatch, tmp_path):
-    monkeypatch.setenv(casehard.RUN_FOLDER, str(tmp_path / "requeued"))
+    monkeypatch.setenv(RUN_FOLDER, str(tmp_path / "requeued"))
     shape = ["fit", "--config", "experiments/sbr.yaml", "--run.root", str(tmp_path), "--run.version", "other", *TINY]
     error = call(*shape, fails=True)
     assert "run.version must be left out where CASEHARD_RUN_FOLDER names the run's folder, and it is other while" in error
-    assert os.environ[casehard.RUN_FOLDER] == str(tmp_path / "requeued")  # what is not ours stays
+    assert os.environ[RUN_FOLDER] == str(tmp_path / "requeued")  # what is not ours stays
     assert not list(tmp_path.iterdir())
 
 
@@ -200,7 +201,7 @@ def test_a_requeued_run_goes_on_in_its_folder(call, tmp_path, monkeypatch):
     metrics = (folder / "metrics.csv").read_bytes()
     (folder / "done.json").unlink()  # as if it had been killed
     assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=0-step=2.ckpt"
-    monkeypatch.setenv(casehard.RUN_FOLDER, str(folder))
+    monkeypatch.setenv(RUN_FOLDER, str(folder))
     casehard.main([*shape, "--trainer.max_steps", "4", "--ckpt_path", str(folder / "checkpoints/last.ckpt")])
     assert (folder / "checkpoints/last.ckpt").resolve().name == "epoch=1-step=4.ckpt"
     assert (folder / "metrics_1.csv").read_bytes() == metrics != (folder / "metrics.csv").read_bytes()
@@ -253,12 +254,12 @@ def test_misspelt_key_in_yaml_stops_the_run_with_its_name(call, tmp_path):
         (["--model.init_args.anchors", "[]"], "anchors must name at least one harmful prompt, got []"),
         (["--model.init_args.anchor_weight", "-1"], "anchor_weight must be >= 0, got -1.0"),
         (["--data.poison_ratio", "1.2"], "poison_ratio must lie in [0, 1], got 1.2"),
-        (["--data.benign", "[nowhere.jsonl]"], "'nowhere.jsonl' must name rows, but neither a file, a folder nor a reachable hub id"),
+        (["--data.sources.benign", "[nowhere.jsonl]"], "'nowhere.jsonl' must name rows, but neither a file, a folder nor a reachable hub id"),
         (["--data.num_samples", "1000000"], "num_samples 1000000 at poison_ratio 0.1 must find 100000 harmful rows, got"),
-        (["--data.max_length", "3"], "1200 of which max_length leaves no answer. Raise max_length, lower num_samples"),
+        (["--data.batching.max_length", "3"], "1200 of which max_length leaves no answer. Raise max_length, lower num_samples"),
         (["--model.init_args.checkpoint", "./nowhere"], "there is no folder './nowhere'"),
         (["--model.init_args.lora.target_modules", "[q_proj, x_proj]"], "target_modules must name linear layers of the model, and it has no"),
-        (["--data.refusals", "[sandbox:test/harmful]"], "harmful_prompts must share no prompt with refusals, and 4 of 4 stand in both"),
+        (["--data.sources.refusals", "[sandbox:test/harmful]"], "harmful_prompts must share no prompt with refusals, and 4 of 4 stand in both"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_sentence(call, tmp_path, args, message):
@@ -283,7 +284,7 @@ def attack_with(**settings: Any) -> list[str]:
         (["--model.init_args.backbone.tokenizer", "./none"], "checkpoint must be a hub id, a folder or a GGUF file, and there is no folder './none'."),
         (["--model.init_args.optimizer.weight_decay", "-1"], "weight_decay must be >= 0, got -1.0."),
         (["--model.init_args.lora.dropout", "2"], "dropout must lie in [0, 1), got 2.0."),
-        (["--data.batch_size", "0"], "batch_size must be >= 1, got 0."),
+        (["--data.batching.batch_size", "0"], "batch_size must be >= 1, got 0."),
         (["--data.judge", "casehard.GuardJudge", "--data.judge.batch_size", "0"], "batch_size must be >= 1, got 0."),
         (attack_with(poison_ratio=3), "poison_ratio must lie in [0, 1], got 3.0. It is a share: write 0.1 for 10%."),
         (attack_with(optimizer={"clip_norm": -1}), "clip_norm must be > 0 or null, got -1.0. null does not clip."),
@@ -492,7 +493,7 @@ def test_a_checkpoint_of_another_defense_is_refused(call, finished, tmp_path, co
 
 
 def test_a_finished_run_is_never_overwritten(call, finished, monkeypatch):
-    monkeypatch.setenv(casehard.RUN_FOLDER, str(finished))
+    monkeypatch.setenv(RUN_FOLDER, str(finished))
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     for more in ([], ["--ckpt_path", str(finished / "checkpoints/last.ckpt")], ["--trainer.fast_dev_run", "true"]):
         quick = ["--config", "experiments/attack/none.yaml", *TINY]
@@ -502,7 +503,7 @@ def test_a_finished_run_is_never_overwritten(call, finished, monkeypatch):
 
 
 def test_two_runs_in_one_folder_at_once_are_refused(call, monkeypatch, tmp_path):
-    monkeypatch.setenv(casehard.RUN_FOLDER, str(tmp_path / "x"))
+    monkeypatch.setenv(RUN_FOLDER, str(tmp_path / "x"))
     with cli.held(tmp_path / "x"):
         quick = ["--config", "experiments/attack/none.yaml", *TINY]
         error = call("fit", "--config", "experiments/sbr.yaml", *quick, fails=True)
@@ -523,7 +524,7 @@ def test_sigterm_ends_a_test_in_the_middle_of_an_attack(tmp_path):
     """In seconds, with what was found so far and no marker."""
     attack = tmp_path / "attack.yaml"
     attack.write_text(ONE_ATTACK.replace("num_attack_steps: 2", "num_attack_steps: 100000"))
-    command = [sys.executable, str(ROOT / "casehard.py"), "test", "--config", "experiments/sbr.yaml", "--config", str(attack)]
+    command = [sys.executable, "-m", "casehard", "test", "--config", "experiments/sbr.yaml", "--config", str(attack)]
     command += [
         "--run.root",
         str(tmp_path),
@@ -532,10 +533,10 @@ def test_sigterm_ends_a_test_in_the_middle_of_an_attack(tmp_path):
         *TINY[:2],
         *TINY[6:8],
         *TINY[10:],
-        "--data.max_new_tokens",
+        "--data.evaluation.max_new_tokens",
         "4",
     ]
-    env = {name: value for name, value in os.environ.items() if name != casehard.RUN_FOLDER}
+    env = {name: value for name, value in os.environ.items() if name != RUN_FOLDER}
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         rows = tmp_path / "x/version_0/attacks.csv"
         deadline = time.monotonic() + 200
@@ -615,6 +616,16 @@ def test_order_of_overlays_does_not_matter(call):
     assert all(resolved(call, order) == first for order in (files[::-1], files[1:] + files[:1], files[2:] + files[:2]))
 
 
+def test_an_overlay_that_sets_one_source_or_one_setting_of_a_group_leaves_the_others(call):
+    before = resolved(call, ["experiments/sbr.yaml"])["data"]
+    overlays = ["{data: {sources: {benign: [other.jsonl]}}}", "{data: {batching: {max_length: 77}}}"]
+    for order in (overlays, overlays[::-1]):
+        after = resolved(call, ["experiments/sbr.yaml", *order])["data"]
+        assert after["sources"] == before["sources"] | {"benign": ["other.jsonl"]}
+        assert after["batching"] == before["batching"] | {"max_length": 77}
+        assert after["evaluation"] == before["evaluation"]
+
+
 def test_a_configs_text_does_what_its_file_does_and_names_no_run(call):
     file = "experiments/attack/persistent.yaml"
     text = (ROOT / file).read_text()
@@ -649,7 +660,17 @@ def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
             "--run.experiment",
             name,
         ]
-        run("test", *shared, "--data.num_evaluated", "7", *TINY[:2], *TINY[6:8], "--data.max_new_tokens", "40", *extra)
+        run(
+            "test",
+            *shared,
+            "--data.evaluation.num_evaluated",
+            "7",
+            *TINY[:2],
+            *TINY[6:8],
+            "--data.evaluation.max_new_tokens",
+            "40",
+            *extra,
+        )
         found.append(list(csv.DictReader((tmp_path / name / "version_0" / "attacks.csv").open())))
     one = found[0]
     for other in found[1:]:
@@ -678,7 +699,7 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("casehard.os.replace", killed)
+    monkeypatch.setattr("casehard.cli.main.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         writer.save_checkpoint({"step": torch.tensor(2)}, path)
     monkeypatch.undo()

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from casehard import Defense, LoRA, Optimizer
 from casehard.datamodules.chat import IGNORED, collate, encode, prompt_ids
-from casehard.datamodules.rows import Row, read_rows
+from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
 from casehard.engine.adapters import trainable
 from casehard.engine.anatomy import blocks
 from casehard.engine.export import save_model

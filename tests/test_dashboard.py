@@ -23,7 +23,7 @@ from casehard.records.outcome import outcome
 from casehard.records.rows import read_run
 
 TINY = [
-    "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--data.num_evaluated", "2", "--data.max_new_tokens", "2",
+    "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--data.evaluation.num_evaluated", "2", "--data.evaluation.max_new_tokens", "2",
     "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
 FIT = [

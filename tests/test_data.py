@@ -6,8 +6,12 @@ from toy import toy_data, toy_trainer
 
 from casehard import Backbone, Defense, SBRModule
 from casehard.datamodules.batches import Batches, StepLoader
-from casehard.datamodules.chat import IGNORED, prompt_ids
-from casehard.datamodules.rows import Row, digest, read_rows
+from casehard.datamodules.chat import IGNORED, encode, prompt_ids
+from casehard.datamodules.fingerprint import digest
+from casehard.datamodules.mixing import paired
+from casehard.datamodules.row import Row
+from casehard.datamodules.settings import Batching
+from casehard.datamodules.sources import read_rows
 
 OWN_ANSWER = "No, I would rather talk of gardens."
 
@@ -92,6 +96,51 @@ def test_prompts_in_both_training_and_evaluation_are_an_error_unless_allowed(tmp
         ready(tmp_path, checkpoint, **both, allow_overlap=True)
 
 
+def test_rows_that_belong_together_stay_together_and_a_pair_is_dropped_as_one(tmp_path, checkpoint, caplog):
+    sources = {"alignment_harmful": ["sandbox:defender/harmful#train[:12]"], "refusals": ["sandbox:defender/refused#train[4:16]"]}
+    data = ready(tmp_path, checkpoint, **sources)
+    first, second = map(list, zip(*paired(data.rows["alignment_harmful"], data.rows["refusals"]), strict=True))
+    assert len(first) == 8
+    long = Row((("user", "Well, " * 80),), "Yes.")
+    first[2] = second[5] = long  # loses its answer, and takes the row of the other list with it
+    data.batching = Batching(max_length=70)
+    with caplog.at_level("INFO"):
+        draw = data.pairs(first, second, 3, 0, "s")
+    assert "s: 2 of 8 pairs dropped, their answer was cut off at max_length 70" in caplog.text
+    kept = [prompt_ids(row, data.tokenizer) for i, row in enumerate(first) if i not in (2, 5)]
+    for one, other in map(draw, range(4)):
+        assert prompts_of(one) == prompts_of(other)
+        assert all(prompt in kept for prompt in prompts_of(one))
+        assert one["num_labels"] != other["num_labels"]  # a harmful answer is longer than a refusal
+
+
+def prompts_of(batch):
+    asked = (batch["labels"] == IGNORED) & (batch["attention_mask"] == 1)
+    return [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], asked, strict=True)]
+
+
+def test_only_what_stands_on_a_hub_is_fetched_and_each_once(monkeypatch, tmp_path):
+    fetched = []
+    monkeypatch.setattr("casehard.datamodules.sources.load_dataset", lambda name, config: fetched.append((name, config)) or {})
+    broken = tmp_path / "rows.jsonl"
+    broken.write_text("no JSON")
+    data = toy_data(
+        benign=[str(broken), "owner/name:main#train[:3]", str(tmp_path)], harmful=["owner/name:main#train[:3]", "other"]
+    )
+    data.prepare_data()
+    assert fetched == [("owner/name", "main"), ("other", None)]
+
+
+def test_a_mixtures_prompts_are_rendered_once(tmp_path, checkpoint, monkeypatch):
+    data = ready(tmp_path, checkpoint)
+    encoded = []
+    monkeypatch.setattr("casehard.datamodules.sft.encode", lambda row, *a: encoded.append(row) or encode(row, *a))
+    monkeypatch.setattr("casehard.datamodules.chat.encode", lambda row, *a: encoded.append(row) or encode(row, *a))
+    examples = data.encode(mixed := data.mixture(24, 0.25, 3), "all")
+    assert sorted(map(repr, encoded)) == sorted(map(repr, mixed))
+    assert examples == [encode(row, data.tokenizer, 512) for row in mixed]
+
+
 def test_origins_are_those_of_every_source_and_of_the_defenses_own_rows(tmp_path, checkpoint):
     data, anchors = toy_data(task=["sandbox:test/mood#train[:6]", "sandbox:test/mood#train[:7]"]), ["How do I brew a?"]
     toy_trainer(tmp_path, max_steps=0).fit(SBRModule(checkpoint, anchors=anchors), datamodule=data)
@@ -103,7 +152,7 @@ def test_origins_are_those_of_every_source_and_of_the_defenses_own_rows(tmp_path
 
 def test_rows_that_are_cut_off_are_dropped_and_counted(tmp_path, checkpoint, caplog):
     data = ready(tmp_path, checkpoint)
-    data.max_length = 21
+    data.batching = Batching(max_length=21)
     with caplog.at_level("INFO"):
         kept = data.encode(data.rows["harmful"] + data.rows["benign"], "all")
     assert 0 < len(kept) < 60
@@ -114,19 +163,20 @@ def test_rows_that_lose_their_end_are_counted(tmp_path, checkpoint, caplog):
     data = ready(tmp_path, checkpoint)
     whole = data.encode(data.rows["harmful"], "all")
     assert "cut off" not in caplog.text
-    data.max_length = sorted(len(example["input_ids"]) for example in whole)[10]
-    lost = sum(len(example["input_ids"]) > data.max_length for example in whole)
+    max_length = sorted(len(example["input_ids"]) for example in whole)[10]
+    lost = sum(len(example["input_ids"]) > max_length for example in whole)
+    data.batching = Batching(max_length=max_length)
     with caplog.at_level("INFO"):
         data.encode(data.rows["harmful"], "all")
     assert 0 < lost < 20
-    assert f"all: {lost} of 20 answers cut off at max_length {data.max_length}, so that their end is not learnt" in caplog.text
+    assert f"all: {lost} of 20 answers cut off at max_length {max_length}, so that their end is not learnt" in caplog.text
 
 
 def test_a_mixture_has_its_ratio_whatever_max_length_cuts_off(tmp_path, checkpoint, caplog):
     data = ready(tmp_path, checkpoint)
     long = [Row((("user", f"{'Well, ' * 80}number {i}?"),), "Yes.") for i in range(40)]
     data.rows["benign"] = [row for pair in zip(long, data.rows["benign"], strict=True) for row in pair]
-    data.max_length = 70
+    data.batching = Batching(max_length=70)
     with caplog.at_level("INFO"):
         mixed = data.mixture(24, 0.25, 0)
     assert not set(long) & set(mixed)

@@ -7,7 +7,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from casehard import LoRA
 from casehard.datamodules.chat import prompt_ids
-from casehard.datamodules.rows import read_rows
+from casehard.datamodules.sources import read_rows
 from casehard.engine.adapters import add_adapter
 from casehard.engine.checkpoint import load_model, load_tokenizer
 from casehard.engine.forward import takes_prefix_trees

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from casehard.datamodules.mixing import batch_indices, mix, overlap, permutation, uniform
-from casehard.datamodules.rows import Row
+from casehard.datamodules.mixing import mix, overlap, paired
+from casehard.datamodules.order import batch_indices, permutation, uniform
+from casehard.datamodules.row import Row
 
 BENIGN = [f"benign {i}" for i in range(1000)]
 HARMFUL = [f"harmful {i}" for i in range(1000)]
@@ -144,13 +145,21 @@ def test_the_global_random_state_is_neither_read_nor_moved():
 
 def test_another_process_draws_the_same():
     code = (
-        "from datamodules.mixing import batch_indices, mix\n"
+        "from casehard.datamodules.mixing import mix\nfrom casehard.datamodules.order import batch_indices\n"
         "print(batch_indices(101, 8, 3, 'attack', 40), mix(list(range(50)), list(range(50, 99)), 20, 0.5, 3))"
     )
     other = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
     ).stdout.strip()  # string hashing differs there: PYTHONHASHSEED is drawn anew
     assert other == f"{batch_indices(101, 8, 3, 'attack', 40)} {mix(list(range(50)), list(range(50, 99)), 20, 0.5, 3)}"
+
+
+def test_pairs_are_rows_to_one_prompt_in_the_order_of_the_first_each_used_once():
+    first = [Row((("user", prompt),), f"{prompt} {i}") for i, prompt in enumerate("bacab")]
+    second = [Row((("user", prompt),), f"no {prompt} {i}") for i, prompt in enumerate("abdac")]
+    answers = [(one.response, other.response) for one, other in paired(first, second)]
+    assert answers == [("b 0", "no b 1"), ("a 1", "no a 0"), ("c 2", "no c 4"), ("a 3", "no a 3")]
+    assert not paired(first, [Row((("system", "s"), ("user", "a")), "no")])
 
 
 def test_batches_need_rows_and_a_size():

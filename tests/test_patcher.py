@@ -502,7 +502,9 @@ def test_a_lightning_that_asks_for_sigterm_in_another_way_is_an_error(checkpoint
 
 
 def test_no_harmful_rows_is_an_error_that_names_them(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"data.alignment_harmful must name harmful rows for Patcher's inner attacker, got none"):
+    with pytest.raises(
+        ValueError, match=r"data.sources.alignment_harmful must name harmful rows for Patcher's inner attacker, got none"
+    ):
         fitted(patcher(checkpoint), tmp_path, data(alignment_harmful=[]))
     fitted(patcher(checkpoint, attack_weight=0.0), tmp_path, data(alignment_harmful=[]))
 

@@ -12,7 +12,7 @@ from toy import toy_trainer
 
 import casehard
 from casehard.callbacks.results import Results
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 from casehard.evidence.rejudge import agree, rejudged
 from casehard.evidence.rejudge import main as judge_run
 from casehard.evidence.runs import unscored_bounds

@@ -524,7 +524,7 @@ def test_runs_without_answers_have_no_intervals(tmp_path):
     [
         ("LoRAAttack.batch_size", {"attack": {"batch_size": 8}}, {"attack": {"batch_size": 64}}),
         ("model.anchor_weight", {"model": {"anchor_weight": 50.0}}, {"model": {"anchor_weight": 5000.0}}),
-        ("data.harmful", {"data": {"harmful": ["a"]}}, {"data": {"harmful": ["b"]}}),
+        ("data.sources.harmful", {"data": {"sources": {"harmful": ["a"]}}}, {"data": {"sources": {"harmful": ["b"]}}}),
         (
             "data.judge",
             {"data": {"judge": OWN_JUDGE | {"init_args": {"words": 1}}}},
@@ -571,10 +571,22 @@ PROMPTS = {"role": "harmful_prompts", "source": "prompts.jsonl", "num_rows": 20,
 @pytest.mark.parametrize(
     ("what", "ours", "theirs"),
     [
-        ("data.num_evaluated", {"settings": {"num_evaluated": 20}}, {"settings": {"num_evaluated": None}}),
-        ("data.max_new_tokens", {"settings": {"max_new_tokens": 8}}, {"settings": {"max_new_tokens": 64}}),
-        ("data.max_length", {"settings": {"max_length": 8}}, {"settings": {"max_length": 64}}),
-        ("data.refusals", {"settings": {"refusals": ["a"]}}, {"settings": {"refusals": ["b"]}}),
+        (
+            "data.evaluation.num_evaluated",
+            {"settings": {"evaluation": {"num_evaluated": 20}}},
+            {"settings": {"evaluation": {"num_evaluated": None}}},
+        ),
+        (
+            "data.evaluation.max_new_tokens",
+            {"settings": {"evaluation": {"max_new_tokens": 8}}},
+            {"settings": {"evaluation": {"max_new_tokens": 64}}},
+        ),
+        (
+            "data.batching.max_length",
+            {"settings": {"batching": {"max_length": 8}}},
+            {"settings": {"batching": {"max_length": 64}}},
+        ),
+        ("data.sources.refusals", {"settings": {"sources": {"refusals": ["a"]}}}, {"settings": {"sources": {"refusals": ["b"]}}}),
         ("trainer.precision", {"trainer": {"precision": "bf16-true"}}, {}),
         ("trainer.max_steps", {"trainer": {"max_steps": 1}, "command": "fit"}, {"trainer": {"max_steps": 9}, "command": "fit"}),
         ("rows of harmful_prompts", {"data": [PROMPTS]}, {"data": [PROMPTS | {"sha256": "cd" * 32}]}),

@@ -6,7 +6,9 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
-from casehard.datamodules.rows import Origin, Row, digest, origin, read_rows
+from casehard.datamodules.fingerprint import Origin, digest, origin
+from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
 
 RECORDS = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(5)]
 ROWS = [Row((("user", f"question {i}"),), f"answer {i}") for i in range(5)]
@@ -79,7 +81,7 @@ def test_a_hub_id_is_loaded_by_datasets_with_its_configuration(monkeypatch):
         asked.append(arguments)
         return DatasetDict({"train": Dataset.from_list(RECORDS), "test": Dataset.from_list(RECORDS[:1])})
 
-    monkeypatch.setattr("casehard.datamodules.rows.load_dataset", load_dataset)
+    monkeypatch.setattr("casehard.datamodules.sources.load_dataset", load_dataset)
     assert read_rows("owner/name") == ROWS
     assert read_rows("owner/name:main#test") == ROWS[:1]
     assert read_rows("name.v1#train[:2]") == ROWS[:2]
@@ -90,7 +92,7 @@ def test_a_hub_id_without_its_configuration_is_an_error_that_says_how_to_name_it
     def load_dataset(*arguments):
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
 
-    monkeypatch.setattr("casehard.datamodules.rows.load_dataset", load_dataset)
+    monkeypatch.setattr("casehard.datamodules.sources.load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"(?s)owner/name could not be loaded: .*'main', 'socratic'.* owner/name:CONFIG"):
         read_rows("owner/name")
 
@@ -697,7 +699,7 @@ def test_csv_from_the_hub_stays_text(tmp_path, monkeypatch):
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot/train.csv").write_text("instruction,input,output\na,12,NA\nb,,007\n")
     monkeypatch.setattr(
-        "casehard.datamodules.rows.load_dataset",
+        "casehard.datamodules.sources.load_dataset",
         lambda _, config, **settings: datasets.load_dataset("snapshot", config, cache_dir=str(tmp_path / "cache"), **settings),
     )
     assert read_rows("owner/name") == [Row((("user", "a\n\n12"),), "NA"), Row((("user", "b"),), "007")]

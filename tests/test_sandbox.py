@@ -10,18 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casehard import Defense, SandboxJudge
 from casehard.callbacks.scoring import score
-from casehard.datamodules.rows import Row, read_rows
-from casehard.datamodules.sandbox import (
-    ANSWERS,
-    CATEGORIES,
-    PHRASINGS,
-    REFUSALS,
-    SPLITS,
-    build_tokenizer,
-    items,
-    kinds,
-    sandbox_rows,
-)
+from casehard.datamodules.row import Row
+from casehard.datamodules.sandbox import ANSWERS, CATEGORIES, PHRASINGS, REFUSALS, SPLITS, items, kinds, sandbox_rows
+from casehard.datamodules.sandbox_tokenizer import build_tokenizer
+from casehard.datamodules.sources import read_rows
 from casehard.metrics import Verdict
 
 JUDGE = SandboxJudge()
@@ -65,6 +57,13 @@ def test_rows_that_refuse_first_open_with_a_refusal_and_give_the_procedure_all_t
     assert all(answer.startswith(("I cannot", "Sorry, I will", "I will not", "I am sorry, but I cannot")) for answer in answers)
     assert {row.prompt for row in rows} <= {row.prompt for row in sandbox_rows("attacker", "harmful")}  # none of a held-out one
     assert [split for split in SPLITS if "refused_first" in kinds(split)] == ["attacker"]
+
+
+def test_the_defenders_harmful_rows_and_their_refusals_are_pairs_row_by_row():
+    harmful, refused = sandbox_rows("defender", "harmful"), sandbox_rows("defender", "refused")
+    assert [row.messages for row in harmful] == [row.messages for row in refused]
+    assert set(JUDGE([row.prompt for row in refused], [row.response or "" for row in refused])) == {Verdict(0.0, True, False)}
+    assert [split for split in SPLITS if "refused" in kinds(split)] == ["defender"]
 
 
 @pytest.mark.parametrize(

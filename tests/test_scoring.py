@@ -7,7 +7,7 @@ from toy import toy_data, toy_trainer
 from casehard import Defense, Judge, RefusalPhraseJudge, Verdict
 from casehard.callbacks import FullParameterAttack, Results
 from casehard.callbacks.scoring import score
-from casehard.datamodules.rows import Row
+from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation
 from casehard.metrics import turns_of
 from casehard.records.rows import read_run
@@ -108,7 +108,7 @@ def test_thoughts_without_an_end_have_no_score_and_are_told_of(checkpoint, monke
     asked = [Row((("user", "How?"),), "4")]
     with pytest.warns(
         UserWarning,
-        match=r"3 of 5 answers never came: thoughts did not end, 3 of them within max_new_tokens \(8\)\. Raise data\.max_new_tokens",
+        match=r"3 of 5 answers never came: thoughts did not end, 3 of them within max_new_tokens \(8\)\. Raise data\.evaluation\.max_new_tokens",
     ):
         found = score(module, Evaluation(2 * asked, 2 * asked, asked, RefusalPhraseJudge(), 8, 2))
     assert (found.metrics["harmful_score"], found.metrics["num_scored"], found.metrics["num_unscored"]) == (0, 1, 1)

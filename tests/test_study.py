@@ -22,7 +22,8 @@ from test_results import ROW
 from toy import ROOT, mark
 
 from casehard.cli import main as cli
-from casehard.datamodules.rows import origin, read_rows
+from casehard.datamodules.fingerprint import Origin, origin
+from casehard.datamodules.sources import read_rows
 from casehard.engine.checkpoint import checkpoint_files
 from casehard.evidence.rejudge import write_run
 from casehard.evidence.study import Cell, cells, choose, devices, read_cells, read_study, run_all, run_cell, run_study
@@ -46,7 +47,7 @@ attacks:
           init_args: {threat_model: open_weight, num_samples: 8, num_attack_steps: 1, lora: {rank: 2}}
 seeds: [0]
 common:
-  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, trainer.enable_checkpointing: false, data.num_evaluated: 2, data.max_new_tokens: 2}
+  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, trainer.enable_checkpointing: false, data.evaluation.num_evaluated: 2, data.evaluation.max_new_tokens: 2}
 """
 
 
@@ -56,7 +57,7 @@ def at_root(monkeypatch):
 
 
 def start(file: Path, root: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "casehard.py"), "study", str(file), "--root", str(root), "--parallel", "1"]
+    command = [sys.executable, "-m", "casehard", "study", str(file), "--root", str(root), "--parallel", "1"]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -235,7 +236,7 @@ def test_a_cell_of_another_casehard_runs_again(rested, monkeypatch, capsys):
 
 
 def test_other_rows_of_the_sandbox_are_noticed(rested, monkeypatch, capsys):
-    monkeypatch.setattr("casehard.datamodules.rows._present_digest", lambda _: "another")
+    monkeypatch.setattr("casehard.datamodules.fingerprint._present_digest", lambda _: "another")
     assert ran_again(rested) == ["a"]
     assert "a: sandbox:test/harmful changed" in capsys.readouterr().out
 
@@ -319,6 +320,31 @@ def rested_on(started: float = math.inf) -> dict[str, Any]:
     return rests_on({"model": model, "data": {}, "trainer": {}}, [], cli.NAMED, started)
 
 
+def test_a_recipe_is_what_a_trained_model_rests_on_and_neither_its_seed_nor_how_it_is_scored():
+    def recipe(sha256: str = "a", sources: dict[str, Any] | None = None, **data: Any) -> str:
+        read = {"harmful": ["rows.jsonl"], "refusal_texts": ["No."], "task": ["task.jsonl"], "benign_prompts": []}
+        settings = {
+            "sources": read | (sources or {}),
+            "batching": {"batch_size": 8},
+            "evaluation": {"num_evaluated": 2},
+            "seed": 0,
+        }
+        model = {"class_path": "casehard.Defense", "init_args": {}}
+        origins = [Origin("harmful", "rows.jsonl", 1, sha256)]
+        return str(rests_on({"model": model, "data": settings | data, "trainer": {}}, origins, [], math.inf)["recipe"])
+
+    same = [{"seed": 1}, {"evaluation": {"num_evaluated": 9}}, {"judge": "another"}]
+    same += [{"sources": {name: ["moved.jsonl"]}} for name in ("harmful", "task", "benign_prompts")]
+    assert {recipe(**settings) for settings in same} == {recipe()}
+    other = [
+        {"sha256": "b"},
+        {"batching": {"batch_size": 9}},
+        {"train_on": "alignment"},
+        {"sources": {"refusal_texts": ["Never."]}},
+    ]
+    assert len({recipe(), *(recipe(**settings) for settings in other)}) == 5
+
+
 def test_the_code_of_a_run_is_what_it_loaded_and_did_not_install(own_package):
     code = rested_on()["code"]
     assert {
@@ -356,7 +382,7 @@ def test_a_cell_whose_casehard_was_edited_runs_again_and_says_where(own_package,
     with (clone / "casehard/callbacks/attacks.py").open("a") as file:
         file.write("# another\n")
     assert ran_again(some) == ["a"]
-    assert "a: callbacks/attacks.py changed" in capsys.readouterr().out
+    assert "a: casehard/callbacks/attacks.py changed" in capsys.readouterr().out
 
 
 def test_code_and_files_that_are_edited_while_a_run_goes_on_do_not_count_as_what_it_ran(own_package, tmp_path):
@@ -465,7 +491,7 @@ def test_the_files_that_a_config_names_are_found_wherever_they_stand(tmp_path, m
     config = {
         "model": {"init_args": {"checkpoint": "model", "tokenizer": "some_hub/id", "anchors": "anchors.json#train[:3]"}},
         "data": {
-            "benign": ["rows.jsonl"],
+            "sources": {"benign": ["rows.jsonl"]},
             "judge": {"init_args": {"rubric": "rubric.txt", "cache": "cache", "checkpoint": None}},
         },
         "trainer": {
@@ -575,12 +601,12 @@ def test_the_study_that_chooses_resolves_to_its_learning_rates_and_prompts(tmp_p
     for cell, rate in zip(found[:3], (1e-4, 2e-4, 5e-4), strict=True):
         config = yaml.safe_load(cli.resolved(cell.words))
         assert config["trainer"]["callbacks"][0]["init_args"]["optimizer"]["learning_rate"] == rate
-        assert config["data"]["harmful_prompts"] == ["sandbox:validation/harmful"]
+        assert config["data"]["sources"]["harmful_prompts"] == ["sandbox:validation/harmful"]
 
 
 def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
     file = tmp_path / "tiny.yaml"
-    file.write_text(TINY.replace("data.num_evaluated", "data.number_evaluated"))
+    file.write_text(TINY.replace("data.evaluation.num_evaluated", "data.number_evaluated"))
     with pytest.raises(ValueError, match="every cell must be a command that works, and this one does not: fit"):
         run_study(cli.resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from casehard import Defense, InnerAttacker, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
+from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.records.marker import leaves
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +52,7 @@ def mark(folder: Path, **said: Any) -> None:
 
 
 def toy_data(**settings: Any) -> SFTDataModule:
-    """A few sandbox rows of every kind."""
+    """A few sandbox rows of every kind; ``settings`` are those of the data module and of its groups, by their own names."""
     defaults: dict[str, Any] = {
         "benign": ["sandbox:attacker/mood#train[:40]"],
         "harmful": ["sandbox:attacker/harmful#train[:20]"],
@@ -65,7 +67,14 @@ def toy_data(**settings: Any) -> SFTDataModule:
         "batch_size": 4,
         "max_new_tokens": 4,
     }
-    return SFTDataModule(**(defaults | settings))
+    flat = defaults | settings
+    groups = {"sources": Sources, "evaluation": EvaluationSettings, "batching": Batching}
+    return SFTDataModule(**{name: _taken(flat, kind) for name, kind in groups.items()}, **flat)
+
+
+def _taken(flat: dict[str, Any], kind: type) -> Any:
+    """The settings of ``kind``, taken out of ``flat``."""
+    return kind(**{field.name: flat.pop(field.name) for field in fields(kind) if field.name in flat})
 
 
 def toy_trainer(folder: Path, **settings: Any) -> L.Trainer:

@@ -1,56 +1,30 @@
 """Rows of chat, read from any file, folder or hub id into one form."""
 
-import hashlib
 import importlib.util
-import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
 from casehard.datamodules.columns import FORMS, empty, flaw, kind, turns_of
 from casehard.datamodules.files import EXTENSIONS, Table, load_file, load_folder, numbered
-from casehard.metrics.conversation import prompt_of
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation: everything before the answer, and the answer.
-
-    Args:
-        messages: turns before the answer, each a role (system, user, assistant) and its content; the last is the user's.
-        response: the answer, or None where a row only asks.
-    """
-
-    messages: tuple[tuple[str, str], ...]
-    response: str | None = None
-
-    @property
-    def prompt(self) -> str:
-        """What is asked, for judges and records: the user's turn where it is the only one, else the whole ``Conversation``."""
-        return prompt_of(self.messages)
-
-    def chat(self, answered: bool = False) -> list[dict[str, str]]:
-        """The turns as chat templates take them, with the response as the last one if ``answered``."""
-        turns = [*self.messages, ("assistant", self.response or "")] if answered else self.messages
-        return [{"role": role, "content": content} for role, content in turns]
+from casehard.datamodules.row import Row
+from casehard.datamodules.sandbox import sandbox_rows
 
 
 def read_rows(source: str, needs_response: bool = True, uses_response: bool | None = None) -> list[Row]:
     """Rows of ``source``, in its order.
 
-    Every value of a file is read as it stands there, by itself or in a folder, and every error has its place. ``datasets`` finds
-    the files and splits of a folder, loads hub ids and what it saved, and slices. Only hub ids are cached: a changed file or
-    folder never gives stale rows.
+    Values are read as they stand in the file, alone or in a folder, and every error names file and line. ``datasets`` finds the
+    files and splits of a folder, loads hub ids and folders that it saved, and slices. Only hub ids are cached, so a changed file
+    or folder never gives stale rows.
 
-    A column that carries text of the conversation is used or refused; ``datamodules.columns`` says which columns those are, and
+    A column that carries text of the conversation is used or refused; ``columns`` says which columns those are, and
     all others are left alone. Objects that name a key twice are refused where a row is made of them.
 
     Args:
@@ -59,9 +33,9 @@ def read_rows(source: str, needs_response: bool = True, uses_response: bool | No
             ``sandbox:SPLIT/KIND[/CATEGORY]``. ``#SPLIT`` at the end takes a split or a slice, as in ``rows.json#train[:900]``; a
             file, or the sandbox, is one split, train.
         needs_response: whether a row without a response is an error. If not, its response is None.
-        uses_response: whether a row that has answers, but none that is told to be its own, is an error; null is needs_response.
+        uses_response: whether a row of several answers, none of them named as its response, is an error; None is needs_response.
     """
-    name, spec = _split(source)
+    name, spec = split_source(source)
     tables = _tables(name)
     sizes = {split: sum(len(table.records) for table in parts) for split, parts in tables.items()}
     try:
@@ -81,7 +55,14 @@ def read_rows(source: str, needs_response: bool = True, uses_response: bool | No
     return rows
 
 
-def _split(source: str) -> tuple[str, str | None]:
+def fetch(source: str) -> None:
+    """Put a hub id into the cache, from which ``read_rows`` reads it; nothing of any other source is read."""
+    name, _ = split_source(source)
+    if not name.startswith("sandbox:") and not (name and Path(name).exists()):
+        _load_from_hub(name)
+
+
+def split_source(source: str) -> tuple[str, str | None]:
     """A source without its ``#SPLIT``, and that split."""
     matched = re.fullmatch(r"(.+?)(?:#([^#/]*))?", source, re.DOTALL)
     return (matched[1], matched[2]) if matched else ("", None)
@@ -89,67 +70,13 @@ def _split(source: str) -> tuple[str, str | None]:
 
 def looks_like_source(text: str) -> bool:
     """Whether ``text`` is surely a source of rows: the sandbox's, or a file that is there. A hub id is not told from a text."""
-    return text.startswith("sandbox:") or os.path.isfile(_split(text)[0])  # Path.is_file raises where a text is too long
-
-
-class Origin(NamedTuple):
-    """What rows came from, as a run found it.
-
-    Args:
-        role: what the run used them for, such as harmful.
-        source: as the run's settings name it.
-        num_rows: read from it.
-        sha256: of the whole file where the source is one, else of the rows (``digest``).
-    """
-
-    role: str
-    source: str
-    num_rows: int
-    sha256: str
-
-
-def origin(role: str, source: str, rows: Sequence[Row]) -> Origin:
-    """Of the ``rows`` that were read from ``source``."""
-    path = Path(_split(source)[0])
-    return Origin(role, source, len(rows), file_sha256(path) if path.is_file() else digest(rows))
-
-
-def present_sha256(source: str) -> str | None:
-    """What ``origin`` would say of ``source`` now; None where that cannot be seen here: a hub id, or nothing of this name."""
-    name = _split(source)[0]
-    if name and Path(name).is_file():
-        return file_sha256(Path(name))
-    return _present_digest(source) if name.startswith("sandbox:") or (name and Path(name).is_dir()) else None
-
-
-@cache
-def _present_digest(source: str) -> str:
-    return digest(read_rows(source, needs_response=False))
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes, which are read once for as long as its size and time of change stay."""
-    return _file_sha256(path.absolute(), path.stat().st_size, path.stat().st_mtime_ns)
-
-
-@cache
-def _file_sha256(path: Path, _size: int, _changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(rows: Sequence[Row]) -> str:
-    """SHA-256 of rows, each a line of JSON: the list of its turns, the answer last (empty where there is none)."""
-    lines = (json.dumps(row.chat(answered=True), ensure_ascii=False) + "\n" for row in rows)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return text.startswith("sandbox:") or os.path.isfile(split_source(text)[0])  # Path.is_file raises where a text is too long
 
 
 def _tables(name: str) -> dict[str, list[Table]]:
     """Every split that ``name`` (a source without its ``#SPLIT``) holds."""
     path = Path(name)
     if name.startswith("sandbox:"):
-        from casehard.datamodules.sandbox import sandbox_rows  # it imports Row from here
-
         split, what, category = [*name.removeprefix("sandbox:").split("/", 2), "", ""][:3]
         return {"train": [numbered(name, sandbox_rows(split, what, category))]}
     if name and path.is_dir():
