@@ -90,14 +90,11 @@ def _parts(layer: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
 
 def _writers(layer: nn.Module, dim: int) -> list[nn.Module]:
     """Of every group of matrices with one parent, the last that ends in the residual stream."""
-    last = {}
-    for parent in layer.modules():
-        if isinstance(parent, LoraLayer):
-            continue
-        for child in parent.children():
-            if _writes(child, dim):
-                last[id(parent)] = child
-    return list({id(writer): writer for writer in last.values()}.values())
+    if isinstance(layer, LoraLayer):  # what is inside is the adapter's
+        return []
+    children = list(layer.children())
+    inside = [writer for child in children for writer in _writers(child, dim)]
+    return inside + [child for child in children if _writes(child, dim)][-1:]
 
 
 def _writes(module: nn.Module, dim: int) -> bool:
