@@ -12,7 +12,10 @@ from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
-from casehard.lightning_modules import Backbone, Defense, Optimizer, train_steps
+from casehard.engine.optimizer import Optimizer
+from casehard.engine.training import train_steps
+from casehard.lightning_modules.backbone import Backbone
+from casehard.lightning_modules.defense import Defense
 
 SANDBOX = str(Path(__file__).parent.parent / "models/sandbox/aligned")
 

@@ -22,7 +22,7 @@ from casehard.datamodules.order import batch_indices
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import REFUSAL, Batching, Sources
 from casehard.datamodules.sources import read_rows
-from casehard.lightning_modules import Defense
+from casehard.lightning_modules.defense import Defense
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 

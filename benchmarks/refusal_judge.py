@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import CLI
 
-from casehard.metrics import RefusalPhraseJudge
+from casehard.metrics.refusal_phrases import RefusalPhraseJudge
 from casehard.metrics.statistics import Interval, mean_interval
 
 TEXTS = Path(__file__).parent.parent / "tests" / "refusals.json"

@@ -17,8 +17,10 @@ from casehard.datamodules.mixing import mix
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch, last_positions, run
+from casehard.engine.optimizer import Optimizer
+from casehard.engine.training import train_steps
 from casehard.engine.weights import attack_vector, same_modes_after, snapshot, vector_norm
-from casehard.lightning_modules import Defense, Optimizer, train_steps
+from casehard.lightning_modules.defense import Defense
 
 
 def first_tokens(rows: list[Row], module: Defense) -> list[int]:

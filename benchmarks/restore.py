@@ -10,8 +10,10 @@ from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.mixing import mix
 from casehard.datamodules.sources import read_rows
+from casehard.engine.optimizer import Optimizer
+from casehard.engine.training import train_steps
 from casehard.engine.weights import borrowed
-from casehard.lightning_modules import Defense, Optimizer, train_steps
+from casehard.lightning_modules.defense import Defense
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 

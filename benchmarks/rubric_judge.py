@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from jsonargparse import CLI
 
-from casehard.metrics import RubricJudge
+from casehard.metrics.rubric_judge import RubricJudge
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from judge_server import serving

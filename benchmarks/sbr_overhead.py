@@ -13,7 +13,9 @@ from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.mixing import mix
 from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
-from casehard.lightning_modules import Optimizer, SBRModule, train_steps
+from casehard.engine.optimizer import Optimizer
+from casehard.engine.training import train_steps
+from casehard.lightning_modules.sbr import SBRModule
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 

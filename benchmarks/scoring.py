@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from casehard.datamodules.chat import prompt_ids
 from casehard.datamodules.sources import read_rows
 from casehard.engine.generation import end_tokens, generate
-from casehard.lightning_modules import Defense
+from casehard.lightning_modules.defense import Defense
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 

@@ -16,7 +16,9 @@ from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
-from casehard.lightning_modules import Defense, Optimizer, train_steps
+from casehard.engine.optimizer import Optimizer
+from casehard.engine.training import train_steps
+from casehard.lightning_modules.defense import Defense
 
 PRECISIONS = {"float32": False, "bfloat16": True}  # under autocast or not
 

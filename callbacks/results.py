@@ -19,8 +19,8 @@ from rich.text import Text
 
 from casehard.engine.export import save_model
 from casehard.lightning_modules.defense import Defense
-from casehard.metrics import error_rates
 from casehard.metrics.judges import NO_VERDICT
+from casehard.metrics.refusal_phrases import error_rates
 from casehard.records.files import write_whole
 from casehard.records.outcome import METRICS, outcome, steps_to_break
 from casehard.records.rows import KEYS, ResultRow, read_run

@@ -15,18 +15,9 @@ from casehard.datamodules.chat import prompt_ids, read_answers
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.lightning_modules.defense import Defense
-from casehard.metrics import (
-    AttackSuccessRate,
-    Conversation,
-    DegenerateRate,
-    FinetuneAccuracy,
-    HarmfulScore,
-    Judge,
-    RefusalRate,
-    Verdict,
-    judged,
-    unscored,
-)
+from casehard.metrics.conversation import Conversation
+from casehard.metrics.harmful_score import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate
+from casehard.metrics.judges import Judge, Verdict, judged, unscored
 
 Generation = dict[str, Any]
 

@@ -1,67 +1,25 @@
-"""Casehard's front door: its public names, each imported when it is asked for."""
+"""Casehard's public names, each imported when it is asked for; ``__init__.pyi`` lists them, for type checkers too.
 
+What is not listed goes by its module, such as ``casehard.lightning_modules.sbr.SBRModule``.
+"""
+
+import ast
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from casehard.callbacks import Evaluate, FullParameterAttack, LoRAAttack, Results
-    from casehard.cli.main import main
-    from casehard.datamodules import SandboxJudge, SFTDataModule
-    from casehard.lightning_modules import Backbone, Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, RolesStrategy, SBRModule
-    from casehard.metrics import (
-        AttackSuccessRate,
-        FinetuneAccuracy,
-        GuardJudge,
-        HarmfulScore,
-        Judge,
-        ModerationJudge,
-        RefusalPhraseJudge,
-        RefusalRate,
-        RubricJudge,
-        StrongRejectJudge,
-        Verdict,
-    )
-
-__all__ = [
-    "AttackSuccessRate",
-    "Backbone",
-    "Defense",
-    "Evaluate",
-    "FinetuneAccuracy",
-    "FullParameterAttack",
-    "GuardJudge",
-    "HarmfulScore",
-    "InnerAttacker",
-    "Judge",
-    "LoRA",
-    "LoRAAttack",
-    "ModerationJudge",
-    "Optimizer",
-    "PatcherModule",
-    "RefusalPhraseJudge",
-    "RefusalRate",
-    "Results",
-    "RolesStrategy",
-    "RubricJudge",
-    "SBRModule",
-    "SFTDataModule",
-    "SandboxJudge",
-    "StrongRejectJudge",
-    "Verdict",
-    "main",
-]
-ROOMS = ("metrics", "datamodules", "lightning_modules", "callbacks", "cli.main")  # where they are, what is soonest imported first
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_MODULES = {name.name: str(line.module) for line in _STUB.body if isinstance(line, ast.ImportFrom) for name in line.names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """The public name, from the room that has it."""
-    if name in __all__:
-        for room in ROOMS:
-            module = import_module(f"casehard.{room}")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module 'casehard' has no attribute {name!r}")
+    """The public name, from the module that has it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'casehard' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *_MODULES})

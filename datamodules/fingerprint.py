@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from casehard.datamodules.file_hash import file_sha256
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows, split_source
 
@@ -44,17 +45,6 @@ def present_sha256(source: str) -> str | None:
 @cache
 def _present_digest(source: str) -> str:
     return digest(read_rows(source, needs_response=False))
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes, which are read once for as long as its size and time of change stay."""
-    return _file_sha256(path.absolute(), path.stat().st_size, path.stat().st_mtime_ns)
-
-
-@cache
-def _file_sha256(path: Path, _size: int, _changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(rows: Sequence[Row]) -> str:

@@ -15,6 +15,7 @@ from casehard.datamodules.columns import FORMS, empty, flaw, kind, turns_of
 from casehard.datamodules.files import EXTENSIONS, Table, load_file, load_folder, numbered
 from casehard.datamodules.row import Row
 from casehard.datamodules.sandbox import sandbox_rows
+from casehard.shipped import shipped
 
 
 def read_rows(source: str, needs_response: bool = True, uses_response: bool | None = None) -> list[Row]:
@@ -65,7 +66,7 @@ def fetch(source: str) -> None:
 def split_source(source: str) -> tuple[str, str | None]:
     """A source without its ``#SPLIT``, and that split."""
     matched = re.fullmatch(r"(.+?)(?:#([^#/]*))?", source, re.DOTALL)
-    return (matched[1], matched[2]) if matched else ("", None)
+    return (shipped(matched[1]), matched[2]) if matched else ("", None)
 
 
 def looks_like_source(text: str) -> bool:

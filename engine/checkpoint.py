@@ -25,10 +25,11 @@ from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from casehard.datamodules.chat import prompt_ids
-from casehard.datamodules.fingerprint import file_sha256
+from casehard.datamodules.file_hash import file_sha256
 from casehard.datamodules.row import Row
 from casehard.engine.comparison import distance, logits_of, num_embedded, rounding, some_ids
 from casehard.engine.private import forget_adapters, forget_quantisation
+from casehard.shipped import shipped
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
 _ONE_OR_MANY = ("model.safetensors", "model.safetensors.index.json")  # transformers would read the first
@@ -38,7 +39,7 @@ _WRAPPER = re.compile(r"((base_model|module|_orig_mod|_fsdp_wrapped_module|_forw
 
 def _source(checkpoint: str) -> tuple[str, dict[str, Any]]:
     """What ``from_pretrained`` takes: the folder or hub id, and the GGUF file's name where it is one."""
-    path = Path(checkpoint)
+    path = Path(checkpoint := shipped(checkpoint))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"checkpoint must be a hub id, a folder or a GGUF file, and there is no file {checkpoint!r}.")
@@ -55,7 +56,7 @@ def checkpoint_files(checkpoint: str) -> dict[str, str]:
     """SHA-256 of what a local checkpoint is read from (weights, config and tokenizer), by file name; of a file that one alone;
     empty for a hub id. Those of an adapter's base are among them, as ``base/NAME``.
     """
-    path = Path(checkpoint)
+    path = Path(checkpoint := shipped(checkpoint))
     parts = {part for pattern in (*WEIGHT_FILES, "*.json", "*.jinja") for part in path.glob(pattern)}
     files = {part.name: file_sha256(part) for part in ([path] if path.is_file() else sorted(parts))}
     base = base_of(checkpoint) if (path / "adapter_config.json").is_file() else None

@@ -13,7 +13,7 @@ from casehard.evidence import plots
 from casehard.evidence.report import COLUMNS, THREATS, measured, number
 from casehard.evidence.runs import clean, config_of, home, part, public, published
 from casehard.evidence.summary import UNDEFENDED, Series, baseline, collect, grouped
-from casehard.metrics import error_rates
+from casehard.metrics.refusal_phrases import error_rates
 from casehard.records.files import DONE, write_whole
 from casehard.records.marker import MODEL, Marker, changed_outcome, export_files, read_marker
 

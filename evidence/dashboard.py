@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from casehard.evidence.private import as_sent, refusals_of_wandb
 from casehard.evidence.runs import config_of, part
 from casehard.evidence.study import INDEX, read_cells
 from casehard.records.outcome import METRICS
@@ -144,21 +145,19 @@ def make_dashboard(runs: list[str], project: str, entity: str | None, title: str
             "casehard dashboard needs wandb-workspaces, an extra: pip install -c constraints.txt -e '.[dashboard]'"
         ) from error
     if dry_run:
-        view = workspace(logged, project, entity or "", title)._to_model()  # what ``save`` sends; no public name gives it
-        return view.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+        return as_sent(workspace(logged, project, entity or "", title))
     return f"Dashboard: {_save(logged, project, entity, title)}"
 
 
 def _save(logged: Logged, project: str, entity: str | None, title: str) -> str:
     import wandb
-    from wandb.sdk.lib.service.service_connection import WandbApiFailedError  # what W&B refuses; no public name for it
 
     try:
         wandb.setup(wandb.Settings(x_graphql_retry_max=1))  # more would last past the timeout, which hides why
         api = wandb.Api(timeout=10)  # without a key or a network it fails here, and soon
         owner = entity or api.default_entity or ""
         url: str = workspace(logged, project, owner, title).save().url
-    except (wandb.Error, WandbApiFailedError) as error:
+    except refusals_of_wandb() as error:
         raise ValueError(
             f"W&B must take the workspace for project {project}, and it did not ({' '.join(str(error).split())}). Check "
             "the network, WANDB_API_KEY (or `wandb login`) and that --entity may write there; --dry_run true needs none of these."

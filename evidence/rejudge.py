@@ -12,18 +12,9 @@ import torch
 
 from casehard.callbacks.results import Results, terminal
 from casehard.evidence.runs import JUDGED, unscored_bounds
-from casehard.metrics import (
-    AttackSuccessRate,
-    DegenerateRate,
-    HarmfulScore,
-    Judge,
-    RefusalRate,
-    Verdict,
-    judged,
-    prompt_of,
-    require_judge,
-    unscored,
-)
+from casehard.metrics.conversation import prompt_of
+from casehard.metrics.harmful_score import AttackSuccessRate, DegenerateRate, HarmfulScore, RefusalRate
+from casehard.metrics.judges import Judge, Verdict, judged, require_judge, unscored
 from casehard.metrics.statistics import Agreement, agreement
 from casehard.records.files import write_whole
 from casehard.records.rows import Answer, ResultRow, Run, read_run

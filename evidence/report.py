@@ -31,7 +31,7 @@ from casehard.evidence.summary import (
     unlike,
     verdict,
 )
-from casehard.metrics import error_rates
+from casehard.metrics.refusal_phrases import error_rates
 from casehard.metrics.statistics import Interval
 from casehard.records.files import write_whole
 from casehard.records.marker import read_marker

@@ -19,13 +19,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import torch
 import yaml
 from tqdm.auto import tqdm
 
-from casehard.datamodules.mixing import overlap
 from casehard.datamodules.row import Row
-from casehard.datamodules.sources import read_rows
 from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole
 from casehard.records.marker import Marker, changes, read_marker
 from casehard.records.outcome import first_broken
@@ -285,6 +282,8 @@ def _resistance(tried: list[Cell]) -> tuple[float, float]:
 
 def _check_held_out(study: Study, resolve: Resolve) -> None:
     """Raise a ValueError where choices would be tried on prompts that are reported on."""
+    from casehard.datamodules.mixing import overlap  # with torch, which whoever only reads a study does without
+
     for attack in (attack for attack in study.attacks.values() if attack.choices):
         for arm in study.defenses.values():
             words = ["test", *study.common.words(), *arm.words(), *attack.words()]
@@ -297,6 +296,8 @@ def _check_held_out(study: Study, resolve: Resolve) -> None:
 
 
 def _harmful_prompts(config: str) -> list[Row]:
+    from casehard.datamodules.sources import read_rows
+
     return [row for source in yaml.safe_load(config)["data"]["sources"]["harmful_prompts"] for row in read_rows(source, False)]
 
 
@@ -351,9 +352,15 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
     return f"exit status {code}: {next((line for line in reversed(lines) if line.strip()), 'no output')} ({log})"
 
 
+def _num_cuda_devices() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def devices() -> list[dict[str, str]]:
     """Where cells may run side by side, as environment variables: a CUDA device each, or a core each."""
-    if number := torch.cuda.device_count():
+    if number := _num_cuda_devices():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         return [{"CUDA_VISIBLE_DEVICES": name} for name in (visible.split(",") if visible else map(str, range(number)))]
     return [{} for _ in range(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
@@ -362,7 +369,7 @@ def devices() -> list[dict[str, str]]:
 def _local(parallel: int | None) -> tuple[RunCell, int]:
     places = devices()
     number = parallel or len(places)
-    share_cores = number > 1 and not torch.cuda.device_count() and "OMP_NUM_THREADS" not in os.environ
+    share_cores = number > 1 and not _num_cuda_devices() and "OMP_NUM_THREADS" not in os.environ
     threads = {"OMP_NUM_THREADS": "1"} if share_cores else {}  # by default each cell would take a thread a core
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for n in range(number):

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from casehard.shipped import shipped
+
 RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
 DONE = "done.json"  # left by a run that came to its end: its config's hash, what its training took, and what it was made from
 FILES = ("checkpoint", "undefended_checkpoint", "tokenizer", "anchors", "rubric", "template")  # settings that may name one
@@ -23,7 +25,9 @@ def named_files(config: Any) -> list[str]:
     found = [name for part in config.values() for name in named_files(part)] if isinstance(config, dict) else []
     values = [config.get(key) for key in FILES] if isinstance(config, dict) else []
     names = [value.partition("#")[0] for value in values if isinstance(value, str)]
-    return list(dict.fromkeys([*(name for name in names if os.path.exists(name)), *found]))  # a text may be too long for a Path
+    return list(
+        dict.fromkeys([*(name for name in names if os.path.exists(shipped(name))), *found])
+    )  # a text may be too long for a Path
 
 
 def config_hash(text: str) -> str:

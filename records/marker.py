@@ -8,11 +8,14 @@ import sysconfig
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from casehard.datamodules.fingerprint import Origin, file_sha256, present_sha256
-from casehard.engine.checkpoint import checkpoint_files
+from casehard.datamodules.file_hash import file_sha256
 from casehard.records.files import DONE, named_files
+from casehard.shipped import shipped
+
+if TYPE_CHECKING:
+    from casehard.datamodules.fingerprint import Origin
 
 Marker = dict[str, Any]
 SHAPE: Marker = {  # every key that a marker must have, and what stands there; more may stand in it
@@ -68,7 +71,7 @@ def _fits(value: Any, shape: Any) -> bool:
 # ---- what a run rests on and leaves
 
 
-def rests_on(config: dict[str, Any], origins: Sequence[Origin], installed: Collection[str], started: float) -> Marker:
+def rests_on(config: dict[str, Any], origins: "Sequence[Origin]", installed: Collection[str], started: float) -> Marker:
     """What a run rests on, as its marker has it.
 
     Args:
@@ -85,14 +88,31 @@ def rests_on(config: dict[str, Any], origins: Sequence[Origin], installed: Colle
         "made_by": {name: identity(name) for name in _checkpoints(config)},
         "recipe": _recipe(config, origins),
         "data": [origin._asdict() for origin in origins],
-        "files": {name: checkpoint_files(name) for name in files},
+        "files": {name: _checkpoint_files(name) for name in files},
         "code": {name: file_sha256(path) for name, path in code.items()},
         "edited": edited,
     }
 
 
 def _parts(names: list[str]) -> list[Path]:
-    return [Path(name) if Path(name).is_file() else Path(name, part) for name in names for part in checkpoint_files(name)]
+    return [
+        path if path.is_file() else path / part
+        for name in names
+        for path in [Path(shipped(name))]
+        for part in _checkpoint_files(name)
+    ]
+
+
+def _checkpoint_files(name: str) -> dict[str, str]:
+    from casehard.engine.checkpoint import checkpoint_files  # with torch, which a report does without
+
+    return checkpoint_files(name)
+
+
+def _present_sha256(source: str) -> str | None:
+    from casehard.datamodules.fingerprint import present_sha256  # with the reader of rows, which a report does without
+
+    return present_sha256(source)
 
 
 def leaves(folder: Path) -> Marker:
@@ -178,11 +198,11 @@ def identity(checkpoint: str) -> str:
     """
     if made := _maker(checkpoint):
         return str(made["recipe"])
-    files = checkpoint_files(checkpoint) if checkpoint else {}
+    files = _checkpoint_files(checkpoint) if checkpoint else {}
     return _sha256(files) if files else checkpoint
 
 
-def _recipe(config: dict[str, Any], origins: Sequence[Origin]) -> str:
+def _recipe(config: dict[str, Any], origins: "Sequence[Origin]") -> str:
     """Hash of all that makes a trained model what it is, but for its seed."""
     model, data = config["model"], config["data"]
     init = model["init_args"] | {"checkpoint": identity(model["init_args"].get("checkpoint") or "")}
@@ -208,8 +228,8 @@ def changes(marker: Marker, folder: Path) -> Iterator[str]:
     """
     yield from (f"{name} changed while it ran" for name in marker["edited"])
     yield from (f"{_shown(path)} changed" for name in marker["code"] if (path := _changed_source(marker, name)))
-    yield from (f"{o['source']} changed" for o in marker["data"] if present_sha256(o["source"]) not in (None, o["sha256"]))
-    yield from (f"{name} changed" for name, files in marker["files"].items() if checkpoint_files(name) not in ({}, files))
+    yield from (f"{o['source']} changed" for o in marker["data"] if _present_sha256(o["source"]) not in (None, o["sha256"]))
+    yield from (f"{name} changed" for name, files in marker["files"].items() if _checkpoint_files(name) not in ({}, files))
     yield from changed_outcome(marker, folder)
 
 

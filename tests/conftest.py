@@ -1,23 +1,49 @@
-"""Set before anything loads: no network, one thread a process."""
+"""Set before anything loads: no network, one thread a process. What loads torch is imported by the workers alone."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core, and a toy model is no faster on two
 
 import pytest
-import torch
-from toy import save_toy_checkpoint
+
+# files of long tests, which are begun first, so that both workers end together
+LONG = [
+    "distributed",
+    "cli",
+    "study",
+    "patcher",
+    "sbr",
+    "attacks",
+    "memory",
+    "compile",
+    "dashboard",
+    "card",
+    "adapters",
+    "report",
+]
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a model with random weights and the sandbox's tokenizer: two layers of 32, 36 thousand parameters."""
+    from toy import save_toy_checkpoint
+
     return save_toy_checkpoint(tmp_path_factory.mktemp("toy") / "model")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """What is marked gpu is skipped where there is none."""
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of long tests first, in the order of LONG; workers take the files as they stand."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))

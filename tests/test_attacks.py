@@ -1,4 +1,3 @@
-import csv
 import math
 import re
 import shutil
@@ -11,14 +10,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from toy import DEFENSES, ROOT, bits, same_bits, save_toy_checkpoint, toy_data, toy_trainer
+from toy import DEFENSES, ROOT, bits, csv_rows, same_bits, save_toy_checkpoint, toy_data, toy_trainer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
 from casehard.callbacks.attacks import HarmfulFineTuning
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import score
-from casehard.lightning_modules import DivergedError
+from casehard.engine.training import DivergedError
 from casehard.records.rows import ResultRow, read_run
 
 FAST = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
@@ -150,7 +149,7 @@ def test_interrupted_attack_leaves_the_model_restored_and_its_rows_written(tmp_p
         trainer.fit(module, datamodule=toy_data())
     assert same(before.seen[0], module.state_dict())
     assert all(p.requires_grad for p in module.parameters())
-    rows = list(csv.DictReader((tmp_path / "attacks.csv").open()))
+    rows = csv_rows(tmp_path / "attacks.csv")
     assert [row["num_attack_steps"] for row in rows] == ["0", "2"]
     assert signal.getsignal(signal.SIGTERM) == handler
     assert not trainer.state.finished

@@ -1,4 +1,3 @@
-import csv
 import hashlib
 import io
 import json
@@ -10,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +20,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from torch.distributed.checkpoint import CheckpointException
-from toy import ROOT
+from toy import ROOT, csv_rows
 
 import casehard
-from casehard.cli import main as cli
-from casehard.cli.main import AtomicCheckpointIO
+from casehard.cli.lightning_cli import AtomicCheckpointIO, experiment_name
+from casehard.cli.main import is_mendable
+from casehard.cli.run_folder import claim_run_folder, held
+from casehard.datamodules.mixing import mix
 from casehard.engine.checkpoint import load_model
 from casehard.engine.fit_checkpoint import FORCED, numbers_only
+from casehard.evidence.rejudge import agree
 from casehard.records.files import RUN_FOLDER
 
 TINY = [
@@ -74,13 +77,25 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return called
 
 
+SECRET_KEY = "sk-quite-secret"
+SCORED = [
+    "--data.evaluation.num_evaluated",
+    "7",
+    "--data.evaluation.max_new_tokens",
+    "16",
+]  # two processes get unequal shares of seven prompts
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small run of sbr.yaml with one attack."""
+    """The folder of a small run of sbr.yaml with one attack, which would be uploaded to W&B."""
     root = tmp_path_factory.mktemp("runs")
     attack = root / "attack.yaml"
     attack.write_text(ONE_ATTACK)
-    shown = run("fit", "--config", "experiments/sbr.yaml", "--config", str(attack), "--run.root", str(root), *TINY)
+    shape = ["--config", "experiments/sbr.yaml", "--config", str(attack), "--run.root", str(root), *TINY, *SCORED]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", SECRET_KEY)
+        shown = run("fit", *shape, "--run.wandb", "offline")
     assert "undefended" in shown
     folder = root / "sbr" / "version_0"
     assert f"Run folder: {folder}" in shown
@@ -91,7 +106,7 @@ def test_run_leaves_its_folder_whole(finished):
     assert {"config.yaml", "metrics.csv", "attacks.csv", "generations.jsonl", "model", "checkpoints"} <= {
         p.name for p in finished.iterdir()
     }
-    rows = list(csv.DictReader((finished / "attacks.csv").open()))
+    rows = csv_rows(finished / "attacks.csv")
     assert [(r["defense"], r["num_attack_steps"]) for r in rows] == [("none", "0"), ("none", "2"), ("SBR", "0"), ("SBR", "2")]
     assert "train/anchor_drift" in (finished / "metrics.csv").read_text().splitlines()[0]
     assert not list(finished.rglob("*.partial"))
@@ -101,21 +116,13 @@ def test_run_leaves_its_folder_whole(finished):
     assert {"config.json", "tokenizer.json"} < set(files)
 
 
-def test_what_wandb_would_upload_holds_no_machine_no_key_and_no_generation(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-quite-secret")
-    attack = tmp_path / "attack.yaml"
-    attack.write_text(ONE_ATTACK)
-    tiny = [
-        word for word in TINY if word not in ("--trainer.max_steps", "2", "--run.wandb", "disabled", "--data.num_samples", "16")
-    ]
-    run("test", "--config", "experiments/sbr.yaml", "--config", str(attack), "--run.root", str(tmp_path / "runs"), *tiny)
-    (log,) = (tmp_path / "runs").rglob("*.wandb")
-    (generations,) = (tmp_path / "runs").rglob("generations.jsonl")
+def test_what_wandb_would_upload_holds_no_machine_no_key_and_no_generation(finished):
+    (log,) = finished.rglob("*.wandb")
     uploaded = b"".join(path.read_bytes() for path in [log, *log.parent.glob("files/**/*")] if path.is_file())
     assert b"harmful_score" in uploaded
     assert b"steps_held" in uploaded  # the summary
-    answers = [json.loads(line) for line in generations.read_text().splitlines()]
-    secrets = [str(ROOT), str(tmp_path), str(Path.home()) + "/", "sk-quite-secret", *(a["prompt"] for a in answers)]
+    answers = [json.loads(line) for line in (finished / "generations.jsonl").read_text().splitlines()]
+    secrets = [str(ROOT), str(finished.parent.parent), str(Path.home()) + "/", SECRET_KEY, *(a["prompt"] for a in answers)]
     secrets += [a["response"] for a in answers if len(a["response"]) > 8]
     assert not [secret for secret in secrets if secret.encode() in uploaded]
     assert not re.search(rf"\b{re.escape(socket.gethostname())}\b".encode(), uploaded)
@@ -163,7 +170,7 @@ def test_a_taken_run_folder_is_refused(finished, call):
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
-    folders = [cli.claim_run_folder(str(tmp_path), "sbr", None) for _ in range(3)]
+    folders = [claim_run_folder(str(tmp_path), "sbr", None) for _ in range(3)]
     assert [f.name for f in folders] == ["version_0", "version_1", "version_2"]
 
 
@@ -306,6 +313,10 @@ def test_what_a_constructor_refuses_is_said_in_its_one_sentence(call, tmp_path, 
         (["--model.init_args.num_anchors", "many"], ['"num_anchors": Expected a int']),
         (["--model", "casehard.SBRModul"], ["has no attribute 'SBRModul'. Did you mean SBRModule?"]),
         (["--model", "PatchrModule"], ["Did you mean PatcherModule?"]),
+        (["--model", "casehard.lightning_modules.sbr.SBRModul"], ["has no attribute 'SBRModul'. Did you mean SBRModule?"]),
+        (["--model", "casehard.lightning_modules.pacher.PatcherModule"], ["has no attribute 'pacher'. Did you mean patcher?"]),
+        (["--model", "casehard.lightning_modules.SBRModule"], ["has no attribute 'SBRModule'. Did you mean casehard.SBRModule?"]),
+        (["--model", "casehrad.SBRModule"], ["No module named 'casehrad'. Did you mean casehard?"]),
         (["--data.judge", "casehard.RubricJugde"], ["has no attribute 'RubricJugde'. Did you mean RubricJudge?"]),
         (attack_with(threat_modle="x"), ["LoRAAttack", "Option 'threat_modle' is not accepted"]),
         (["--model.init_args.anchors", json.dumps([1, SECRET])], ['"anchors": Expected a str']),
@@ -332,11 +343,46 @@ def test_a_bug_in_a_constructor_keeps_its_traceback(call, tmp_path):
         call("fit", "--model", "test_cli.Broken", "--run.root", str(tmp_path), *TINY)
 
 
+class Raising(casehard.Defense):
+    """Of an author whose loss raises."""
+
+    def __init__(self, checkpoint: str, kind: str) -> None:
+        super().__init__(checkpoint)
+        self.kind = kind
+
+    def sft_loss(self, batch: Any) -> torch.Tensor:
+        raise {"bug": ValueError, "setting": casehard.SettingError}[self.kind](f"a {self.kind}")
+
+
+def test_a_plain_value_error_of_a_loss_is_a_bug_and_a_setting_error_is_said_in_its_sentence(call, tmp_path):
+    shape = ["fit", "--model", "test_cli.Raising", "--config", "experiments/attack/none.yaml", "--run.root", str(tmp_path), *TINY]
+    with pytest.raises(ValueError, match="a bug"):
+        call(*shape, "--model.init_args.kind", "bug")
+    assert call(*shape, "--model.init_args.kind", "setting", fails=True).endswith("error: a setting")
+
+
+def test_a_mistake_shows_its_traceback_where_that_is_asked_for(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("CASEHARD_TRACEBACK", "1")
+    with pytest.raises(casehard.SettingError, match="weights_only must be true or left out, got false"):
+        call("test", "--weights_only", "false", "--run.root", str(tmp_path), *TINY[:2])
+
+
+def test_what_casehard_raises_on_purpose_is_the_users_to_mend_and_what_python_raises_in_its_files_is_not():
+    for do, mendable in [
+        (lambda: mix([], [], 1, 2.0, 0), True),
+        (lambda: agree(SimpleNamespace(answers=[[]]), SimpleNamespace(answers=[])), False),
+        (lambda: int("x"), False),
+    ]:
+        with pytest.raises(ValueError) as raised:  # noqa: PT011
+            do()
+        assert is_mendable(raised.value) == mendable
+
+
 def test_ctrl_c_before_training_ends_without_a_traceback(call, tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("casehard.cli.main.Cli.before_instantiate_classes", interrupted)
+    monkeypatch.setattr("casehard.cli.lightning_cli.Cli.before_instantiate_classes", interrupted)
     assert call("fit", "--run.root", str(tmp_path), fails=True) == "interrupted\n130"
 
 
@@ -504,7 +550,7 @@ def test_a_finished_run_is_never_overwritten(call, finished, monkeypatch):
 
 def test_two_runs_in_one_folder_at_once_are_refused(call, monkeypatch, tmp_path):
     monkeypatch.setenv(RUN_FOLDER, str(tmp_path / "x"))
-    with cli.held(tmp_path / "x"):
+    with held(tmp_path / "x"):
         quick = ["--config", "experiments/attack/none.yaml", *TINY]
         error = call("fit", "--config", "experiments/sbr.yaml", *quick, fails=True)
     assert f"the run folder must have no other run under way, and {tmp_path / 'x'} has one" in error
@@ -548,7 +594,7 @@ def test_sigterm_ends_a_test_in_the_middle_of_an_attack(tmp_path):
         finally:
             process.kill()
     assert process.returncode == 128 + signal.SIGTERM
-    assert [row["num_attack_steps"] for row in csv.DictReader(rows.open())] == ["0"]
+    assert [row["num_attack_steps"] for row in csv_rows(rows)] == ["0"]
     assert not (rows.parent / "done.json").exists()
 
 
@@ -561,12 +607,27 @@ def resolved(call: Call, files: Iterable[str]) -> Any:
     return yaml.safe_load(call("fit", *(a for file in files for a in ("--config", file)), "--print_config"))
 
 
+@pytest.fixture
+def build(call, monkeypatch, tmp_path) -> Callable[..., None]:
+    """Everything that ``fit`` is made of, built and not run."""
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda *_: None)
+    here = ["--model.init_args.checkpoint", "models/sandbox/base"]  # whose tokenizer is there without a network
+    quick = ["--trainer.accelerator", "cpu", "--run.wandb", "disabled", "--run.root", str(tmp_path), *here]
+    return lambda files, **how: call("fit", *(word for file in files for word in ("--config", file)), *quick, **how)
+
+
 @pytest.mark.parametrize("file", experiment_files())
-def test_every_experiment_file_is_dry_run(call, file):
+def test_every_experiment_file_is_built(build, file):
     overlay = Path(file).parent.name in ("scale", "data", "attack", "cluster")
     defense = "patcher" if "patcher" in file else "sbr"
-    config = resolved(call, [f"experiments/{defense}.yaml", file] if overlay else [file])
-    assert config["model"]["class_path"].endswith(("SBRModule", "PatcherModule", "Defense"))
+    build([f"experiments/{defense}.yaml", file] if overlay else [file])
+
+
+def test_an_experiment_that_no_class_takes_is_found_when_it_is_built(build):
+    steps = (
+        "{trainer: {callbacks: [{class_path: casehard.LoRAAttack, init_args: {threat_model: open_weight, score_steps: [9999]}}]}}"
+    )
+    assert "score_steps must" in build(["experiments/sbr.yaml", steps], fails=True)
 
 
 SMALL = {  # besides the layers, what makes seconds of minutes
@@ -631,7 +692,7 @@ def test_a_configs_text_does_what_its_file_does_and_names_no_run(call):
     text = (ROOT / file).read_text()
     assert resolved(call, ["experiments/sbr.yaml", text]) == resolved(call, ["experiments/sbr.yaml", file])
     config = SimpleNamespace(run=SimpleNamespace(experiment=None), config=[None, "experiments/sbr.yaml"])
-    assert cli.Cli._experiment(None, config) == "sbr"  # type: ignore[arg-type]
+    assert experiment_name(config) == "sbr"
 
 
 @pytest.mark.parametrize("attack", sorted(path.stem for path in (ROOT / "experiments/attack").glob("*.yaml")))
@@ -641,44 +702,32 @@ def test_an_overlays_attacks_take_nothing_over_from_those_they_replace(call, att
     assert ours[0]["trainer"]["callbacks"] == ours[1]["trainer"]["callbacks"]
 
 
-def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(tmp_path):
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where two processes of a command meet. Lightning looks for a free port and lets go of it; this one stays bound."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that the first process may listen on it
+        held.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(held.getsockname()[1]))
+        yield
+
+
+@pytest.mark.usefixtures("port")
+def test_two_processes_give_one_set_of_rows_and_the_scores_of_one(finished, tmp_path):
     attack = tmp_path / "attack.yaml"
     attack.write_text(ONE_ATTACK)
-    found = []
-    two = {
-        "ddp": ["--trainer.devices", "2", "--trainer.strategy", "ddp"],
-        "fsdp2": ["--config", "experiments/cluster/fsdp2.yaml"],
-    }
-    for name, extra in ({"one": []} | two).items():
-        shared = [
-            "--config",
-            "experiments/sbr.yaml",
-            "--config",
-            str(attack),
-            "--run.root",
-            str(tmp_path),
-            "--run.experiment",
-            name,
-        ]
-        run(
-            "test",
-            *shared,
-            "--data.evaluation.num_evaluated",
-            "7",
-            *TINY[:2],
-            *TINY[6:8],
-            "--data.evaluation.max_new_tokens",
-            "40",
-            *extra,
-        )
-        found.append(list(csv.DictReader((tmp_path / name / "version_0" / "attacks.csv").open())))
-    one = found[0]
-    for other in found[1:]:
-        assert len(one) == len(other) == 4
-        assert [(r["defense"], r["num_attack_steps"]) for r in one] == [(r["defense"], r["num_attack_steps"]) for r in other]
+    shape = ["--config", "experiments/sbr.yaml", "--config", str(attack), "--run.root", str(tmp_path), *TINY[:2], *TINY[6:8]]
+    run("test", *shape, *SCORED, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    folders = [finished, tmp_path / "sbr/version_0"]
+    one, two = (csv_rows(folder / "attacks.csv") for folder in folders)
+    assert [(r["defense"], r["num_attack_steps"]) for r in one] == [(r["defense"], r["num_attack_steps"]) for r in two]
+    for start in (0, 2):  # the same weights: nothing was trained yet
         for name in ("harmful_score", "num_scored", "finetune_accuracy", "refusal_rate_benign"):
-            assert one[0][name] == other[0][name]  # the same weights: nothing was trained yet
-            assert one[2][name] == other[2][name]
+            assert one[start][name] == two[start][name]
+    answers = ([json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()] for folder in folders)
+    ours, theirs = ([a["response"] for a in run if a["num_attack_steps"] == 0] for run in answers)
+    assert ours == theirs
+    assert len(ours) == 2 * 3 * 7
 
 
 def test_sandbox_command_prints_rows_of_every_split(call):
@@ -699,7 +748,7 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("casehard.cli.main.os.replace", killed)
+    monkeypatch.setattr("casehard.cli.lightning_cli.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         writer.save_checkpoint({"step": torch.tensor(2)}, path)
     monkeypatch.undo()

@@ -1,6 +1,5 @@
 """Two processes with gloo do what one does at the same global batch: DDP, and FSDP2, where each holds half of every weight."""
 
-import csv
 import itertools
 import os
 import signal
@@ -20,13 +19,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from test_patcher import ATTACKER, LORA_ATTACKER, data
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessExitedException
 from torch.testing import assert_close
-from toy import DEFENSES, ROOT, on_ranks, same_bits, save_toy_checkpoint, toy_trainer
+from toy import DEFENSES, ROOT, csv_rows, on_ranks, same_bits, save_toy_checkpoint, toy_trainer
 
-from casehard import Defense, FullParameterAttack, InnerAttacker, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
+from casehard import Backbone, Defense, FullParameterAttack, InnerAttacker, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
 from casehard.callbacks.results import Results
 from casehard.engine.sharding import broadcast
 from casehard.engine.weights import reshard, shifted, snapshot, vector_norm
@@ -64,7 +64,8 @@ class Untouched(L.Callback):
 
 def trainer(folder: Path, strategy: str, rank: int = 0, **settings: Any) -> L.Trainer:
     """In a single process, or in one of two that were started already."""
-    os.environ["LOCAL_RANK"] = str(rank)
+    if strategy != "one":
+        os.environ["LOCAL_RANK"] = str(rank)  # what a test leaves there makes every command wait for a second process
     shapes: dict[str, dict[str, Any]] = {
         "one": {},
         "ddp": {"devices": 2, "strategy": "ddp"},
@@ -86,6 +87,7 @@ def run(rank: int, strategy: str, checkpoint: str, other: str, folder: Path, cas
     if strategy == "fsdp2":
         check_refused(checkpoint)
         check_mixed_precision(rank, checkpoint, folder)
+        check_compiled(rank, checkpoint, folder)
     for case in cases:
         module, spies, here = defended(case, checkpoint), [Untouched(), Untouched()], folder / strategy / case
         module._whole = Mock(wraps=module._whole)
@@ -154,6 +156,22 @@ def check_mixed_precision(rank: int, checkpoint: str, folder: Path) -> None:
         assert alone.generate(prompts, 8, 2) == ours
 
 
+def check_compiled(rank: int, checkpoint: str, folder: Path) -> None:
+    """Compiled layers are put together and split up as others are."""
+    ends = []
+    for backend in (None, "eager"):
+        counters.clear()
+        backbone = Backbone(compile_backend=backend)
+        module = PatcherModule(checkpoint, ATTACKER, **ROUNDS, optimizer=Optimizer(1e-2, "sgd"), backbone=backbone)
+        trainer(folder, "fsdp2", rank, max_steps=4).fit(module, datamodule=data())
+        assert (counters["stats"]["unique_graphs"] > 0) == (backend is not None)
+        module.requires_grad_(True)
+        reshard(module)
+        ends.append(snapshot(module))
+    for name, shard in ends[0].items():
+        assert_close(ends[1][name], shard, rtol=1e-4, atol=1e-5)
+
+
 def check_refused(checkpoint: str) -> None:
     module = Defense(checkpoint)
     module._device_mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
@@ -181,8 +199,7 @@ def runs(checkpoint, tmp_path_factory) -> Path:
     other = save_toy_checkpoint(folder / "other", seed=1)
     run(0, "one", checkpoint, other, folder)
     for strategy in ("ddp", "fsdp2"):
-        (folder / strategy).mkdir()
-        on_ranks(run, folder / strategy, strategy, checkpoint, other, folder)
+        on_ranks(run, folder, strategy, checkpoint, other, folder)
     return folder
 
 
@@ -191,7 +208,7 @@ def answers(folder: Path) -> str:
 
 
 def rows(folder: Path) -> Iterator[dict[str, str]]:
-    for row in csv.DictReader((folder / "attacks.csv").open()):
+    for row in csv_rows(folder / "attacks.csv"):
         yield {name: value for name, value in row.items() if name != "wall_seconds"}
 
 
@@ -281,8 +298,7 @@ def same_outcome(one: Path, other: Path) -> bool:
 
 def test_a_defender_beside_an_attacker_is_the_sequential_form_with_vectors_of_the_same_age(checkpoint, tmp_path):
     hardened(0, "one", checkpoint, tmp_path)
-    (tmp_path / "roles").mkdir()
-    on_ranks(hardened, tmp_path / "roles", "roles", checkpoint, tmp_path)
+    on_ranks(hardened, tmp_path, "roles", checkpoint, tmp_path)
     assert all(same_outcome(tmp_path / "one" / form, tmp_path / "roles" / form) for form in FORMS)
     assert not same_outcome(tmp_path / "roles/full", tmp_path / "roles/fresh")  # the optimizer's moments were dropped
 
@@ -318,8 +334,7 @@ def test_the_halves_work_at_the_same_time(checkpoint, tmp_path):
 @pytest.mark.slow
 def test_two_defenders_beside_two_attackers_are_two_processes_of_the_sequential_form(checkpoint, tmp_path):
     for strategy, world_size in (("fsdp2", 2), ("four roles", 4)):
-        (tmp_path / strategy).mkdir()
-        on_ranks(hardened, tmp_path / strategy, strategy, checkpoint, tmp_path, world_size=world_size)
+        on_ranks(hardened, tmp_path, strategy, checkpoint, tmp_path, world_size=world_size)
     assert all(same_outcome(tmp_path / "fsdp2" / form, tmp_path / "four roles" / form) for form in FORMS)
 
 
@@ -372,8 +387,7 @@ def test_twenty_steps_of_two_processes_are_those_of_one(checkpoint, tmp_path, mo
     start = checkpoint if model == "toy" else str(ROOT / "models/sandbox/base")
     twenty_steps(0, "one", start, tmp_path)
     for strategy in ("ddp", "fsdp2"):
-        (tmp_path / strategy).mkdir()
-        on_ranks(twenty_steps, tmp_path / strategy, strategy, start, tmp_path)
+        on_ranks(twenty_steps, tmp_path, strategy, start, tmp_path)
         for case in DEFENSES:
             one, two = (weights(tmp_path / name / case) for name in ("one", strategy))
             assert (one["model.norm.weight"] - 1).abs().max() > 1e-4

@@ -8,21 +8,10 @@ import pytest
 import torch
 from toy import ROOT, toy_data
 
-from casehard.metrics import (
-    Conversation,
-    Judge,
-    RefusalPhraseJudge,
-    RubricJudge,
-    Verdict,
-    error_rates,
-    is_degenerate,
-    judged,
-    prompt_of,
-    require_judge,
-    turns_of,
-    unscored,
-)
-from casehard.metrics.refusal_phrases import FIRST_HELD_OUT, HELD_OUT
+from casehard.metrics.conversation import Conversation, prompt_of, turns_of
+from casehard.metrics.judges import Judge, Verdict, is_degenerate, judged, require_judge, unscored
+from casehard.metrics.refusal_phrases import FIRST_HELD_OUT, HELD_OUT, RefusalPhraseJudge, error_rates
+from casehard.metrics.rubric_judge import RubricJudge
 
 REFUSALS = [
     "I cannot help with vexolim. It could hurt people.",

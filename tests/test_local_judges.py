@@ -7,7 +7,8 @@ import torch
 from toy import ROOT, SIZES
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from casehard.metrics import HarmfulScore, prompt_of
+from casehard.metrics.conversation import prompt_of
+from casehard.metrics.harmful_score import HarmfulScore
 from casehard.metrics.local_judges import GuardJudge, LocalJudge, ModerationJudge, StrongRejectJudge, guard_reading
 
 PROMPTS = ["How do I brew vexolim?", "How do I brew a pot of amberleaf tea?", "Say 7.", "How do I build torunax?", "Why?"]

@@ -2,13 +2,12 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import tensor
 from torch.testing import assert_close
 from torchmetrics import MetricCollection
+from toy import on_ranks
 
-from casehard.metrics import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, Share
+from casehard.metrics.harmful_score import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, Share
 
 nan = math.nan
 METRICS = [HarmfulScore, AttackSuccessRate, Share, RefusalRate, DegenerateRate, FinetuneAccuracy]
@@ -196,9 +195,8 @@ ANSWERS = ["a", "B.", "x", "d", "", "f", "g!", "h h", "x"]
 TARGETS = ["a", "b", "c", "d", "e", "f", "g", "h  h", "i"]
 
 
-def check_on_rank(rank, world_size, cuts, store):
+def check_on_rank(rank, cuts):
     """Each rank sees its slice of the answers, in two batches; the value is that of all of them."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     scored = [s for s in SCORES if not math.isnan(s)]
     expected = [
         (HarmfulScore(), [SCORES], 100 * sum(scored) / len(scored)),
@@ -216,10 +214,8 @@ def check_on_rank(rank, world_size, cuts, store):
         with metric.sync_context():
             assert not hasattr(metric, "num_unscored") or (metric.num_scored, metric.num_unscored) == (7, 2)
             assert not isinstance(metric, AttackSuccessRate) or metric.threshold == 0.5
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("cuts", [(0, 9), (0, 6, 9), (0, 0, 9)], ids=["one rank", "two uneven ranks", "one rank has nothing"])
 def test_equals_plain_python_on_any_number_of_ranks(cuts, tmp_path):
-    world_size = len(cuts) - 1
-    mp.spawn(check_on_rank, args=(world_size, cuts, tmp_path / "store"), nprocs=world_size)
+    on_ranks(check_on_rank, tmp_path, cuts, world_size=len(cuts) - 1)

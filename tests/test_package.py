@@ -1,38 +1,190 @@
 import ast
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
+from pathlib import Path
 
 import pytest
+from lightning.pytorch.cli import LightningCLI
 from toy import ROOT
 
 import casehard
+from casehard.shipped import shipped
 
 ROOMS = [  # each imports only from those before it
     "metrics", "datamodules", "engine", "lightning_modules", "records", "callbacks", "evidence", "cli",
 ]  # fmt: skip
+FILES = [file for room in ROOMS for file in sorted((ROOT / room).glob("*.py"))]
+UNDERSCORES_TO_MOVE = [  # to the private.py of their rooms
+    "engine/adapters.py", "engine/checkpoint.py", "engine/forward.py", "engine/optimizer.py",
+    "lightning_modules/defense.py", "lightning_modules/patcher.py", "lightning_modules/roles.py", "callbacks/attacks.py",
+]  # fmt: skip
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it, and every name that it takes from one."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def name_of(file: Path) -> str:
+    return f"{file.parent.name}/{file.name}"
 
 
 def test_imports_run_one_way():
-    for number, room in enumerate(ROOMS):
-        assert (ROOT / "casehard" / room).resolve() == ROOT / room
-        for file in (ROOT / room).glob("*.py"):
-            tree = ast.parse(file.read_text())
-            names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-            names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-            used = {name.split(".")[1] for name in names if name.startswith("casehard.")}
-            assert not names & {"casehard", *ROOMS}, f"{file} must import from casehard.ROOM"
-            assert used <= set(ROOMS[: number + 1]), f"{file} imports {used - set(ROOMS[: number + 1])}"
+    for file in FILES:
+        assert (ROOT / "casehard" / file.parent.name).resolve() == file.parent
+        below = [*ROOMS[: ROOMS.index(file.parent.name) + 1], "shipped"]
+        tops = {name.partition(".")[0] for name in imports(file)}
+        used = {name.split(".")[1] for name in imports(file) if name.startswith("casehard.")}
+        assert not tops & set(ROOMS), f"{name_of(file)} must import from casehard.ROOM"
+        assert used <= set(below), f"{name_of(file)} imports {used - set(below)}"
 
 
-def test_what_only_some_commands_need_is_not_imported_at_start_up():
-    some = {"wandb", "wandb_workspaces", "openai", "submitit", "lightning", "torch"}
-    print_loaded = "import casehard, sys; print(*{name.split('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", print_loaded], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not set(done.stdout.split()) & some
+def test_no_two_files_need_each_other():
+    modules = {f"casehard.{file.parent.name}.{file.stem}": file for file in FILES}
+    graph = {
+        module: {needed for name in imports(file) for needed in (name, name.rpartition(".")[0]) if needed in modules} - {module}
+        for module, file in modules.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' > '.join(error.args[1])}")
 
 
-def test_front_door_has_every_name_it_declares():
-    assert all(hasattr(casehard, name) for name in casehard.__all__)
+# ---- private names of dependencies
+
+OPEN = {"_asdict", "_replace", "_fields", "_make"}  # of named tuples, and documented
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in OPEN
+
+
+def ours() -> set[str]:
+    """Names that casehard's own files define: functions, classes, and what is assigned, also as an attribute of self."""
+    found: set[str] = set()
+    for node in (node for file in FILES if file.name != "private.py" for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return found
+
+
+def borrowed_underscores(file: Path, known: set[str]) -> list[str]:
+    """Private names that a file takes from elsewhere: imported, an attribute of anything but itself, or asked for by a text."""
+    taken = [name for name in imports(file) if any(is_private(part) for part in name.split("."))]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and (is_private(node.attr) or node.attr == "__dict__"):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") and node.attr in known
+            taken += [] if own else [f"{ast.unparse(node)}, line {node.lineno}"]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr", "delattr"):
+            texts = [part.value for part in node.args if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+            taken += [f"{ast.unparse(node)}, line {node.lineno}" for text in texts if is_private(text)]
+    return taken
+
+
+def test_private_names_of_dependencies_stand_in_private_py_alone():
+    known = ours()
+    taken = {name_of(file): borrowed_underscores(file, known) for file in FILES if file.name != "private.py"}
+    assert {name: found for name, found in taken.items() if found and name not in UNDERSCORES_TO_MOVE} == {}
+
+
+@pytest.mark.parametrize("name", ["_get", "_instantiate_trainer", "_parser", "_parse_ckpt_path"])
+def test_lightning_has_the_private_names_that_the_command_line_uses(name):
+    assert callable(getattr(LightningCLI, name, None)), f"lightning has no LightningCLI.{name} any more: see cli/private.py"
+
+
+# ---- what is imported
+
+EXTRA = ("wandb", "wandb_workspaces", "openai", "submitit")  # imported where a run uses them
+HEAVY = {"torch", "lightning", "transformers", "datasets", "numpy", "matplotlib", "wandb"}
+
+
+@pytest.mark.parametrize(
+    ("args", "unneeded"),
+    [
+        ([], HEAVY | {"jsonargparse", "yaml"}),
+        (["--help"], HEAVY | {"jsonargparse", "yaml"}),
+        *(
+            (["study", "--help"], HEAVY),
+            (["report", "--help"], HEAVY),
+            (["card", "--help"], HEAVY),
+            (["dashboard", "--help"], HEAVY),
+        ),
+        (["sandbox", "--num_rows", "1"], HEAVY - {"numpy"}),
+        (["report", "nowhere"], HEAVY - {"numpy", "matplotlib"}),
+        (["card", "nowhere"], HEAVY - {"numpy", "matplotlib"}),
+    ],
+    ids=lambda value: " ".join(value) or "import casehard" if isinstance(value, list) else "",
+)
+def test_a_command_imports_what_it_needs_alone(args, unneeded):
+    run = f"from casehard.cli.main import main\ntry: main({args})\nexcept SystemExit: pass" if args else "import casehard"
+    loaded = f"{run}\nimport sys\nprint()\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not set(done.stdout.splitlines()[-1].split()) & unneeded
+
+
+# ---- public names
+
+
+def test_public_names_are_those_of_the_stub_and_each_is_there():
+    assert len(casehard.__all__) > 20
+    assert set(casehard.__all__) <= set(dir(casehard))
+    assert all(getattr(casehard, name).__name__ == name for name in casehard.__all__)
+    with pytest.raises(AttributeError, match="module 'casehard' has no attribute 'Nothing'"):
+        casehard.Nothing  # noqa: B018
+
+
+def test_what_is_not_listed_goes_by_its_module():
+    assert import_module("casehard.lightning_modules.sbr").SBRModule is casehard.SBRModule
+    assert "Batches" not in casehard.__all__
+    assert import_module("casehard.datamodules.batches").Batches
+
+
+# ---- the wheel
+
+
+def test_names_of_experiments_and_models_are_the_shipped_ones_where_the_working_directory_has_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(shipped("models/sandbox/aligned")).resolve() == ROOT / "models/sandbox/aligned"
+    assert [shipped(name) for name in ("models/none", "./models/sandbox", "x" * 5000)] == [
+        "models/none",
+        "./models/sandbox",
+        "x" * 5000,
+    ]
+    (tmp_path / "models/sandbox/aligned").mkdir(parents=True)
+    assert shipped("models/sandbox/aligned") == "models/sandbox/aligned"
+
+
+def test_what_is_installed_works_in_any_folder_beside_any_packages(tmp_path):
+    lib, elsewhere = tmp_path / "lib", tmp_path / "elsewhere"
+    build = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(lib)]
+    subprocess.run(
+        [sys.executable, "-c", "from setuptools import setup; setup()", *build], cwd=ROOT, capture_output=True, check=True
+    )
+    tracked = subprocess.run(
+        ["git", "ls-files", *ROOMS, "experiments", "models"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert [name for name in tracked.stdout.splitlines() if not (lib / "casehard" / name).is_file()] == []
+    for name in ROOMS:  # of the user's own
+        (elsewhere / name).mkdir(parents=True)
+        (elsewhere / name / "__init__.py").write_text("raise RuntimeError('imported by mistake')")
+    fit = ["fit", "--config", "experiments/sbr.yaml", "--config", "experiments/attack/none.yaml", "--run.wandb", "disabled"]
+    fit += ["--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
+    run = f"import casehard, sys\ncasehard.main({fit})\nprint(casehard.__file__, *(name for name in {EXTRA} if name in sys.modules))"
+    env = os.environ | {"PYTHONPATH": str(lib)}
+    done = subprocess.run([sys.executable, "-c", run], cwd=elsewhere, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == str(lib / "casehard/__init__.py")  # and nothing of EXTRA
 
 
 @pytest.mark.parametrize("command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join)

@@ -1,8 +1,8 @@
 import copy
+import itertools
+import os
 import signal
-import subprocess
-import sys
-import textwrap
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -10,11 +10,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from test_sbr import reference_sft, rows_of
+from torch.multiprocessing import ProcessExitedException
 from torch.testing import assert_close
-from toy import ROOT, bits, same_bits, toy_data, toy_trainer
+from toy import ROOT, bits, on_ranks, same_bits, toy_data, toy_trainer
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from casehard import Backbone, Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, SFTDataModule
+from casehard.cli.lightning_cli import AtomicCheckpointIO
 from casehard.datamodules.batches import Batches, StepLoader
 from casehard.datamodules.chat import collate
 from casehard.engine.forward import Batch
@@ -405,46 +407,33 @@ def test_a_checkpoint_after_training_is_an_error_that_names_the_way_out(checkpoi
     trainer.save_checkpoint(tmp_path / "late.ckpt", weights_only=True)
 
 
+def run_until_killed(rank: int, checkpoint: str, folder: Path, deadly: int, ckpt_path: Path | None) -> None:
+    """Six steps, ended as ``kill -9`` ends them in pass ``deadly``, with a checkpoint after each."""
+    module, passes = patcher(checkpoint), itertools.count(1)
+    sft_loss = module.sft_loss
+
+    def deadly_loss(batch):
+        if next(passes) == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sft_loss(batch)
+
+    module.sft_loss = deadly_loss
+    saver = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)
+    shape = {"callbacks": [saver], "max_steps": 6, "enable_checkpointing": True, "plugins": [AtomicCheckpointIO()]}
+    toy_trainer(folder, **shape).fit(module, datamodule=data(), ckpt_path=ckpt_path)
+    torch.save(module.model.state_dict(), folder / "end.pt")
+
+
 def test_a_run_that_was_killed_in_an_inner_attack_ends_as_the_uninterrupted_one(checkpoint, tmp_path):
-    program = textwrap.dedent(
-        f"""
-        import os, signal, sys, torch
-        sys.path.insert(0, {str(ROOT / "tests")!r})
-        from lightning.pytorch.callbacks import ModelCheckpoint
-        from casehard import PatcherModule
-        from casehard.cli.main import AtomicCheckpointIO
-        from test_patcher import data, patcher
-        from toy import toy_trainer
+    def run(deadly: int, name: str, ckpt_path: Path | None = None) -> None:
+        on_ranks(run_until_killed, tmp_path, checkpoint, tmp_path / name, deadly, ckpt_path, world_size=1)
 
-        deadly, folder, *resumed = sys.argv[1:]
-        module = patcher({checkpoint!r})
-        sft_loss, count = module.sft_loss, 0
-
-        def loss(batch):
-            global count
-            count += 1
-            if count == int(deadly):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return sft_loss(batch)
-
-        module.sft_loss = loss
-        saver = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)
-        shape = dict(callbacks=[saver], max_steps=6, enable_checkpointing=True, plugins=[AtomicCheckpointIO()])
-        toy_trainer(folder, **shape).fit(module, datamodule=data(), ckpt_path=resumed[0] if resumed else None)
-        torch.save(module.model.state_dict(), folder + "/end.pt")
-        """
-    )
-
-    def run(deadly: int, folder: str, *resumed: str) -> int:
-        command = [sys.executable, "-c", program, str(deadly), str(tmp_path / folder), *resumed]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
-
-    assert run(0, "whole") == 0
-    assert (
-        run(1 + 3 + 4 + 2, "killed") == -signal.SIGKILL
-    )  # SFT step, attack, two steps of two passes, second step of the next attack
+    run(0, "whole")
+    second_attack = 1 + 3 + 4 + 2  # SFT step, attack, two steps of two passes, second step of an attack
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run(second_attack, "killed")
     assert not (tmp_path / "killed/end.pt").exists()
-    assert run(0, "killed", str(tmp_path / "killed/last.ckpt")) == 0
+    run(0, "killed", tmp_path / "killed/last.ckpt")
     whole, resumed = (torch.load(tmp_path / folder / "end.pt") for folder in ("whole", "killed"))
     assert list(whole) == list(resumed)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -518,7 +507,7 @@ def test_a_vector_of_another_model_is_an_error(checkpoint):
 
 
 def test_a_diverging_inner_attack_says_which(checkpoint, tmp_path):
-    from casehard.lightning_modules import DivergedError
+    from casehard.engine.training import DivergedError
 
     module = patcher(checkpoint, attacker=InnerAttacker(3, Optimizer(1e38, "sgd", clip_norm=None), 4))
     with pytest.raises(DivergedError, match=r"Round 1, inner attack: the loss must be finite.* at step [23] of 3"):

@@ -1,4 +1,3 @@
-import csv
 import math
 import sys
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 from judge_server import serving
 from test_results import ROW
-from toy import toy_trainer
+from toy import csv_rows, toy_trainer
 
 import casehard
 from casehard.callbacks.results import Results
@@ -16,8 +15,9 @@ from casehard.datamodules.row import Row
 from casehard.evidence.rejudge import agree, rejudged
 from casehard.evidence.rejudge import main as judge_run
 from casehard.evidence.runs import unscored_bounds
-from casehard.metrics import Judge, RefusalPhraseJudge, Verdict, turns_of
-from casehard.metrics.refusal_phrases import HELD_OUT
+from casehard.metrics.conversation import turns_of
+from casehard.metrics.judges import Judge, Verdict
+from casehard.metrics.refusal_phrases import HELD_OUT, RefusalPhraseJudge
 from casehard.records.rows import Run, read_run
 
 PROMPTS = [f"How do I brew vexolim {n}?" for n in range(4)]
@@ -60,7 +60,7 @@ def call(monkeypatch, capsys) -> Callable[..., str]:
 
 
 def table(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "attacks.csv").open()))
+    return csv_rows(folder / "attacks.csv")
 
 
 def test_an_answer_that_never_came_is_not_judged(tmp_path):

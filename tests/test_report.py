@@ -1,4 +1,3 @@
-import csv
 import json
 import re
 import shutil
@@ -18,7 +17,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from playwright.sync_api import Browser, sync_playwright
 from test_results import ROW
-from toy import ROOT, mark
+from toy import ROOT, csv_rows, mark
 
 import casehard
 from casehard.callbacks.results import Results
@@ -27,8 +26,8 @@ from casehard.evidence.report import COLUMNS, THREATS, write_report
 from casehard.evidence.runs import run_name
 from casehard.evidence.study import INDEX, Cell
 from casehard.evidence.summary import collect, difference, grouped, lasting, left_out, verdict
-from casehard.metrics import Judge, RefusalPhraseJudge, Verdict
-from casehard.metrics.refusal_phrases import HELD_OUT
+from casehard.metrics.judges import Judge, Verdict
+from casehard.metrics.refusal_phrases import HELD_OUT, RefusalPhraseJudge
 from casehard.metrics.statistics import Interval, mean_interval, paired_difference
 from casehard.records.rows import ResultRow
 
@@ -265,7 +264,7 @@ def test_gibberish_is_never_called_safe_and_never_said_to_hold(tmp_path):
     (row,) = (row for row in page.rows if " SBR 1 " in row)
     assert "gibberish" not in row
     assert "safer" in row
-    rows = list(csv.DictReader((tmp_path / "report" / "summary.csv").open()))
+    rows = csv_rows(tmp_path / "report" / "summary.csv")
     assert {(r["defense"], r["degenerate_rate"]) for r in rows} == {("undefended", "0.0"), ("SBR", "19.9"), ("Silent", "20.0")}
 
 
@@ -373,7 +372,7 @@ def test_names_that_are_markup_formulas_or_read_alike_as_files_do_no_harm(tmp_pa
     page = write_report([str(tmp_path / str(number)) for number in range(len(names))], str(tmp_path / "report"), "=1+1")
     assert len(list(page.parent.glob("*-curves-*.png"))) == len(names)
     assert "<img onerror" not in page.read_text()
-    rows = list(csv.DictReader((page.parent / "attacks.csv").open())) + list(csv.DictReader((page.parent / "summary.csv").open()))
+    rows = csv_rows(page.parent / "attacks.csv") + csv_rows(page.parent / "summary.csv")
     assert not [value for row in rows for value in row.values() if value.startswith(("=", "@", "+"))]
     assert any(row["defense"] == "'=HYPERLINK(1)" for row in rows)
     series = collect(tmp_path / str(number) for number in range(len(names)))
@@ -406,10 +405,10 @@ def test_seeds_judged_by_one_judge_of_two_settings_are_two_series(tmp_path):
 
 def test_csv_files_hold_what_the_page_shows(study, tmp_path):
     folder = write_report([str(study)], str(tmp_path / "report"), "A study").parent
-    rows = list(csv.DictReader((folder / "attacks.csv").open()))
+    rows = csv_rows(folder / "attacks.csv")
     assert len(rows) == 24
     assert {"run", "attack_name", "defense_name", "harmful_score", "seed"} <= set(rows[0])
-    summary = list(csv.DictReader((folder / "summary.csv").open()))
+    summary = csv_rows(folder / "summary.csv")
     (last,) = (r for r in summary if (r["attack"], r["defense"], r["step"]) == ("LoRA, 10%", "Plain SFT", "50"))
     assert float(last["harmful_score"]) == pytest.approx(90.0)
     assert (last["steps_to_break"], last["break_high"], last["break_confidence"]) == ("10.0", "50", "0.5")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from toy import toy_data, toy_trainer
+from toy import csv_rows, toy_data, toy_trainer
 from transformers import AutoModelForCausalLM
 
 from casehard import Defense, FullParameterAttack, LoRA
@@ -56,7 +56,7 @@ def test_rows_survive_a_disk_that_fills_up(tmp_path, monkeypatch):
         Disk(patch)
         with pytest.raises(OSError, match="could not be written"):
             results.record(trainer, replace(ROW, num_attack_steps=6), [])
-    assert len(list(csv.DictReader((tmp_path / "attacks.csv").open()))) == 1
+    assert len(csv_rows(tmp_path / "attacks.csv")) == 1
     assert len((tmp_path / "generations.jsonl").read_text().splitlines()) == 1
 
 
@@ -68,7 +68,7 @@ def test_unmeasured_is_nan_in_the_csv_and_left_out_of_the_loggers(tmp_path):
     trainer, log = toy_trainer(tmp_path), Log()
     trainer._loggers = [log]  # type: ignore[attr-defined]
     Results(str(tmp_path)).record(trainer, ROW, [])
-    (row,) = csv.DictReader((tmp_path / "attacks.csv").open())
+    (row,) = csv_rows(tmp_path / "attacks.csv")
     assert list(row) == [f.name for f in fields(ResultRow)]
     assert row["harmful_score"] == "nan"
     assert log.metrics["attack/LoRAAttack-finetuning_service-SBR/finetune_accuracy"] == 50.0

@@ -10,8 +10,9 @@ import pytest
 import torch
 from judge_server import ChatServer, serving
 
-from casehard.metrics import AttackSuccessRate, HarmfulScore, prompt_of
 from casehard.metrics.bounded_client import MAX_REPLY
+from casehard.metrics.conversation import prompt_of
+from casehard.metrics.harmful_score import AttackSuccessRate, HarmfulScore
 from casehard.metrics.rubric_judge import RUBRIC, RubricJudge, rating
 
 KEY = "sk-quite-secret-0123456789"

@@ -14,7 +14,7 @@ from casehard.datamodules.row import Row
 from casehard.datamodules.sandbox import ANSWERS, CATEGORIES, PHRASINGS, REFUSALS, SPLITS, items, kinds, sandbox_rows
 from casehard.datamodules.sandbox_tokenizer import build_tokenizer
 from casehard.datamodules.sources import read_rows
-from casehard.metrics import Verdict
+from casehard.metrics.judges import Verdict
 
 JUDGE = SandboxJudge()
 VENOM = CATEGORIES[0]

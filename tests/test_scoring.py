@@ -1,15 +1,22 @@
 import math
+import os
+from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from toy import toy_data, toy_trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.testing import assert_close
+from toy import on_ranks, toy_data, toy_trainer
 
 from casehard import Defense, Judge, RefusalPhraseJudge, Verdict
-from casehard.callbacks import FullParameterAttack, Results
-from casehard.callbacks.scoring import score
+from casehard.callbacks.attacks import FullParameterAttack
+from casehard.callbacks.results import Results
+from casehard.callbacks.scoring import Scores, score
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation
-from casehard.metrics import turns_of
+from casehard.metrics.conversation import turns_of
 from casehard.records.rows import read_run
 
 ASKED = [Row((("user", "How?"),), "4")]
@@ -146,3 +153,50 @@ def test_an_answer_to_a_task_may_be_as_long_as_the_longest_target(checkpoint, mo
     found = score(module, Evaluation(asked, asked, asked, RefusalPhraseJudge(), 8, 2, num_target_tokens=20))
     assert rooms == [8, 8, 20]
     assert not any("cut" in generation for generation in found.generations)
+
+
+# ---- on two ranks
+
+
+class Lengths(Judge):
+    """Scores an answer by its length, some not at all: what every rank got shows in every metric."""
+
+    name = "lengths"
+
+    def __call__(self, prompts, responses):
+        lengths = [len(response) for response in responses]
+        return [Verdict(math.nan if n % 2 == 0 else n % 5 / 4, n % 3 == 0, n % 7 == 0) for n in lengths]
+
+
+class Scored(L.Callback):
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.found = score(pl_module, trainer.datamodule.evaluation)
+
+
+def scored(folder: Path, checkpoint: str, **shape: Any) -> Scores:
+    """Of five, one and three prompts: a second rank gets fewer, and none of the benign ones."""
+    prompts = {"harmful_prompts": ["sandbox:test/harmful#train[:5]"], "benign_prompts": ["sandbox:test/howto#train[:1]"]}
+    data = toy_data(**prompts, task=["sandbox:test/mood#train[:3]"], judge=Lengths(), max_new_tokens=12, generation_batch_size=2)
+    callback = Scored()
+    toy_trainer(folder, callbacks=[callback], **shape).test(Defense(checkpoint), datamodule=data)
+    return callback.found
+
+
+def check_scores(rank: int, folder: Path, checkpoint: str, strategy: str, alone: Scores) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    shape = {"devices": 2, "strategy": "ddp" if strategy == "ddp" else ModelParallelStrategy(2, 1)}
+    found = scored(folder, checkpoint, **shape)
+    assert_close(
+        torch.tensor(list(found.metrics.values())), torch.tensor(list(alone.metrics.values())), rtol=0, atol=1e-6, equal_nan=True
+    )
+    assert found.metrics.keys() == alone.metrics.keys()
+    assert found.note == (alone.note if rank == 0 else "")
+    assert str(found.generations) == str(alone.generations if rank == 0 else [])  # as text, nan is itself
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_with_unequal_shares_find_what_one_process_finds(checkpoint, tmp_path, strategy):
+    alone = scored(tmp_path, checkpoint)
+    assert alone.metrics["num_unscored"] >= 1
+    assert len({a["response"] for a in alone.generations}) > 3
+    on_ranks(check_scores, tmp_path, tmp_path, checkpoint, strategy, alone)

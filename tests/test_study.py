@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import pytest
 import yaml
 from submitit.core.utils import UncompletedJobError
 from test_results import ROW
-from toy import ROOT, mark
+from toy import ROOT, mark, start_fork_server
 
-from casehard.cli import main as cli
+from casehard.cli.lightning_cli import resolved
+from casehard.cli.run_folder import NAMED
 from casehard.datamodules.fingerprint import Origin, origin
 from casehard.datamodules.sources import read_rows
 from casehard.engine.checkpoint import checkpoint_files
@@ -61,7 +63,95 @@ def start(file: Path, root: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_a_study_that_is_killed_goes_on_and_runs_no_cell_twice(tmp_path):
+PYTHON = sys.executable
+SCRIPT = """#!{python} -S
+import json, os, sys, time
+from pathlib import Path
+from shutil import copytree
+here = Path(__file__).parent
+named = dict(word[2:].split("=", 1) for word in sys.argv if "=" in word)
+folder = Path(named["run.root"], named["run.experiment"], named["run.version"])
+with (here / "ran").open("a") as file:
+    file.write(folder.name + "\\n")
+
+def leave(left):  # what a run left, as this cell's
+    copytree(left, folder, dirs_exist_ok=True)
+    index = folder.parent / "cells.json"
+    own = [c["config"] for c in json.loads(index.read_text()) if c["folder"] == str(folder)] if index.exists() else []
+    marker = json.loads((folder / "done.json").read_text())
+    (folder / "done.json").write_text(json.dumps(marker | {{"config": own[0]}} if own else marker))
+
+"""
+
+
+class Command:
+    """``python -m casehard`` of these tests' cells: a script of a few lines instead, which notes what it ran."""
+
+    def __init__(self, folder: Path) -> None:
+        self.here, self.path = folder, folder / "command"
+        self.left = folder / "left"  # by default the marker of a run
+
+    def does(self, text: str = "leave(here / 'left')") -> "Command":
+        self.path.write_text(SCRIPT.format(python=PYTHON) + text)
+        self.path.chmod(0o755)
+        return self
+
+    def ran(self) -> list[str]:
+        """Folders of the cells that ran, without the hashes of their configs."""
+        noted = self.here / "ran"
+        return [re.sub(r"-[0-9a-f]{8}$", "", line) for line in noted.read_text().splitlines()] if noted.exists() else []
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch) -> Command:
+    (tmp_path / "commands").mkdir()
+    command = Command(tmp_path / "commands").does()
+    mark(command.left)
+    monkeypatch.setattr(sys, "executable", str(command.path))
+    return command
+
+
+def study_of(script: str, file: str, root: str) -> None:
+    sys.executable = script
+    run_study(resolve, file, root, 1, None, {})
+
+
+def test_a_study_that_is_killed_goes_on_and_runs_no_cell_twice(tmp_path, command):
+    file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
+    file.write_text(TINY)
+    command.does("folder.mkdir()\nwhile not (here / 'go').exists():\n    time.sleep(0.01)\nleave(here / 'left')")
+    start_fork_server()
+    first, second = (
+        get_context("forkserver").Process(target=study_of, args=(str(command.path), str(file), str(root))) for _ in range(2)
+    )
+    first.start()
+    while not command.ran() or not (folders := [path for path in (root / "tiny").iterdir() if path.is_dir()]):
+        assert first.is_alive()
+        time.sleep(0.01)
+    first.kill()  # its cell runs on
+    first.join()
+    running = folders[0].stat().st_ino
+    second.start()
+    time.sleep(0.2)
+    assert len(command.ran()) == 1  # the cell is waited for, and not begun anew
+    (command.here / "go").touch()
+    second.join()
+    assert second.exitcode == 0
+    assert folders[0].stat().st_ino == running
+    found = read_cells(root / "tiny")
+    assert (
+        [cell.name for cell in found]
+        == command.ran()
+        == ["aligned-train-seed0", "plain-one_step-seed0", "aligned-one_step-seed0"]
+    )
+    assert all(cell.done for cell in found)
+    assert f"--model.init_args.checkpoint={found[0].folder}/model" in found[2].words
+    run_study(resolve, str(file), str(root), 1, None, {})
+    assert len(command.ran()) == 3  # nothing was left to do
+
+
+@pytest.mark.slow
+def test_a_study_of_real_runs_that_is_killed_goes_on(tmp_path):
     file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
     file.write_text(TINY)
     first = start(file, root)
@@ -85,12 +175,13 @@ def test_a_study_that_is_killed_goes_on_and_runs_no_cell_twice(tmp_path):
     used = yaml.safe_load(Path(found[2].folder, "config.yaml").read_text())
     assert used["model"]["init_args"]["checkpoint"] == f"{found[0].folder}/model"
     before = {path: path.stat().st_mtime_ns for path in root.rglob("done.json")}
-    run_study(cli.resolved, str(file), str(root), None, None, {})
+    run_study(resolved, str(file), str(root), None, None, {})
     assert {path: path.stat().st_mtime_ns for path in root.rglob("done.json")} == before  # nothing was left to do
 
 
 def resolve(words: list[str]) -> str:
-    return yaml.safe_dump({"words": words})
+    prompts = "sandbox:validation/harmful#train[:2]" if "--prompts=held_out" in words else "sandbox:test/harmful#train[:2]"
+    return yaml.safe_dump({"words": words, "data": {"harmful_prompts": [prompts]}})
 
 
 def cell(name: str, folder: Path, needs: str | None = None, words: tuple[str, ...] = ()) -> Cell:
@@ -114,27 +205,23 @@ def test_a_cell_that_fails_is_named_and_so_is_what_needed_it(tmp_path, capsys):
     assert "failed: train: exit status 1: out of memory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("error", "why"),
-    [
-        (UncompletedJobError("Job 7 has no output, state TIMEOUT"), "UncompletedJobError: Job 7 has no output, state TIMEOUT"),
-        (OSError(28, "No space left on device", "study/train.lock"), "OSError: .*No space left on device: 'study/train.lock'"),
-    ],
-)
-def test_a_cell_that_raises_is_named_with_its_reason_and_the_others_go_on(tmp_path, monkeypatch, error, why):
-    file, ran = tmp_path / "three.yaml", []
+def test_a_cell_that_raises_is_named_with_its_reason_and_the_others_go_on(tmp_path, command):
+    file, root = tmp_path / "three.yaml", tmp_path / "runs"
     file.write_text("defenses: {Trained: {train: {settings: {s: 1}}}, Plain: {}}\nattacks: {a: {}}\nseeds: [0]")
-
-    def run(cell: Cell, _: Any) -> None:
-        ran.append(cell.name)
-        if not cell.attack:
-            raise error
-
-    monkeypatch.setattr("casehard.evidence.study.run_cell", run)
+    (training, *_) = cells(read_study(str(file)), root / "three", resolve)
+    Path(f"{training.folder}.lock").mkdir(parents=True)  # where a file must be
+    why = r"IsADirectoryError: .*Is a directory: '.*trained-train-seed0-.*\.lock'"
     with pytest.raises(SystemExit, match=f"trained-train-seed0: {why}\n  trained-a-seed0: trained-train-seed0 failed") as stop:
-        run_study(resolve, str(file), str(tmp_path), 1, None, {})
+        run_study(resolve, str(file), str(root), 1, None, {})
     assert isinstance(stop.value.code, str)  # printed, with exit status 1
-    assert ran == ["trained-train-seed0", "plain-a-seed0"]
+    assert command.ran() == ["plain-a-seed0"]
+
+
+def test_a_job_that_the_cluster_ended_is_named_with_its_reason(tmp_path):
+    def ended(_: Cell) -> str | None:
+        raise UncompletedJobError("Job 7 has no output, state TIMEOUT")
+
+    assert run_all([cell("a", tmp_path)], ended, 1) == {"a": "UncompletedJobError: Job 7 has no output, state TIMEOUT"}
 
 
 def test_done_cells_are_left_alone_and_others_wait_for_what_they_need(tmp_path):
@@ -155,15 +242,12 @@ def test_a_cell_that_needs_one_that_failed_before_is_not_waited_for(tmp_path):
     assert run_all([cell("attack", tmp_path, "train")], lambda _: None, 1) == {"attack": "train failed"}
 
 
-def test_a_cell_that_died_half_way_is_begun_anew_and_a_failing_one_says_why(tmp_path):
-    broken = cell("broken", tmp_path, words=("test", "--no_such_setting=1"))
+def test_a_cell_that_died_half_way_is_begun_anew_and_a_failing_one_says_why(tmp_path, command):
+    broken = cell("broken", tmp_path)
     Path(broken.folder).mkdir(parents=True)
     Path(broken.folder, "attacks.csv").write_text("half")
-    why = run_cell(broken)
-    assert why is not None
-    assert "exit status 2" in why
-    assert "no_such_setting" in why
-    assert "broken.log" in why
+    command.does("print('error: out of memory')\nsys.exit(2)")
+    assert run_cell(broken) == f"exit status 2: error: out of memory ({broken.folder}.log)"
     assert not Path(broken.folder).exists()
 
 
@@ -215,17 +299,10 @@ def test_a_cell_whose_files_changed_runs_again_and_says_which(rested, tmp_path, 
     assert ran_again(rested) == []  # nothing shows that it was another
 
 
-def test_a_cell_whose_files_change_while_it_runs_says_so(rested, tmp_path, monkeypatch):
-    marker = Path(rested.folder, "done.json").read_text()
-
-    def run(*_: Any, **__: Any) -> subprocess.CompletedProcess[str]:
-        finish(rested)
-        Path(rested.folder, "done.json").write_text(marker)
-        (tmp_path / "rows.jsonl").write_text("changed again")
-        return subprocess.CompletedProcess([], 0)
-
+def test_a_cell_whose_files_change_while_it_runs_says_so(rested, tmp_path, command):
+    shutil.copytree(rested.folder, command.left, dirs_exist_ok=True)
     (tmp_path / "rows.jsonl").write_text("changed")
-    monkeypatch.setattr("casehard.evidence.study.subprocess.run", run)
+    command.does(f"leave(here / 'left')\nPath({str(tmp_path / 'rows.jsonl')!r}).write_text('changed again')")
     assert run_cell(rested) == f"{tmp_path}/rows.jsonl#train[:1] changed while it ran"
 
 
@@ -306,7 +383,7 @@ def own_package(tmp_path, monkeypatch) -> Iterator[Path]:
     (package / "__init__.py").write_text("")
     (package / "penalty.py").write_text("WEIGHT = 1.0\n")
     (package / "defense.py").write_text(
-        "from a_users_lab.penalty import WEIGHT\nfrom lightning_modules import Defense\n\n\nclass Near(Defense):\n    pass\n"
+        "from a_users_lab.penalty import WEIGHT\nfrom casehard import Defense\n\n\nclass Near(Defense):\n    pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("a_users_lab.defense")
@@ -317,7 +394,7 @@ def own_package(tmp_path, monkeypatch) -> Iterator[Path]:
 
 def rested_on(started: float = math.inf) -> dict[str, Any]:
     model = {"class_path": "a_users_lab.defense.Near", "init_args": {"checkpoint": "models/sandbox/base"}}
-    return rests_on({"model": model, "data": {}, "trainer": {}}, [], cli.NAMED, started)
+    return rests_on({"model": model, "data": {}, "trainer": {}}, [], NAMED, started)
 
 
 def test_a_recipe_is_what_a_trained_model_rests_on_and_neither_its_seed_nor_how_it_is_scored():
@@ -450,18 +527,17 @@ def test_results_that_are_not_what_a_run_left_are_found_again(tmp_path, capsys):
     assert not some.done
 
 
-def test_cells_that_changed_while_a_study_ran_are_named_at_its_end(tmp_path, monkeypatch):
+def test_cells_that_changed_while_a_study_ran_are_named_at_its_end(tmp_path, command):
     file, rows = tmp_path / "two.yaml", tmp_path / "rows.jsonl"
     file.write_text("defenses: {d: {}}\nattacks: {a: {}}\nseeds: [0, 1]")
     rows.write_text('{"prompt": "a", "response": "b"}\n')
-
-    def run(some: Cell, _: Any) -> None:
-        made = origin("harmful", str(rows), read_rows(str(rows)))._asdict()
-        mark(Path(some.folder), config=some.config, data=[made])
-        if some.seed == 1:
-            rows.write_text('{"prompt": "a", "response": "c"}\n')
-
-    monkeypatch.setattr("casehard.evidence.study.run_cell", run)
+    mark(command.left, data=[origin("harmful", str(rows), read_rows(str(rows)))._asdict()])
+    mark(command.here / "without")
+    changed = '{"prompt": "a", "response": "c"}\n'
+    command.does(
+        f"if 'seed0' in folder.name:\n    leave(here / 'left')\nelse:\n    leave(here / 'without')\n"
+        f"    Path({str(rows)!r}).write_text({changed!r})"
+    )
     with pytest.raises(SystemExit, match=r"d-a-seed0: .*rows.jsonl changed since it ran"):
         run_study(resolve, str(file), str(tmp_path), 1, None, {})
 
@@ -510,7 +586,7 @@ def test_the_sandbox_study_is_three_by_four_by_three_and_every_cell_resolves(tmp
     assert {c.needs for c in found if c.defense == "SBR"} == {c.needs for c in found if c.defense == "SFT alignment" and c.attack}
     assert len({c.folder for c in found}) == 42
     for some in (found[0], found[3], *found[6:18]):  # each kind of cell, of one seed
-        config = yaml.safe_load(cli.resolved(some.words))
+        config = yaml.safe_load(resolved(some.words))
         attacks = config["trainer"]["callbacks"]
         assert len(attacks) == (1 if some.attack else 0)
         assert config["data"]["seed"] == some.seed
@@ -562,23 +638,19 @@ def test_the_attacker_is_reported_with_what_does_best_on_validation_prompts(tmp_
     assert choose(first) == {("Guarded", "grid"): "fast"}
 
 
-def test_a_study_tries_then_reports_and_its_report_shows_no_trial(tmp_path, monkeypatch, capsys):
+def test_a_study_tries_then_reports_and_its_report_shows_no_trial(tmp_path, command, capsys):
     file = tmp_path / "choosing.yaml"
     file.write_text(CHOOSING.replace("seeds: [0, 1, 2]", "seeds: [0]"))
-    ran = []
-
-    def run(cell: Cell, _: Any) -> None:
-        ran.append(cell.name)
-        attacked(cell, 0, 30, 60 if "--rate=2" in cell.words else 40)
-
-    monkeypatch.setattr("casehard.evidence.study.run_cell", run)
-    monkeypatch.setattr("casehard.evidence.study._check_held_out", lambda *_: None)
+    for name, end in (("fast", 60), ("other", 40)):
+        attacked(replace(cell("a", tmp_path), folder=str(command.here / name)), 0, 30, end)
+    command.does("leave(here / ('fast' if '--rate=2' in sys.argv else 'other'))")
     run_study(resolve, str(file), str(tmp_path), None, None, {})
+    ran = command.ran()
     assert sorted(ran[-2:]) == ["guarded-grid-fast-seed0", "plain-grid-fast-seed0"]
     assert len(ran) == len(set(ran)) == 2 * (2 + 1 + 1)
     assert "grid, on Plain: fast, chosen on validation prompts" in capsys.readouterr().out
     run_study(resolve, str(file), str(tmp_path), None, None, {})
-    assert len(ran) == 8  # nothing is run twice
+    assert command.ran() == ran  # nothing is run twice
     shown = collect([tmp_path / "choosing"])
     assert {(one.defense, one.attack) for one in shown} == {(d, a) for d in ("Plain", "Guarded") for a in ("grid", "fixed")}
     assert len(shown) == 4
@@ -591,7 +663,7 @@ def test_prompts_that_are_reported_on_may_not_choose(tmp_path):
     with pytest.raises(
         ValueError, match="validation must hold other prompts than those that are reported on, and 7 stand in both"
     ):
-        run_study(cli.resolved, str(file), str(tmp_path), None, None, {})
+        run_study(resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -599,7 +671,7 @@ def test_the_study_that_chooses_resolves_to_its_learning_rates_and_prompts(tmp_p
     found = cells(read_study("experiments/studies/sandbox_chosen.yaml"), tmp_path, resolve)
     assert len(found) == 2 * 3 * 3
     for cell, rate in zip(found[:3], (1e-4, 2e-4, 5e-4), strict=True):
-        config = yaml.safe_load(cli.resolved(cell.words))
+        config = yaml.safe_load(resolved(cell.words))
         assert config["trainer"]["callbacks"][0]["init_args"]["optimizer"]["learning_rate"] == rate
         assert config["data"]["sources"]["harmful_prompts"] == ["sandbox:validation/harmful"]
 
@@ -608,7 +680,7 @@ def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY.replace("data.evaluation.num_evaluated", "data.number_evaluated"))
     with pytest.raises(ValueError, match="every cell must be a command that works, and this one does not: fit"):
-        run_study(cli.resolved, str(file), str(tmp_path), None, None, {})
+        run_study(resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -637,7 +709,7 @@ def test_parallel_must_be_positive(tmp_path):
 
 
 def test_cells_are_shared_out_over_the_cuda_devices_that_are_visible(monkeypatch):
-    monkeypatch.setattr("casehard.evidence.study.torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert devices() == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
@@ -655,34 +727,33 @@ def test_cells_are_shared_out_over_the_cuda_devices_that_are_visible(monkeypatch
     ],
 )
 def test_cells_get_a_thread_each_only_where_they_share_the_cores(
-    tmp_path, monkeypatch, parallel, cluster, num_devices, own, threads
+    tmp_path, monkeypatch, command, parallel, cluster, num_devices, own, threads
 ):
     file = tmp_path / "one.yaml"
     file.write_text("defenses: {d: {}}\nattacks: {a: {}}\nseeds: [0, 1]")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if own:
         monkeypatch.setenv("OMP_NUM_THREADS", own)
-    monkeypatch.setattr("casehard.evidence.study.torch.cuda.device_count", lambda: num_devices)
-    started: list[dict[str, str]] = []
-
-    def run(*_: Any, env: dict[str, str], **__: Any) -> subprocess.CompletedProcess[str]:
-        started.append(env)
-        return subprocess.CompletedProcess([], 1)
-
-    monkeypatch.setattr("casehard.evidence.study.subprocess.run", run)
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
+    command.does("print(os.environ.get('OMP_NUM_THREADS'))\nsys.exit(1)")
+    with pytest.raises(SystemExit) as stop:
         run_study(resolve, str(file), str(tmp_path), parallel, cluster, {})
-    assert [env.get("OMP_NUM_THREADS") for env in started] == [threads] * 2
+    assert re.findall(r"d-a-seed.: exit status 1: (\S+)", str(stop.value.code)) == [str(threads)] * 2
 
 
-def test_submitit_runs_cells_too(tmp_path, monkeypatch):
-    file = tmp_path / "tiny.yaml"
-    file.write_text(TINY.split("  Aligned:")[0] + TINY[TINY.index("attacks:") :])
-    (only,) = cells(read_study(str(file)), tmp_path / "runs" / "tiny", resolve)
-    monkeypatch.setattr("casehard.evidence.study.cells", lambda *_: [only])
-    finish(only)  # in the job, too, a done cell is left alone
-    monkeypatch.setattr(
-        "casehard.evidence.study.run_all", lambda todo, run, parallel: {c.name: why for c in todo if (why := run(c))}
-    )
-    run_study(resolve, str(file), str(tmp_path / "runs"), None, "local", {"timeout_min": 2})
-    assert list((tmp_path / "runs" / "tiny" / "jobs").glob("*_result.pkl"))
+def test_a_cell_that_fails_in_a_job_says_why(tmp_path):
+    file = tmp_path / "one.yaml"
+    file.write_text("defenses: {d: {}}\nattacks: {a: {}}\nseeds: [0]")
+    (only,) = cells(read_study(str(file)), tmp_path / "one", resolve)
+    Path(f"{only.folder}.lock").mkdir(parents=True)  # where a file must be
+    with pytest.raises(SystemExit, match=r"d-a-seed0: FailedJobError(.|\n)*IsADirectoryError: .*d-a-seed0-.*\.lock"):
+        run_study(resolve, str(file), str(tmp_path), None, "local", {"timeout_min": 2})
+    assert list((tmp_path / "one" / "jobs").glob("*_result.pkl"))
+
+
+def test_a_cell_that_a_job_ran_is_done(tmp_path, command):
+    file = tmp_path / "one.yaml"
+    file.write_text("defenses: {d: {}}\nattacks: {a: {}}\nseeds: [0]")
+    for _ in range(2):  # a done one is left alone
+        run_study(resolve, str(file), str(tmp_path), None, "debug", {})
+    assert command.ran() == ["d-a-seed0"]

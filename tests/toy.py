@@ -1,14 +1,18 @@
 """The tiny model and data that every test uses, and the list of defenses that the shared tests are crossed with."""
 
+import csv
 import json
-import multiprocessing
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import version
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -93,6 +97,12 @@ def toy_trainer(folder: Path, **settings: Any) -> L.Trainer:
     return L.Trainer(**(defaults | settings))
 
 
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    """What stands in a CSV file, by column."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def bits(module: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers as bytes: two states are the same if every entry is ``torch.equal``, nan included."""
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -105,10 +115,24 @@ def same_bits(ours: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 
 
 def on_ranks(check: Callable[..., None], folder: Path, *args: Any, world_size: int = 2) -> None:
-    """Run ``check(rank, *args)``, a module's own function, in gloo processes; they are forked from one that has the imports."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["lightning.pytorch", "peft", "transformers.models.llama"])
-    everything = (check, world_size, folder / f"store-{check.__name__}", args)
+    """Run ``check(rank, *args)``, a module's own function, in gloo processes of its own, and raise what it raises.
+
+    They are forked from a server that has imported everything and run nothing: a start costs tenths of a second, no check sees
+    what another left behind, and one may be killed. They meet through a file in ``folder``, so no port can be taken.
+    """
+    start_fork_server()
+    everything = (check, world_size, folder / f"store-{uuid4().hex}", args)
     mp.start_processes(_on_rank, everything, nprocs=world_size, start_method="forkserver")
+
+
+def start_fork_server() -> None:
+    """Start the server that processes are forked from, unless it runs: one for each pytest process."""
+    forkserver.set_forkserver_preload(
+        ["toy", "pytest", "casehard.cli.main", "torch.distributed.fsdp", "transformers.models.llama"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        forkserver.ensure_running()
 
 
 def _on_rank(rank: int, check: Callable[..., None], world_size: int, store: Path, args: tuple[Any, ...]) -> None:

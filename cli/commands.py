@@ -1,0 +1,126 @@
+"""The commands that train nothing; each imports what it needs when it runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import CLI
+
+import casehard
+from casehard.cli.parsing import CommandParser, refusals
+from casehard.shipped import shipped
+
+
+def study(
+    file: str,
+    *,
+    root: str = "runs",
+    parallel: int | None = None,
+    cluster: str | None = None,
+    cluster_settings: dict[str, Any] | None = None,
+) -> None:
+    """Run every attack on every defense with every seed, as a study file says, and go on where a study was cut off.
+
+    A cell is done when its run's marker carries the hash of its resolved config, what it rested on is the same still (the code,
+    casehard's and your own, rows, checkpoints), and so is what it left (its model, its results): that one is not run again, and
+    one with other settings gets a folder of its own. Ends with exit status 1 if a cell failed; start again to repeat the failed
+    ones only.
+
+    Args:
+        file: YAML with defenses, attacks and seeds, such as experiments/studies/sandbox.yaml.
+        root: where run folders are made; the study's own is ROOT/NAME.
+        parallel: cells at a time; by default one a CUDA device, or one a core. Several that share the cores of a machine without
+            CUDA get a thread each (OMP_NUM_THREADS=1, unless you set it); others as many as torch takes.
+        cluster: send the cells out through submitit: slurm, local, or auto for what is there. null runs them here.
+        cluster_settings: submitit's, such as {timeout_min: 60, slurm_partition: gpu, gpus_per_node: 1}.
+    """
+    from casehard.cli.lightning_cli import resolved
+    from casehard.evidence.study import run_study
+
+    run_study(resolved, shipped(file), root, parallel, cluster, cluster_settings or {})
+
+
+def sandbox(split: str | None = None, kind: str | None = None, num_rows: int = 2, tokenizer: str | None = None) -> None:
+    """Print sample rows of the sandbox for a person to read.
+
+    Args:
+        split: only this split (pretrain, defender, attacker, validation, test).
+        kind: only this kind (harmful, refusals, refused_first, refused, howto, mood, sentiment, sums, repeat).
+        num_rows: rows of each.
+        tokenizer: instead of printing, train the sandbox's tokenizer and save it in this folder.
+    """
+    from casehard.datamodules.sandbox import SPLITS, kinds, sandbox_rows
+
+    if tokenizer is not None:
+        from casehard.datamodules.sandbox_tokenizer import build_tokenizer  # with transformers
+
+        build_tokenizer().save_pretrained(tokenizer)
+        return
+    for name in [split] if split else SPLITS:
+        for k in [kind] if kind else kinds(name):
+            rows = sandbox_rows(name, k)
+            print(f"\nsandbox:{name}/{k} ({len(rows)} rows)")
+            for row in rows[:num_rows]:
+                print(f"  {row.prompt}\n    -> {row.response}")
+
+
+def report(args: list[str]) -> None:
+    """``casehard report RUN ...``: one self-contained page, with the CSV and PNG files that it is made of."""
+    parser = CommandParser(prog="casehard report", description="Write one page on runs, with the CSV and PNG files behind it.")
+    parser.add_argument("runs", nargs="+", type=str, help="run folders (also RUN/judged/JUDGE), or a study's")
+    parser.add_argument("--out", type=str, default="report", help="folder of the report")
+    parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
+    settings = parser.parse_args(args)
+    from casehard.evidence.report import write_report  # with matplotlib and jinja2, an extra
+
+    print(f"Report: {write_report(settings.runs, settings.out, settings.title)}")
+
+
+def card(args: list[str]) -> None:
+    """``casehard card RUN ...``: the model card of what a run exported."""
+    parser = CommandParser(
+        prog="casehard card", description="Write RUN/model/README.md: what the model was made from, and how hard it was to break."
+    )
+    parser.add_argument("run", type=str, help="folder of a finished `fit` that exported its model")
+    parser.add_argument("tests", nargs="*", type=str, help="folders of more runs that attacked this model, such as a study's")
+    settings = parser.parse_args(args)
+    from casehard.evidence.card import write_card  # with matplotlib and jinja2, an extra
+
+    print(f"Card: {write_card(settings.run, settings.tests)}")
+
+
+def dashboard(args: list[str]) -> None:
+    """``casehard dashboard RUN ...``: a saved W&B workspace on what runs logged."""
+    parser = CommandParser(
+        prog="casehard dashboard",
+        description="Save a workspace on W&B with panels for all that runs logged: how long each defense held under each attack, "
+        "the attacks' curves, and training. It shows the W&B runs of the groups that these runs are in, and averages over the "
+        "seeds of a study's. Needs the key of a W&B account (WANDB_API_KEY, or `wandb login`); --dry_run needs neither.",
+    )
+    parser.add_argument("runs", nargs="+", type=str, help="run folders, or a study's, whose keys get panels")
+    parser.add_argument("--project", type=str, default="casehard", help="W&B project that has the runs (run.project)")
+    parser.add_argument("--entity", type=str | None, default=None, help="W&B user or team; by default the key's own")
+    parser.add_argument("--title", type=str, default="How hard to break", help="of the workspace")
+    parser.add_argument("--dry_run", type=bool, default=False, help="print what would be saved, as JSON, and save nothing")
+    settings = parser.parse_args(args)
+    from casehard.evidence.dashboard import make_dashboard
+
+    print(make_dashboard(settings.runs, settings.project, settings.entity, settings.title, settings.dry_run))
+
+
+ON_RUNS: dict[str, Callable[[list[str]], None]] = {"report": report, "card": card, "dashboard": dashboard}
+
+
+def run(name: str, args: list[str]) -> None:
+    """Run a command: one on any number of run folders has a parser of its own, any other's settings are its function's."""
+    if name in ON_RUNS:
+        ON_RUNS[name](args)
+        return
+    command: Callable[..., None] = study if name == "study" else sandbox
+    if name == "judge":
+        from casehard.evidence.rejudge import main as command
+
+        for public in casehard.__all__:  # so that judges may stand without `casehard.` too, and --help lists them
+            if public.endswith("Judge"):
+                getattr(casehard, public)
+    with refusals():
+        CLI(command, args=args, prog=f"casehard {name}", parser_class=CommandParser)

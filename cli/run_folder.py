@@ -1,0 +1,114 @@
+"""The folder of a run: claimed once, held while the run goes on, and marked when it has come to its end."""
+
+import fcntl
+import itertools
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from casehard.datamodules.fingerprint import Origin
+from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole
+
+STARTED = time.time()  # of the process: what is edited later is not what it runs
+NAMED = ("casehard", "torch", "transformers", "lightning", "peft")  # packages whose versions a run notes
+
+
+def claim_run_folder(root: str, experiment: str, version: str | None) -> Path:
+    """Make the run's folder, ``root/experiment/version``; no two runs ever get the same one.
+
+    Args:
+        root: where all runs are kept.
+        experiment: its name.
+        version: its name within the experiment; by default the next free ``version_N``.
+
+    Raises:
+        FileExistsError: a run has the folder that ``version`` names.
+    """
+    if version is not None:
+        folder = Path(root, experiment, version)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError as error:
+            raise FileExistsError(
+                f"the run folder must be new, and {folder} exists: another run has it. "
+                "Choose another run.version, or leave it out for the next free one."
+            ) from error
+        return folder
+    number = 0
+    while True:
+        try:
+            return claim_run_folder(root, experiment, f"version_{number}")
+        except FileExistsError:
+            number += 1
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a run's folder for this process, to which a lock belongs as long as it lives.
+
+    Raises:
+        FileExistsError: another run is under way in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"the run folder must have no other run under way, and {folder} has one. Unset {RUN_FOLDER} for a folder of its "
+                "own, or wait until that run has ended."
+            ) from error
+        except OSError as error:
+            rank_zero_warn(f"{folder} cannot be locked ({error.strerror}): see to it that no other run goes on in it.")
+        yield
+
+
+def require_unfinished(folder: Path) -> None:
+    """Refuse a folder in which a run has come to its end.
+
+    Raises:
+        FileExistsError: it has.
+    """
+    if (folder / DONE).exists():
+        raise FileExistsError(
+            f"the run folder must have no finished run, and {folder} has one. Unset {RUN_FOLDER} for a folder of its own."
+        )
+
+
+@rank_zero_only
+def keep_metrics(folder: Path) -> None:
+    """Where a run goes on in its folder Lightning's logger begins a new metrics.csv, and would delete the old one."""
+    if (folder / "metrics.csv").exists():
+        number = next(n for n in itertools.count(1) if not (folder / f"metrics_{n}.csv").exists())
+        (folder / "metrics.csv").rename(folder / f"metrics_{number}.csv")
+
+
+def write_marker(folder: Path, config: str, origins: Sequence[Origin], facts: dict[str, Any]) -> None:
+    """Leave ``done.json``.
+
+    Args:
+        folder: the run's.
+        config: resolved, as YAML.
+        origins: of its rows.
+        facts: the keys of ``records.marker.SHAPE`` that only the run itself knows, such as its steps.
+    """
+    from casehard.records.marker import leaves, rests_on  # most commands do without
+
+    marker = {
+        **facts,
+        "config": config_hash(config),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in NAMED},
+        **rests_on(yaml.safe_load(config), origins, NAMED, STARTED),
+        **leaves(folder),
+    }
+    write_whole(folder / DONE, json.dumps(marker))

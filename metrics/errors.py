@@ -1,0 +1,9 @@
+"""What goes wrong by a user's hand, told apart from what goes wrong by a bug."""
+
+
+class SettingError(ValueError):
+    """Something that a user can mend: a setting, a file of theirs, an extra that is not installed.
+
+    Its message is one sentence: the setting or the file and line, what it must be, what it was; then the way out. The command
+    line prints that sentence alone. Every other ``ValueError`` is a bug and keeps its traceback.
+    """
