@@ -14,6 +14,7 @@ from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.training import Plain, train_steps
+from casehard.lightning_modules.backbone import Backbone
 from casehard.lightning_modules.defense import Defense
 
 SANDBOX = str(Path(__file__).parent.parent / "models/sandbox/aligned")
@@ -47,7 +48,7 @@ def main(
     """
 
     def steps_of(compile_backend: str | None) -> Iterator[tuple[int, float]]:
-        module = Defense(checkpoint, compile_backend=compile_backend)
+        module = Defense(checkpoint, backbone=Backbone(compile_backend=compile_backend))
         module.configure_model()
         module.to(device)
         examples, _ = encode_rows(read_rows(rows), module.tokenizer, max_length)

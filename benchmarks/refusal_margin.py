@@ -16,7 +16,7 @@ from casehard.datamodules.chat import collate, encode_rows, prompt_ids
 from casehard.datamodules.mixing import mix
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows
-from casehard.engine.forward import Batch, last_positions, states_and_logits
+from casehard.engine.forward import Batch, last_positions, run
 from casehard.engine.gradients import norm
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.training import Plain, train_steps
@@ -33,10 +33,9 @@ def first_tokens(rows: list[Row], module: Defense) -> list[int]:
 @torch.no_grad()
 def margins(module: Defense, prompts: Batch, refusing: list[int], complying: list[int]) -> Tensor:
     """Log-odds of refusing at the end of every prompt, ``[num_prompts]``, in nats."""
-    nothing = torch.zeros_like(prompts["labels"], dtype=torch.bool)
     with same_modes_after(module):
         module.eval()
-        _, logits = states_and_logits(module.model, prompts, nothing, last_positions(prompts["attention_mask"]))
+        logits = run(module.model, prompts, logits_at=last_positions(prompts["attention_mask"])).logits
     return logits[:, refusing].logsumexp(-1) - logits[:, complying].logsumexp(-1)
 
 

@@ -22,7 +22,7 @@ from paired import seconds, spread
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from casehard import Defense, InnerAttacker, Optimizer, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
+from casehard import Backbone, Defense, InnerAttacker, Optimizer, PatcherModule, SandboxJudge, SBRModule, SFTDataModule
 from casehard.datamodules.batches import Example
 from casehard.datamodules.chat import IGNORED
 from casehard.datamodules.row import Row
@@ -182,13 +182,15 @@ def main(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     shape: dict[str, Any] = {
         "checkpoint": checkpoint,
-        "random_weights": True,
-        "sizes": {} if layers is None else {"num_hidden_layers": layers},
-        "tokenizer": SANDBOX,
         "optimizer": STILL,
-        "weights_dtype": "bfloat16" if precision == "bf16" else "float32",
-        "activation_checkpointing": activation_checkpointing,
-        "compile_backend": compile_backend,
+        "backbone": Backbone(
+            random_weights=True,
+            sizes={} if layers is None else {"num_hidden_layers": layers},
+            tokenizer=SANDBOX,
+            weights_dtype="bfloat16" if precision == "bf16" else "float32",
+            activation_checkpointing=activation_checkpointing,
+            compile_backend=compile_backend,
+        ),
     }
     attacker = InnerAttacker(num_inner_steps, STILL, batch_size)
     round_of = {"attacker": attacker, "num_outer_steps": num_steps, "num_sft_steps": 1, "copy_device": copy_device}

@@ -113,9 +113,11 @@ class Results(L.Callback):
             module.finish()  # hardened or recovered
             model = module.exported()
             if model is not None and trainer.is_global_zero:
-                off = save_model(model, module.tokenizer, self.folder / "model", module.export_dtype)
+                off = save_model(model, module.tokenizer, self.folder / "model", module.backbone.exported_dtype)
                 if off:
-                    rank_zero_info(f"Exported in {module.export_dtype}: logits are {100 * off:.2g}% off those of {model.dtype}.")
+                    rank_zero_info(
+                        f"Exported in {module.backbone.exported_dtype}: logits are {100 * off:.2g}% off those of {model.dtype}."
+                    )
         self._exported = True
 
     def _seconds(self) -> float:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from casehard.engine.anatomy import is_linear
+from casehard.engine.private import forget_adapters, parameters_of
 from casehard.engine.sharding import shard_of
 from casehard.engine.weights import local, reshard
 
@@ -83,23 +85,18 @@ class Matrix:
         return f".{self.name}".endswith(f".{name}")
 
 
-def is_linear(layer: nn.Module) -> bool:
-    """Whether it does what a linear layer does: a router, which also chooses, may be a subclass of one."""
-    return type(layer).forward in (nn.Linear.forward, Conv1D.forward)
-
-
 def matrices(model: PreTrainedModel) -> list[Matrix]:
     """Every weight matrix of the decoder, adapted or not: all parameters of two dimensions and more but the (un)embeddings'."""
-    head, above, found = model.get_output_embeddings(), _above(model), []
+    head, above, result = model.get_output_embeddings(), _above(model), []
     for full_name, layer in model.named_modules():
         if layer is head or isinstance(layer, nn.Embedding) or "lora_" in full_name:
             continue
         name = full_name.replace(".base_layer", "")
         for parameter, weight in layer.named_parameters(recurse=False):
             if weight.ndim >= 2 and "bias" not in parameter:
-                own = name if is_linear(layer) else f"{name}.{parameter}"
-                found.append(Matrix(own, layer, parameter, _why_still(layer, weight, *_outside(layer, above))))
-    return found
+                matrix = name if is_linear(layer) else f"{name}.{parameter}"
+                result.append(Matrix(matrix, layer, parameter, _why_still(layer, weight, *_outside(layer, above))))
+    return result
 
 
 def _above(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
@@ -128,15 +125,15 @@ def _read_past_forward(kind: type[nn.Module]) -> frozenset[str]:
 
     Reading a slice is left to ``pretraining_tp`` above 1, which nothing here sets.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     for cls in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         try:
             code = inspect.getsource(cls)
         except (OSError, TypeError):  # made while running, such as FSDP2's; what it is made from follows
             continue
         code = re.sub(r"init\.\w+\(.*|isinstance\(.*?\)", "", code)
-        found |= set(re.findall(r"self\.(\w+)\.weight\b(?!\[|\.(?:data|device|dtype|ndim|requires_grad|shape|size)\b)", code))
-    return frozenset(found)
+        names |= set(re.findall(r"self\.(\w+)\.weight\b(?!\[|\.(?:data|device|dtype|ndim|requires_grad|shape|size)\b)", code))
+    return frozenset(names)
 
 
 def targets(model: PreTrainedModel, settings: LoRA) -> list[Matrix]:
@@ -187,13 +184,13 @@ class StackWrapper(ParamWrapper):
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As peft's."""
-        own = self.get_base_layer()._parameters
-        names = list(own)
+        parameters = parameters_of(self.get_base_layer())
+        names = list(parameters)
         try:
             return super().forward(*args, **kwargs)
         finally:
             for name in names:
-                own[name] = own.pop(name)
+                parameters[name] = parameters.pop(name)
 
 
 def add_adapter(model: PreTrainedModel, settings: LoRA, name: str) -> None:
@@ -385,8 +382,7 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
         for name in _names(layer):
             layer.delete_adapter(name)
     _unwrap(model)
-    model.__dict__.pop("peft_config", None)
-    model.__dict__.pop("_hf_peft_config_loaded", None)
+    forget_adapters(model)
     return model
 
 

@@ -28,6 +28,7 @@ from casehard.datamodules.chat import prompt_ids
 from casehard.datamodules.file_hash import file_sha256
 from casehard.datamodules.row import Row
 from casehard.engine.comparison import distance, logits_of, num_embedded, rounding, some_ids
+from casehard.engine.private import forget_adapters, forget_quantisation
 from casehard.shipped import shipped
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
@@ -145,9 +146,9 @@ def require_plain_weights(checkpoint: str) -> None:
     with _reading(checkpoint):
         settings = _settings(source)
     parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
-    found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    if found is not None:
-        method = found.get("quant_method") or next((name for name in found if name.startswith("load_in_")), "quantised")
+    quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if quantised is not None:
+        method = quantised.get("quant_method") or next((name for name in quantised if name.startswith("load_in_")), "quantised")
         raise ValueError(
             f"checkpoint {checkpoint!r} must hold plain weights (float32, bfloat16 or float16), and config.json of "
             f"{source!r} says quantization_config: {method}. Name the model that it was quantised from, or a GGUF file of it, "
@@ -215,8 +216,8 @@ def num_positions(checkpoint: str, sizes: Mapping[str, int] | None = None) -> in
     """How many positions the model of ``checkpoint`` can tell apart, or was made for; None where its config says nothing."""
     source, gguf = _source(checkpoint)
     config = _resized(source, sizes, **gguf) if sizes else AutoConfig.from_pretrained(source, **gguf)
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    number = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return number if isinstance(number, int) and number > 0 else None
 
 
 def load_model(
@@ -275,8 +276,7 @@ def load_model(
 
 def _unmark(model: PreTrainedModel) -> None:
     """Its weights are plain, whatever it was read from: transformers would refuse to save it, or call it quantised."""
-    for mark in ("quantization_method", "is_quantized", "hf_quantizer"):
-        model.__dict__.pop(mark, None)
+    forget_quantisation(model)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
 
@@ -296,7 +296,7 @@ def _require_whole(checkpoint: str, report: Mapping[str, Iterable[Any]], in_part
             "language model alone is trained, attacked and exported.",
             stacklevel=2,
         )
-    found = [
+    flaws = [
         f"{len(names)} {what} ({_few(names)})"
         for names, what in (
             (missing, "are missing"),
@@ -305,7 +305,7 @@ def _require_whole(checkpoint: str, report: Mapping[str, Iterable[Any]], in_part
         )
         if names
     ]
-    if not found:
+    if not flaws:
         return
     out = "Correct config.json, or save the model anew with save_pretrained."
     for name in unexpected:
@@ -314,7 +314,7 @@ def _require_whole(checkpoint: str, report: Mapping[str, Iterable[Any]], in_part
             break
     raise ValueError(
         f"checkpoint {checkpoint!r} must hold exactly the weights of the model that its config.json describes, and "
-        f"{', '.join(found)}. {out}"
+        f"{', '.join(flaws)}. {out}"
     )
 
 
@@ -361,8 +361,7 @@ def _with_adapter(checkpoint: str, source: str, base: str, dtype: torch.dtype) -
             raise ValueError(f"{len(wrong)} weights of the adapter are missing or have no place in {base!r} ({_few(wrong)})")
         apart = logits_of(model, some_ids(model))  # peft has put the adapter into it
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    for mark in ("peft_config", "_hf_peft_config_loaded"):
-        merged.__dict__.pop(mark, None)
+    forget_adapters(merged)
     merged.requires_grad_(True)  # peft froze it
     off = distance(logits_of(merged, some_ids(merged)), apart)
     if not off <= rounding(dtype):

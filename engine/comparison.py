@@ -33,8 +33,8 @@ def logits_of(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor:
     """Logits after every token of the rows, each read alone, ``[tokens, vocab]``, on the CPU; dropout does not act."""
     with uncompiled(model), same_modes_after(model), torch.autocast(model.device.type, enabled=False):
         model.eval()
-        found = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0].cpu() for row in rows]
-    return torch.cat(found)
+        logits = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0].cpu() for row in rows]
+    return torch.cat(logits)
 
 
 def distance(ours: Tensor, others: Tensor) -> float:

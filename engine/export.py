@@ -94,33 +94,33 @@ def require_same(
         ValueError: naming the first difference.
     """
     try:
-        found, their_tokenizer = load_model(str(folder), dtype or model.dtype), load_tokenizer(str(folder))
+        written_model, their_tokenizer = load_model(str(folder), dtype or model.dtype), load_tokenizer(str(folder))
     except ValueError as error:
         raise _unlike(folder, f"it cannot be read back: {error}") from error
-    own, theirs = model.state_dict(), found.state_dict()
-    if names := sorted(own.keys() ^ theirs.keys()):
-        raise _unlike(folder, f"{'memory' if names[0] in own else 'the folder'} alone has {names[0]}")
-    for name, weight in own.items():
+    ours, theirs = model.state_dict(), written_model.state_dict()
+    if names := sorted(ours.keys() ^ theirs.keys()):
+        raise _unlike(folder, f"{'memory' if names[0] in ours else 'the folder'} alone has {names[0]}")
+    for name, weight in ours.items():
         written = (weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight).cpu()
         exact = torch.promote_types(written.dtype, theirs[name].dtype)  # some architectures keep parts in float32
         if not torch.equal(written.to(exact), theirs[name].to(exact)):
             raise _unlike(folder, f"{name} has other values")
     del theirs
-    ends = [m.generation_config.eos_token_id if m.generation_config else None for m in (model, found)]
+    ends = [m.generation_config.eos_token_id if m.generation_config else None for m in (model, written_model)]
     if ends[0] != ends[1]:
         raise _unlike(folder, f"the tokens that end an answer were {ends[0]} and are {ends[1]}")
     rows = _asked(tokenizer)
     if rows != _asked(their_tokenizer) or tokenizer.get_vocab() != their_tokenizer.get_vocab():
         raise _unlike(folder, "its tokenizer or chat template makes other tokens of a prompt")
-    ours = logits_of(model, rows)
-    off = 0.0 if dtype in (None, model.dtype) else distance(logits_of(found, rows), ours)
-    tensors = dict(found.named_parameters(remove_duplicate=False)) | dict(found.named_buffers())
-    for name, weight in own.items():  # with the same weights, to the bit, the same logits
+    expected = logits_of(model, rows)
+    off = 0.0 if dtype in (None, model.dtype) else distance(logits_of(written_model, rows), expected)
+    tensors = dict(written_model.named_parameters(remove_duplicate=False)) | dict(written_model.named_buffers())
+    for name, weight in ours.items():  # with the same weights, to the bit, the same logits
         tensors[name].data = weight.detach().cpu()
-    again = logits_of(found, rows)
-    same = torch.equal(again, ours) if model.device.type == "cpu" else distance(again, ours) <= 10 * rounding(model.dtype)
+    again = logits_of(written_model, rows)
+    same = torch.equal(again, expected) if model.device.type == "cpu" else distance(again, expected) <= 10 * rounding(model.dtype)
     if not same:
-        raise _unlike(folder, f"with the same weights its logits are {100 * distance(again, ours):.2g}% off")
+        raise _unlike(folder, f"with the same weights its logits are {100 * distance(again, expected):.2g}% off")
     return off
 
 

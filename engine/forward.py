@@ -5,9 +5,9 @@ positions and drops the rest, so that it works for every architecture, with what
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,24 +16,20 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from casehard.engine.prefix_tree import Packed, pack, padded
-from casehard.engine.weights import same_modes_after
+from casehard.engine.private import attention_takes_masks, runs_compiled
+from casehard.engine.weights import reshard, same_modes_after
 
 Batch = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, seq]``; labels are -100 where nothing is learnt.
 ``num_labels``, where present, is the number of labels of the *global* batch divided by the number of ranks: what a summed loss is
 divided by."""
 
-_FOLDABLE: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # what ``foldable`` has found
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's layers, as the architecture names them."""
-    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or [])]
+_TAKES_TREES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # found by ``takes_prefix_trees``
 
 
 def uncompiled(model: PreTrainedModel) -> AbstractContextManager[object]:
-    """For a block of passes of ever other kinds, each of which a compiled layer would be compiled for anew."""
-    compiled = any(layer._compiled_call_impl is not None for layer in decoder_layers(model))
+    """Run compiled layers eagerly inside the block: generation sees a new shape at every step and would compile for each."""
+    compiled = any(runs_compiled(module) for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
@@ -49,24 +45,39 @@ def last_positions(attention_mask: Tensor) -> Tensor:
     return F.one_hot(last, attention_mask.shape[1]).bool()
 
 
-def states_and_logits(
-    model: PreTrainedModel, batch: Batch, with_states: Tensor, with_logits: Tensor, layer: int = -1
-) -> tuple[Tensor, Tensor]:
-    """The states that enter the unembedding, and its logits, each only where they are asked for, from a single pass.
+class Out(NamedTuple):
+    """What ``run`` returns, in the order of the rows and then of the positions."""
+
+    states: list[Tensor]  # [num_states, dim], one a layer asked for
+    logits: Tensor  # [num_logits, vocab]
+
+
+def run(
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    logits_at: Tensor | None = None,
+    states_at: Tensor | None = None,
+    layers: Sequence[int] = (-1,),
+    fold: bool = True,
+) -> Out:
+    """States and logits, each only where they are asked for, from a single pass.
 
     Args:
         model: any causal language model of transformers.
         batch: ``input_ids`` and ``attention_mask``, ``[batch, seq]``, padded on either side.
-        with_states: ``[batch, seq]`` bool, the positions whose state is returned, none of them padding.
-        with_logits: ``[batch, seq]`` bool, the positions whose logits are returned, none of them padding.
-        layer: whose states: -1 for those that enter the unembedding, else an index into transformers' ``hidden_states``.
-
-    Returns:
-        States ``[num_states, dim]`` and logits ``[num_logits, vocab]``, both in the order of the rows and then of the positions.
+        logits_at: ``[batch, seq]`` bool, the positions whose logits are returned, none of them padding; None for nowhere.
+        states_at: the same for states.
+        layers: whose states: -1 for those that enter the unembedding, else an index into transformers' ``hidden_states``.
+        fold: compute shared prefixes once, as a prefix tree, where that is exact and cheaper. False where hooks act on states: a
+            token then stands for one row alone, and rows stay in order.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    packed = pack(ids, mask, _reach(model)) if foldable(model, ids.shape[1]) else padded(ids, mask)
-    return _run(model, packed, packed.place[with_states], packed.place[with_logits], layer)
+    tree = fold and takes_prefix_trees(model, ids.shape[1])
+    packed = pack(ids, mask, _break_even_length(model)) if tree else padded(ids, mask)
+    nowhere = packed.token_index[:0, 0]
+    states_index = nowhere if states_at is None else packed.token_index[states_at]
+    return _run(model, packed, states_index, nowhere if logits_at is None else packed.token_index[logits_at], layers)
 
 
 @torch.no_grad()
@@ -74,38 +85,38 @@ def prefill(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, DynamicCache]
     """Logits after each row's last token, ``[batch, vocab]``, and the cache with which the rows go on, one token a step.
 
     Args:
-        model: a ``foldable`` one.
+        model: one that ``takes_prefix_trees``.
         batch: ``input_ids`` and ``attention_mask``, ``[batch, seq]``, padded on the left.
     """
-    packed = pack(batch["input_ids"], batch["attention_mask"], _reach(model))
-    cache, last = DynamicCache(), packed.place[:, -1]
+    packed = pack(batch["input_ids"], batch["attention_mask"], _break_even_length(model))
+    cache, last = DynamicCache(), packed.token_index[:, -1]
     _, logits = _run(model, packed, last[:0], last, cache=cache)
     layer: Any  # mypy takes it for any of transformers' layers, with or without keys
     for layer in cache.layers:
-        layer.keys, layer.values = _unfolded(layer.keys, packed.place), _unfolded(layer.values, packed.place)
+        layer.keys, layer.values = _by_row(layer.keys, packed.token_index), _by_row(layer.values, packed.token_index)
     return logits, cache
 
 
-def _unfolded(folded: Tensor, place: Tensor) -> Tensor:
-    """``[packs, heads, width, dim] -> [batch, heads, seq, dim]``: every row gets what it had in common with others."""
-    tokens = folded.transpose(1, 2).flatten(2).flatten(0, 1)
-    return F.embedding(place, tokens).unflatten(-1, (folded.shape[1], -1)).transpose(1, 2)  # much faster than an index
+def _by_row(packed: Tensor, index: Tensor) -> Tensor:
+    """``[packs, heads, width, dim] -> [batch, heads, seq, dim]``: every row gets what it shares with others."""
+    tokens = packed.transpose(1, 2).flatten(2).flatten(0, 1)
+    return F.embedding(index, tokens).unflatten(-1, (packed.shape[1], -1)).transpose(1, 2)  # much faster than an index
 
 
-def _reach(model: PreTrainedModel) -> float:
-    """For ``packing.pack``, from a decoder layer's 24 * dim**2 operations a token and 4 * dim a token that it attends to."""
+def _break_even_length(model: PreTrainedModel) -> float:
+    """For ``prefix_tree.pack``: a decoder layer has 24 * dim**2 operations a token, and 4 * dim a token that it attends to."""
     return 6 * model.config.get_text_config().hidden_size
 
 
 @contextmanager
-def _at_unembedding(model: PreTrainedModel, asked: Tensor, scored: Tensor) -> Iterator[list[Tensor]]:
-    """Let the unembedding see only the states at ``scored``; those at ``asked`` land in the list. Both index flattened tokens."""
+def _at_unembedding(model: PreTrainedModel, states_index: Tensor, logits_index: Tensor) -> Iterator[list[Tensor]]:
+    """Let the unembedding see only the states at ``logits_index``; those at ``states_index`` land in the list."""
     states: list[Tensor] = []
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         hidden = args[0].flatten(0, 1)
-        states.append(hidden[asked])
-        return (hidden[scored][None],)
+        states.append(hidden[states_index])
+        return (hidden[logits_index][None],)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -115,50 +126,59 @@ def _at_unembedding(model: PreTrainedModel, asked: Tensor, scored: Tensor) -> It
 
 
 def _run(
-    model: PreTrainedModel, packed: Packed, asked: Tensor, scored: Tensor, layer: int = -1, cache: DynamicCache | None = None
-) -> tuple[Tensor, Tensor]:
+    model: PreTrainedModel,
+    packed: Packed,
+    states_index: Tensor,
+    logits_index: Tensor,
+    layers: Sequence[int] = (-1,),
+    cache: DynamicCache | None = None,
+) -> Out:
+    """A pass over packed rows; both indices are of flattened tokens."""
     more: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
-    if packed.sight is not None:
-        more |= {"attention_mask": additive(packed.sight, model), "position_ids": packed.positions}
-    with _at_unembedding(model, asked, scored) as states:
-        out = model(input_ids=packed.input_ids, output_hidden_states=layer != -1, **more)
-    return states[0] if layer == -1 else out.hidden_states[layer].flatten(0, 1)[asked], out.logits[0]
+    if packed.attention_mask is not None:
+        more |= {"attention_mask": additive(packed.attention_mask, model), "position_ids": packed.positions}
+    with _at_unembedding(model, states_index, logits_index) as last:
+        out = model(input_ids=packed.input_ids, output_hidden_states=any(layer != -1 for layer in layers), **more)
+    states = [last[0] if layer == -1 else out.hidden_states[layer].flatten(0, 1)[states_index] for layer in layers]
+    return Out(states, out.logits[0])
 
 
-def additive(sight: Tensor, model: PreTrainedModel) -> Tensor:
-    """``sight`` as every attention takes it, ``[packs, 1, ...]``, already in the dtype that attention runs in."""
-    device = sight.device.type
+def additive(attention_mask: Tensor, model: PreTrainedModel) -> Tensor:
+    """A bool mask as every attention takes it, ``[packs, 1, ...]``: 0 or -inf, in the dtype that attention runs in."""
+    device = attention_mask.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    return torch.zeros(sight.shape, dtype=dtype, device=sight.device).masked_fill(~sight, -torch.inf)[:, None]
+    zeros = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    return zeros.masked_fill(~attention_mask, -torch.inf)[:, None]
 
 
-def foldable(model: PreTrainedModel, length: int) -> bool:
-    """Whether folded rows of up to ``length`` tokens come out of ``model`` as they would one by one.
+def takes_prefix_trees(model: PreTrainedModel, length: int) -> bool:
+    """Whether rows of up to ``length`` tokens come out of ``model`` packed as a prefix tree as they do one by one.
 
-    Not so for recurrent layers, attention of a limited window, or kernels that take no mask of one's own.
+    Not so for recurrent layers, attention of a limited window, or kernels that take no mask of one's own. The first call makes
+    two short passes to find out; ``Defense`` makes it when the model is built, before anybody's hooks are there. Where the model
+    is sharded all ranks must call it.
     """
-    if model not in _FOLDABLE:
-        _FOLDABLE[model] = _takes_mask(model) and _folds(model)
+    if model not in _TAKES_TREES:
+        _TAKES_TREES[model] = _takes_mask(model) and _agrees_on_a_tree(model)
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return _FOLDABLE[model] and all(window is None or length <= window for window in windows)
+    return _TAKES_TREES[model] and all(window is None or length <= window for window in windows)
 
 
 def _takes_mask(model: PreTrainedModel) -> bool:
-    return (
-        getattr(model, "_supports_attention_backend", False)
-        and model.config._attn_implementation in ("eager", "sdpa")
-        and "position_ids" in inspect.signature(model.forward).parameters
-    )
+    return attention_takes_masks(model) and "position_ids" in inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()
-def _folds(model: PreTrainedModel) -> bool:
+def _agrees_on_a_tree(model: PreTrainedModel) -> bool:
     """Try it on two short rows that fork."""
     ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 3, 4]], device=model.device)
     with uncompiled(model), same_modes_after(model), torch.autocast(ids.device.type, enabled=False):
         model.eval()
         layouts = pack(ids, torch.ones_like(ids), torch.inf), padded(ids, torch.ones_like(ids))
-        folded, alone = (_run(model, packed, packed.place.flatten(), packed.place[0, :1])[0] for packed in layouts)
-    tolerance = 1e-3 if folded.dtype == torch.float32 else 5e-2
-    return bool((folded - alone).norm() <= tolerance * alone.norm())
+        tree, rows = (
+            _run(model, packed, packed.token_index.flatten(), packed.token_index[0, :1]).states[0] for packed in layouts
+        )
+    reshard(model)
+    tolerance = 1e-3 if tree.dtype == torch.float32 else 5e-2
+    return bool((tree - rows).norm() <= tolerance * rows.norm())

@@ -14,12 +14,12 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from casehard.datamodules.chat import turn_end
-from casehard.engine.forward import Batch, additive, foldable, prefill, uncompiled
-from casehard.engine.sharding import most
+from casehard.engine.forward import Batch, additive, prefill, takes_prefix_trees, uncompiled
+from casehard.engine.sharding import max_over_ranks
 from casehard.engine.weights import group_of, same_modes_after
 
-Company = Literal["any", "equal", "none"]
-_COMPANY: WeakKeyDictionary[PreTrainedModel, Company] = WeakKeyDictionary()  # what ``company`` has found
+Neighbours = Literal["any", "equal", "none"]
+_NEIGHBOURS: WeakKeyDictionary[PreTrainedModel, Neighbours] = WeakKeyDictionary()  # what ``neighbours`` has found
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -54,11 +54,12 @@ def generate(
     ends, pad = end_tokens(model, tokenizer), tokenizer.pad_token_id
     answers = [""] * len(prompts)
     with _evaluating(model):
-        chunks = _chunks([len(prompt) for prompt in prompts], batch_size, "any" if foldable(model, 0) else company(model))
-        for number in range(most(model, len(chunks))):
+        lengths = [len(prompt) for prompt in prompts]
+        chunks = _chunks(lengths, batch_size, "any" if takes_prefix_trees(model, 0) else neighbours(model))
+        for number in range(max_over_ranks(model, len(chunks))):
             chunk = chunks[number] if number < len(chunks) else []
             batch = _left_padded([prompts[i] for i in chunk] or [[pad]], pad, model.device)  # a row to keep step with
-            by_steps = _goes_by_steps(model, most(model, batch["input_ids"].shape[1]) + max_new_tokens)
+            by_steps = _goes_by_steps(model, max_over_ranks(model, batch["input_ids"].shape[1]) + max_new_tokens)
             out = (_step_by_step if by_steps else _by_transformers)(model, batch, max_new_tokens, ends, pad)
             texts = tokenizer.batch_decode([_ended(ids, ends) for ids in out.tolist()], skip_special_tokens=False)
             for i, text in zip(chunk, texts, strict=False):
@@ -70,7 +71,7 @@ def _ended(ids: list[int], ends: list[int]) -> list[int]:
     return ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
-def _chunks(lengths: Sequence[int], batch_size: int, which: Company) -> list[list[int]]:
+def _chunks(lengths: Sequence[int], batch_size: int, which: Neighbours) -> list[list[int]]:
     """Rows that are answered at once, by length."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     groups = [order] if which == "any" else [list(rows) for _, rows in groupby(order, key=lengths.__getitem__)]
@@ -78,18 +79,18 @@ def _chunks(lengths: Sequence[int], batch_size: int, which: Company) -> list[lis
     return [rows[start : start + batch_size] for rows in groups for start in range(0, len(rows), batch_size)]
 
 
-def company(model: PreTrainedModel) -> Company:
+def neighbours(model: PreTrainedModel) -> Neighbours:
     """Beside which rows ``model`` goes on from a row as it does from the row alone: any, those of equal length, or none.
 
     Recurrent models that take no mask read the padding in front of a shorter row, and some mix up the states of a batch. To be
     called in eval mode, and by every rank where the model is sharded.
     """
-    if model not in _COMPANY:
+    if model not in _NEIGHBOURS:
         row, others = [5, 4, 8], {"any": [3, 4, 5, 6, 7, 8, 9, 3, 5, 7], "equal": [9, 3, 6]}
         alone = _next_logits(model, [row])
         fits = [which for which, other in others.items() if _alike(_next_logits(model, [other, row]), alone, model.dtype)]
-        _COMPANY[model] = fits[0] if fits else "none"  # type: ignore[assignment]
-    return _COMPANY[model]
+        _NEIGHBOURS[model] = fits[0] if fits else "none"  # type: ignore[assignment]
+    return _NEIGHBOURS[model]
 
 
 def _alike(logits: Tensor, others: Tensor, dtype: torch.dtype) -> bool:
@@ -133,7 +134,7 @@ def _left_padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -
 def _goes_by_steps(model: PreTrainedModel, length: int) -> bool:
     """Whether ``_step_by_step`` is right for rows of up to ``length`` tokens: keys and values must be all that is remembered."""
     layers = DynamicCache(config=model.config).layers
-    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer} and foldable(model, length)
+    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer} and takes_prefix_trees(model, length)
 
 
 def _step_by_step(model: PreTrainedModel, batch: Batch, max_new_tokens: int, ends: list[int], pad: int) -> Tensor:
@@ -144,7 +145,7 @@ def _step_by_step(model: PreTrainedModel, batch: Batch, max_new_tokens: int, end
     mask = batch["attention_mask"]
     answers = mask.new_full((len(mask), max_new_tokens), pad)
     rows, positions = torch.arange(len(mask), device=mask.device), mask.sum(dim=1, keepdim=True)
-    sight = additive(F.pad(mask, (0, max_new_tokens), value=1).bool()[:, None], model)
+    attention_mask = additive(F.pad(mask, (0, max_new_tokens), value=1).bool()[:, None], model)
     ended, last = torch.zeros_like(rows, dtype=torch.bool), torch.tensor(ends, device=mask.device)
     logits, cache = prefill(model, batch)
     for step in range(max_new_tokens):
@@ -152,12 +153,12 @@ def _step_by_step(model: PreTrainedModel, batch: Batch, max_new_tokens: int, end
         answers[rows, step] = new.masked_fill(ended, pad)
         ended |= torch.isin(new, last)
         left = (~ended).nonzero()[:, 0]
-        if step + 1 == max_new_tokens or not most(model, len(left)):
+        if step + 1 == max_new_tokens or not max_over_ranks(model, len(left)):
             break
         if 0 < len(left) < 0.75 * len(rows):  # not for every row: each time the whole cache is copied
             cache.batch_select_indices(left)
-            rows, positions, sight, ended, new = (x[left] for x in (rows, positions, sight, ended, new))
-        seen = {"attention_mask": sight[..., : mask.shape[1] + step + 1], "past_key_values": cache, "use_cache": True}
+            rows, positions, attention_mask, ended, new = (x[left] for x in (rows, positions, attention_mask, ended, new))
+        seen = {"attention_mask": attention_mask[..., : mask.shape[1] + step + 1], "past_key_values": cache, "use_cache": True}
         logits = model(input_ids=new[:, None], position_ids=positions + step, **seen).logits[:, -1]
     return answers
 

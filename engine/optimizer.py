@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from casehard.engine.private import clip_unscaled
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -49,7 +51,7 @@ class Optimizer:
         optimizer: torch.optim.Optimizer
         if self.name == "adamw":  # fused runs on CPU too, and halves the optimizer's share of a step
             optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # else Lightning refuses to clip under bf16-mixed
+            clip_unscaled(optimizer)
         elif self.name == "sgd":
             optimizer = torch.optim.SGD(parameters, lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
         else:

@@ -1,8 +1,8 @@
-"""The rows of a batch laid out for one pass with little to compute: no padding, and what rows have in common only once.
+"""The rows of a batch laid out for one pass with little to compute: no padding, and shared prefixes only once.
 
-Rows of chat begin alike: a system prompt, the instruction of a task. In a causal model the tokens of a common beginning have the
-same states in every row, so rows fold into a tree, of which each row is a path: a token sees those before it on its paths and
-nothing else. No state and no gradient changes, only the number of tokens to work through.
+Rows of chat begin alike: a system prompt, the instruction of a task. In a causal model the tokens of a shared prefix have the
+same states in every row, so the rows form a prefix tree, of which each row is a path: a token attends to those before it on its
+paths and to nothing else. No state and no gradient changes, only the number of tokens to compute.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WIDEST = 1024  # most tokens of a pack, unless a row alone or with the shortest has more: who sees whom takes the square of it
+WIDEST = 1024  # widest pack in tokens (a longer row still fits): the attention mask grows with its square
 
 Tokens = list[int]
 Sizes = list[tuple[int, int]]
@@ -24,17 +24,17 @@ class Packed(NamedTuple):
 
     input_ids: Tensor  # [packs, width]
     positions: Tensor  # [packs, width], of a token in its row
-    sight: Tensor | None  # [packs, width, width] bool, true where a token (dim 1) sees another (dim 2); None: all before it
-    place: Tensor  # [batch, seq], index into the flattened ``input_ids``; 0 for padding
+    attention_mask: Tensor | None  # [packs, width, width] bool, true where a token (dim 1) attends to another; None: causal
+    token_index: Tensor  # [batch, seq], of each token in the flattened ``input_ids``; 0 for padding
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, reach: float) -> Packed:
-    """The cheapest layout of the rows, folded or padded.
+def pack(input_ids: Tensor, attention_mask: Tensor, break_even_length: float) -> Packed:
+    """The cheapest layout of the rows: prefix trees, or padded rows.
 
     Args:
         input_ids: ``[batch, seq]``.
         attention_mask: ``[batch, seq]``, 1 for real tokens, wherever they stand.
-        reach: how many tokens a token must attend to for that to cost as much as everything else about it.
+        break_even_length: how many tokens a token must attend to for that to cost as much as everything else about it.
     """
     device, mask = input_ids.device, attention_mask.bool().cpu()
     rows = [ids[real].tolist() for ids, real in zip(input_ids.cpu(), mask, strict=True)]
@@ -42,13 +42,14 @@ def pack(input_ids: Tensor, attention_mask: Tensor, reach: float) -> Packed:
     rows = [rows[i] for i in order]
     common = [0] + [_in_common(row, following) for row, following in pairwise(rows)]
     lengths = [len(row) for row in rows]
-    cost, sizes = min((_cost(sizes, reach), sizes) for sizes in fillings(lengths, common))
-    if len(rows) * max(lengths) * (1 + max(lengths) / 2 / reach) <= cost:  # without a mask, attention skips what comes later
+    cost, sizes = min((_cost(sizes, break_even_length), sizes) for sizes in fillings(lengths, common))
+    # without a mask, attention skips what comes later
+    if len(rows) * max(lengths) * (1 + max(lengths) / 2 / break_even_length) <= cost:
         return padded(input_ids, attention_mask)
-    input_ids, positions, sight, places = _folded(rows, common, sizes)
-    place = torch.zeros(mask.shape, dtype=torch.long)
-    place[order] = place.masked_scatter(mask[order], places)
-    return Packed(*(tensor.to(device) for tensor in (input_ids, positions, sight, place)))
+    input_ids, positions, tree_mask, places = _trees(rows, common, sizes)
+    index = torch.zeros(mask.shape, dtype=torch.long)
+    index[order] = index.masked_scatter(mask[order], places)
+    return Packed(*(tensor.to(device) for tensor in (input_ids, positions, tree_mask, index)))
 
 
 def padded(input_ids: Tensor, attention_mask: Tensor) -> Packed:
@@ -57,8 +58,8 @@ def padded(input_ids: Tensor, attention_mask: Tensor) -> Packed:
     lengths = mask.sum(dim=1, keepdim=True)
     positions = torch.arange(int(lengths.max()), device=mask.device).expand(len(mask), -1)
     real = positions < lengths
-    place = torch.zeros_like(input_ids).masked_scatter(mask, real.flatten().nonzero()[:, 0])
-    return Packed(torch.zeros_like(positions).masked_scatter(real, input_ids[mask]), positions, None, place)
+    index = torch.zeros_like(input_ids).masked_scatter(mask, real.flatten().nonzero()[:, 0])
+    return Packed(torch.zeros_like(positions).masked_scatter(real, input_ids[mask]), positions, None, index)
 
 
 def fillings(lengths: Sequence[int], common: Sequence[int]) -> Iterator[Sizes]:
@@ -76,7 +77,7 @@ def fillings(lengths: Sequence[int], common: Sequence[int]) -> Iterator[Sizes]:
 
 
 def fill(lengths: Sequence[int], common: Sequence[int], width: int) -> Sizes:
-    """Fold rows, in order, into as few packs of at most ``width`` tokens as they take.
+    """Put rows, in order, into as few packs of at most ``width`` tokens as they take.
 
     Args:
         lengths: tokens of each row, none more than ``width``.
@@ -97,13 +98,13 @@ def _in_common(a: Tokens, b: Tokens) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _cost(sizes: Sizes, reach: float) -> float:
+def _cost(sizes: Sizes, break_even_length: float) -> float:
     widest = max(tokens for _, tokens in sizes)
-    return len(sizes) * widest * (1 + widest / reach)
+    return len(sizes) * widest * (1 + widest / break_even_length)
 
 
 def _tree(rows: Sequence[Tokens], common: Sequence[int]) -> tuple[Tokens, list[int], list[list[int]]]:
-    """Tokens of the folded rows, the position of each in its rows, and the path of every row through them."""
+    """Tokens of the prefix tree of the rows, the position of each in its rows, and the path of every row through them."""
     tokens: Tokens = []
     positions: list[int] = []
     paths: list[list[int]] = []
@@ -116,11 +117,11 @@ def _tree(rows: Sequence[Tokens], common: Sequence[int]) -> tuple[Tokens, list[i
     return tokens, positions, paths
 
 
-def _folded(rows: Sequence[Tokens], common: Sequence[int], sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``input_ids``, ``positions`` and ``sight`` of the packs, and the places of the rows' tokens, row after row."""
+def _trees(rows: Sequence[Tokens], common: Sequence[int], sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``input_ids``, ``positions`` and ``attention_mask`` of the packs, and the index of the rows' tokens, row after row."""
     width = max(tokens for _, tokens in sizes)
     input_ids, positions = torch.zeros(2, len(sizes), width, dtype=torch.long)
-    sight = torch.eye(width, dtype=torch.bool).repeat(len(sizes), 1, 1)  # padding sees itself, or its states would be nan
+    attention_mask = torch.eye(width, dtype=torch.bool).repeat(len(sizes), 1, 1)  # padding attends to itself, or it would be nan
     places: list[int] = []
     start = 0
     for number, (num_rows, num_tokens) in enumerate(sizes):
@@ -132,5 +133,5 @@ def _folded(rows: Sequence[Tokens], common: Sequence[int], sizes: Sizes) -> tupl
         for row, path in zip(on_path, paths, strict=True):
             row[path] = 1
             places += [number * width + step for step in path]
-        sight[number, :num_tokens, :num_tokens] = (on_path.T @ on_path).tril() > 0
-    return input_ids, positions, sight, torch.tensor(places)
+        attention_mask[number, :num_tokens, :num_tokens] = (on_path.T @ on_path).tril() > 0
+    return input_ids, positions, attention_mask, torch.tensor(places)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,33 +18,26 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from casehard.datamodules.batches import share_of
 from casehard.datamodules.chat import IGNORED
 from casehard.datamodules.order import counter_seed
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
-from casehard.engine.adapters import LoRA, add_adapter, fold_adapters, merged, plain_layers, training_adapters_off
-from casehard.engine.checkpoint import (
-    WEIGHT_FILES,
-    load_model,
-    load_tokenizer,
-    num_positions,
-    require_plain_weights,
-    require_rows_for_tokens,
-)
+from casehard.engine.adapters import LoRA, fold_adapters, merged, plain_layers, training_adapters_off
+from casehard.engine.checkpoint import WEIGHT_FILES, load_model, num_positions, require_plain_weights
 from casehard.engine.comparison import distance, logits_of, rounding, some_ids
 from casehard.engine.export import merge_error
-from casehard.engine.forward import Batch, decoder_layers, label_positions, states_and_logits
+from casehard.engine.forward import Batch, label_positions, run, takes_prefix_trees
 from casehard.engine.generation import generate
 from casehard.engine.gradients import add_to_grad, loss_and_gradient
 from casehard.engine.kept import load_kept, save_kept
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.sharding import distribute, from_first, gathered, on_meta, sharded
+from casehard.engine.sharding import distribute, gathered, sharded
 from casehard.engine.weights import EVERYTHING, Weights, borrowed, group_of, local, reshard, restore, same_modes_after, shifted
+from casehard.lightning_modules.backbone import Backbone, mixed_precision, read_other, shard_mesh
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.private import trainer_of
 
@@ -82,15 +76,7 @@ class Defense(L.LightningModule):
             its base; quantised weights are refused.
         optimizer: of ``fit``.
         lora: train adapters of this shape; null trains every parameter.
-        random_weights: take only the sizes from ``checkpoint`` and start from random weights.
-        sizes: other values for some sizes in ``config.json``, such as ``{num_hidden_layers: 2}``; only where weights are random.
-        tokenizer: folder or hub id, where ``checkpoint`` has none; null takes the checkpoint's.
-        activation_checkpointing: compute a layer's activations again in the backward pass instead of keeping them: less memory,
-            a third more time.
-        compile_backend: of ``torch.compile`` for the decoder layers, such as inductor; null runs them as they are. Answers are
-            generated without it.
-        weights_dtype: of the model's weights in memory, float32 or bfloat16.
-        export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
+        backbone: how the model is loaded.
     """
 
     model: PreTrainedModel
@@ -102,26 +88,13 @@ class Defense(L.LightningModule):
         checkpoint: str,
         optimizer: Optimizer = Optimizer(),  # noqa: B008  frozen
         lora: LoRA | None = None,
-        random_weights: bool = False,
-        sizes: dict[str, int] | None = None,
-        tokenizer: str | None = None,
-        activation_checkpointing: bool = False,
-        compile_backend: str | None = None,
-        weights_dtype: Literal["float32", "bfloat16"] = "float32",
-        export_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        backbone: Backbone = Backbone(),  # noqa: B008  frozen
     ) -> None:
-        if sizes and not random_weights:
-            raise ValueError(
-                f"sizes must be left out unless random_weights is set, got {sizes}: weights that are read have theirs."
-            )
-        if not random_weights:
+        if not backbone.random_weights:
             require_plain_weights(checkpoint)
         super().__init__()
-        self.sizes, self.activation_checkpointing, self.compile_backend = sizes, activation_checkpointing, compile_backend
-        self.checkpoint, self.optimizer, self.lora, self.random_weights = checkpoint, optimizer, lora, random_weights
-        self.weights_dtype = getattr(torch, weights_dtype)
-        self.export_dtype = None if export_dtype is None else getattr(torch, export_dtype)
-        self.tokenizer = load_tokenizer(tokenizer or checkpoint)
+        self.checkpoint, self.optimizer, self.lora, self.backbone = checkpoint, optimizer, lora, backbone
+        self.tokenizer = backbone.load_tokenizer(checkpoint)
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
         self.num_passes: float = 0  # forward and backward, over a batch each, that ``fit`` took; nan if a checkpoint knew none
         self.training_state_intact = True  # False once ``forget_training`` has dropped the optimizer's state
@@ -163,56 +136,27 @@ class Defense(L.LightningModule):
             self.register_module("model", self._whole())
         else:
             whole = self._whole() if mesh.get_local_rank() == 0 else None
-            model, plain = sharded(whole, mesh, self.trainer.strategy.root_device, self._policy())
+            policy, prepare = mixed_precision(str(self.trainer.precision)), self.backbone.prepared(self.lora)
+            model, self.empty_model = sharded(whole, mesh, self.trainer.strategy.root_device, policy, prepare)
             self.register_module("model", model)
-            self.plain = [plain]  # in a list, or it would be a part of this module
-        if self.compile_backend is not None:
-            for layer in decoder_layers(self.model):
-                layer.compile(dynamic=True, backend=self.compile_backend)
+        self.backbone.compile(self.model)
+        takes_prefix_trees(self.model, 0)  # found out now: later passes may be watched by somebody's hooks
 
     def _whole(self) -> PreTrainedModel:
-        model = load_model(self.checkpoint, self.weights_dtype, self.random_weights, self.sizes).train()
-        require_rows_for_tokens(model, self.tokenizer)
-        if self.activation_checkpointing:
-            model.gradient_checkpointing_enable()
-        if self.lora is not None:
-            add_adapter(model, self.lora, "defense")
-        return model
+        return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer)
+
+    def _mesh(self) -> DeviceMesh | None:
+        return shard_mesh(self.device_mesh, self.num_roles)
 
     @property
     def num_positions(self) -> int | None:
         """How many tokens a prompt and its answer may have; None where the model does not say. No weights are loaded for it."""
-        return num_positions(self.checkpoint, self.sizes)
+        return num_positions(self.checkpoint, self.backbone.sizes)
 
     @property
     def row_group(self) -> dist.ProcessGroup | None:
         """The ranks that share out the rows of a batch; None for all."""
         return None if self.device_mesh is None else self.device_mesh["data_parallel"].get_group()
-
-    def _mesh(self) -> DeviceMesh | None:
-        """The ranks over which the weights are sharded; None where every rank holds them whole.
-
-        Raises:
-            ValueError: a mesh of another number of roles, such as for tensor parallelism, which nothing here does.
-        """
-        mesh = self.device_mesh
-        if mesh is None:
-            return None
-        if (size := mesh["tensor_parallel"].size()) != self.num_roles:
-            raise ValueError(
-                f"tensor_parallel_size must be {self.num_roles}, the number of roles, got {size}: weights are sharded over the "
-                "data-parallel ranks (FSDP2). Set data_parallel_size to the number of processes."
-            )
-        rows = mesh["data_parallel"]
-        if self.num_roles > 1 and rows.size() == 1:  # with one role Lightning's own loader is used, which takes shards alone
-            return None
-        names = ("fsdp",)  # by which peft knows that modules run whole
-        return DeviceMesh.from_group(rows.get_group(), mesh.device_type, mesh_dim_names=names)
-
-    def _policy(self) -> MixedPrecisionPolicy:
-        """Under bf16-mixed, float32 shards that are put together in bfloat16; their gradients are averaged in float32."""
-        mixed = self.trainer.precision == "bf16-mixed"
-        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
 
     def exported(self) -> PreTrainedModel | None:
         """The model to ship: adapters merged, on a copy if there are any.
@@ -222,7 +166,9 @@ class Defense(L.LightningModule):
         Raises:
             ValueError: merged, it does not answer as it does with its adapters beside its weights.
         """
-        model = self.model if group_of(self.model) is None else gathered(self.model, *self.plain)
+        model = self.model if group_of(self.model) is None else gathered(self.model, self.empty_model)
+        if model is not None:
+            model.config = self.model.config  # which says what hardened it
         whole = None if model is None else merged(model)
         if model is not None and whole is not None and whole is not model:
             off = merge_error(model, whole, self.tokenizer)
@@ -245,14 +191,13 @@ class Defense(L.LightningModule):
         with borrowed(self, EVERYTHING if everything else trained.__contains__):
             own = dict(self.model.named_parameters())
             if everything or self.lora is None:
-                if self.random_weights:
+                if self.backbone.random_weights:
                     torch.set_rng_state(self.drawn_from)
-                theirs = self._read(self.checkpoint, self.random_weights, self.sizes)
-                aligned = dict(theirs.named_parameters())
+                theirs = read_other(lambda: self.backbone.load(self.checkpoint), self._mesh())
                 moved = [name for name, p in own.items() if (everything or p.requires_grad) and "lora_" not in name]
-                distribute(self.model, {name: aligned[name.replace(".base_layer", "")] for name in moved})
-                hardens = not self._is_hardened(theirs)
-                del theirs, aligned  # not held for the block
+                distribute(self.model, {name: theirs.parameters[name.replace(".base_layer", "")] for name in moved})
+                hardens = not self._is_hardened(theirs.config)
+                del theirs  # not held for the block
             # an adapter whose second factor is zero adds nothing
             restore(self.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if "lora_B.defense." in name})
             if everything and hardens:
@@ -269,33 +214,27 @@ class Defense(L.LightningModule):
             ValueError: ``checkpoint`` is of another architecture, in its weights' shapes or in what it computes with them.
         """
         with borrowed(self):
-            theirs = self._read(checkpoint)
-            weights, own = dict(theirs.named_parameters()), dict(self.model.named_parameters())
+            load = partial(load_model, checkpoint, self.backbone.dtype)
+            theirs = read_other(load, self._mesh(), with_logits=True)
+            own = dict(self.model.named_parameters())
             plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
             ours = {key: own[name].shape for name, key in plain.items()}
-            _require_same_shapes(set(ours.items()), {(key, w.shape) for key, w in weights.items()}, checkpoint)
-            distribute(self.model, {name: weights[key] for name, key in plain.items()})
-            stored, buffers = set(theirs.state_dict()), dict(theirs.named_buffers())
+            _require_same_shapes(set(ours.items()), {(key, w.shape) for key, w in theirs.parameters.items()}, checkpoint)
+            distribute(self.model, {name: theirs.parameters[key] for name, key in plain.items()})
             for name, buffer in self.model.named_buffers():  # those of a checkpoint: the biases of some routers
-                if (key := name.replace(".base_layer", "")) in stored:
-                    local(buffer).copy_(buffers[key])
+                if (key := name.replace(".base_layer", "")) in theirs.buffers:
+                    local(buffer).copy_(theirs.buffers[key])
             restore(self.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if name not in plain})
-            expected = self._logits_of(theirs)
-            del theirs, weights, buffers  # not held for the block
-            found = logits_of(self.model, some_ids(self.model))
-            if not (off := distance(found, expected)) <= rounding(found.dtype):
+            expected = theirs.logits
+            del theirs  # not held for the block
+            answered = logits_of(self.model, some_ids(self.model))
+            if not (off := distance(answered, expected)) <= rounding(answered.dtype):
                 raise ValueError(
                     f"undefended_checkpoint must be of the defended model's architecture, and the weights of {checkpoint!r} give "
                     f"other logits in it ({100 * off:.2g}% off), since its config.json has other settings. Name the model that "
                     "the defense started from, or leave it out."
                 )
             yield
-
-    def _logits_of(self, model: PreTrainedModel) -> Tensor:
-        """Logits of a model that ``_read`` gave, on every rank."""
-        mesh = self._mesh()
-        logits = logits_of(model, some_ids(model)) if mesh is None or mesh.get_local_rank() == 0 else None
-        return logits if mesh is None else from_first(logits, mesh)  # type: ignore[return-value]
 
     def check_undefended(self, checkpoint: str) -> None:
         """Make sure, from sizes alone, that ``undefended_at`` will find a model of this architecture.
@@ -308,7 +247,7 @@ class Defense(L.LightningModule):
         if (folder / "adapter_config.json").exists():
             return  # of the base's sizes, and looked at when it is read
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            ours = load_model(self.checkpoint, random_weights=True, sizes=self.sizes)
+            ours = load_model(self.checkpoint, random_weights=True, sizes=self.backbone.sizes)
             theirs = load_model(checkpoint, random_weights=True)
         if folder.is_dir() and not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
             raise FileNotFoundError(
@@ -317,14 +256,6 @@ class Defense(L.LightningModule):
             )
         own, other = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
         _require_same_shapes(own, other, checkpoint)
-
-    def _read(self, checkpoint: str, *random: Any) -> PreTrainedModel:
-        """A checkpoint's model; where this one is sharded, on the first rank alone, and with its weights on meta elsewhere."""
-        if (mesh := self._mesh()) is None:
-            return load_model(checkpoint, self.weights_dtype, *random)
-        whole = load_model(checkpoint, self.weights_dtype, *random) if mesh.get_local_rank() == 0 else None
-        plain = from_first(None if whole is None else on_meta(whole), mesh)
-        return plain if whole is None else whole
 
     # ---- what a defense overrides
 
@@ -493,7 +424,7 @@ class Defense(L.LightningModule):
     def finish(self) -> None:
         """Make the model the one that is released: hardened, or recovered where ``fit`` ran a service's job. Once."""
         if self.trained != "job":
-            if not self._is_hardened(self.model):
+            if not self._is_hardened(self.model.config):
                 self._harden()
         elif not self.recovered and self._overrides("recover"):
             with self.as_aligned(), plain_layers(self.model):  # adapters add nothing there
@@ -501,13 +432,12 @@ class Defense(L.LightningModule):
             self._recover(start)
             self.recovered = True
 
-    def _is_hardened(self, model: PreTrainedModel) -> bool:
+    def _is_hardened(self, config: PreTrainedConfig) -> bool:
         """Whether ``harden`` has nothing to do on a model: the config.json of an export says so."""
-        return not self._overrides("harden") or self.made_by()["class"] in getattr(model.config, "hardened_by", [])
+        return not self._overrides("harden") or self.made_by()["class"] in getattr(config, "hardened_by", [])
 
     def _mark_hardened(self, names: Iterable[str]) -> None:
-        for model in (self.model, *getattr(self, "plain", [])):
-            model.config.hardened_by = list(names)
+        self.model.config.hardened_by = list(names)
 
     def _harden(self) -> None:
         with self._on_plain_matrices():
@@ -538,9 +468,7 @@ class Defense(L.LightningModule):
 
     def sft_loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy over the labels of the (global) batch."""
-        nothing = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        _, logits = states_and_logits(self.model, batch, nothing, label_positions(batch["labels"]))
-        return self.cross_entropy(logits, batch)
+        return self.cross_entropy(run(self.model, batch, logits_at=label_positions(batch["labels"])).logits, batch)
 
     @staticmethod
     def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
@@ -632,7 +560,7 @@ class Defense(L.LightningModule):
         """
         self.recovered = False
         if self._fits_a_job:
-            if not self._is_hardened(self.model):
+            if not self._is_hardened(self.model.config):
                 self._harden()
             self.trained, self.running = "job", self.job()
             self.running.freeze()
@@ -653,7 +581,7 @@ class Defense(L.LightningModule):
             ValueError: a checkpoint of the released model.
         """
         self._check_accumulation()
-        if self.recovered or (self._overrides("harden") and self.trained == "alignment" and self._is_hardened(self.model)):
+        if self.recovered or (self._overrides("harden") and self.trained == "alignment" and self._is_hardened(self.model.config)):
             raise ValueError(
                 "ckpt_path must be a checkpoint from before training ended to train on from, and it holds the released model, "
                 f"which {self.label} has {'recovered' if self.recovered else 'hardened'}. Name an earlier one of that run."
@@ -753,7 +681,7 @@ class Defense(L.LightningModule):
         of_job = {f"{OF_JOB}{key}": value for key, value in state.items() if isinstance(value, dict)}
         save_kept(self, self.kept | of_job, checkpoint, self.saves_folders(checkpoint))
         checkpoint["job"] = {key: value for key, value in state.items() if not isinstance(value, dict)}
-        if self.random_weights:
+        if self.backbone.random_weights:
             checkpoint["drawn_from"] = self.drawn_from
         checkpoint["trained"], checkpoint["recovered"] = self.trained, self.recovered
         checkpoint["hardened_by"] = list(getattr(self.model.config, "hardened_by", []))

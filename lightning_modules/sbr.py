@@ -11,7 +11,7 @@ from casehard.datamodules.columns import flaw
 from casehard.datamodules.order import batch_indices
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import looks_like_source, read_rows
-from casehard.engine.forward import Batch, label_positions, last_positions, states_and_logits
+from casehard.engine.forward import Batch, label_positions, last_positions, run
 from casehard.engine.weights import same_modes_after
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.job import Job
@@ -147,9 +147,8 @@ class SBRJob(Job):
         defense, anchors = self.defense, self.defense.anchor_batch()
         with same_modes_after(defense), defense.forward_context():
             defense.eval()
-            nothing = torch.zeros_like(anchors["labels"], dtype=torch.bool)
             last = last_positions(anchors["attention_mask"])
-            states, _ = states_and_logits(defense.model, anchors, last, nothing, defense.anchor_layer)
+            (states,), _ = run(defense.model, anchors, states_at=last, layers=[defense.anchor_layer])
         self.state["aligned_states"] = states.float()
 
     def loss(self, batch: Batch, step: int) -> Tensor:
@@ -161,7 +160,8 @@ class SBRJob(Job):
         both = concatenated(batch, defense.anchor_batch(turn), defense.tokenizer.pad_token_id)
         last = last_positions(both["attention_mask"])
         last[: len(batch["input_ids"])] = False
-        states, logits = states_and_logits(defense.model, both, last, label_positions(both["labels"]), defense.anchor_layer)
+        learnt = label_positions(both["labels"])
+        (states,), logits = run(defense.model, both, logits_at=learnt, states_at=last, layers=[defense.anchor_layer])
         sft = defense.cross_entropy(logits, batch)
         drift = F.mse_loss(states.float(), self.state["aligned_states"][turn])
         self.terms = {"sft_loss": sft.detach(), "anchor_drift": drift.detach()}

@@ -27,8 +27,8 @@ from casehard.engine.adapters import (
     trainable,
     what_trains,
 )
+from casehard.engine.anatomy import decoder_layers
 from casehard.engine.checkpoint import load_model
-from casehard.engine.forward import decoder_layers
 from casehard.engine.sharding import shard_of, sharded
 from casehard.engine.weights import local, reshard
 

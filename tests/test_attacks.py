@@ -33,7 +33,7 @@ from toy import (
 )
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
+from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.jailbreak_tuning import WRAPPERS, JailbreakTuning
@@ -333,7 +333,7 @@ def test_the_aligned_model_of_random_weights_is_the_one_that_fit_began_with(tmp_
     for seed, callbacks, max_steps, last in ((1, [whole, saver], 2, None), (2, [resumed], 3, tmp_path / "last.ckpt")):
         L.seed_everything(seed)  # the resumed run may not lean on the seed
         trainer = toy_trainer(tmp_path, callbacks=callbacks, max_steps=max_steps, enable_checkpointing=True)
-        trainer.fit(kind(checkpoint, random_weights=True, **settings), datamodule=toy_data(), ckpt_path=last)
+        trainer.fit(kind(checkpoint, backbone=Backbone(random_weights=True), **settings), datamodule=toy_data(), ckpt_path=last)
     assert same_bits(whole.aligned, whole.began)
     assert same_bits(resumed.aligned, whole.began)
 
@@ -745,7 +745,7 @@ def test_a_search_attacks_as_the_best_of_its_trials_does_alone(tmp_path, checkpo
         assert [getattr(ours, name) for name in measured] == [getattr(theirs, name) for name in measured]
         assert ours.attack == "LoRAAttack, searched"
         assert ours.learning_rate is None
-        assert ours.batch_size == 0
+        assert ours.batch_size is None
         assert f"chosen of 3 trials, harmful score {best:.1f} on 4 other prompts" in ours.note
     responses = [
         [

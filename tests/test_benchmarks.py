@@ -12,9 +12,9 @@ from test_sbr import rows_of
 from torch.utils.flop_counter import FlopCounterMode
 from toy import ROOT
 
-from casehard import Defense
+from casehard import Backbone, Defense
 from casehard.datamodules.chat import collate
-from casehard.engine.forward import states_and_logits
+from casehard.engine.forward import run
 
 SHORT = {"batch_size": 2, "length": 24, "num_steps": 2, "num_inner_steps": 1, "num_blocks": 1, "num_warmup": 0}
 
@@ -76,7 +76,7 @@ def test_a_block_of_patcher_is_a_round_with_its_attack(scale, checkpoint, capsys
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_to_be_computed_is_what_torch_counts(scale, checkpoint, tied):
-    module = Defense(checkpoint, random_weights=True, sizes={"tie_word_embeddings": tied})
+    module = Defense(checkpoint, backbone=Backbone(random_weights=True, sizes={"tie_word_embeddings": tied}))
     module.configure_model()
     module.model.set_attn_implementation("eager")  # torch counts its products
     batch = collate(rows_of(num_rows=4), 0, "right")
@@ -87,9 +87,8 @@ def test_what_is_to_be_computed_is_what_torch_counts(scale, checkpoint, tied):
     }
     scored = torch.zeros(rows, length, dtype=torch.bool)
     scored[:, -3:] = True
-    states_and_logits(module.model, batch, ~scored, scored)  # tries out whether rows fold
     with FlopCounterMode(display=False) as counter:
-        states_and_logits(module.model, batch, ~scored, scored)[1].sum().backward()
+        run(module.model, batch, logits_at=scored, states_at=~scored).logits.sum().backward()
     tokens, config = rows * length, module.model.config
     skipped = 6 * tokens * config.num_hidden_layers * config.hidden_size * length  # eager attention computes both halves
     assert scale.model_flops(module.model, tokens, 3 * rows, length) + skipped == pytest.approx(

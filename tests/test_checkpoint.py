@@ -26,7 +26,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from casehard import Defense, LoRA
+from casehard import Backbone, Defense, LoRA
 from casehard.datamodules.chat import prompt_ids
 from casehard.datamodules.row import Row
 from casehard.engine import export
@@ -81,7 +81,7 @@ def test_sizes_replace_those_of_the_checkpoint_where_weights_are_random(checkpoi
     with pytest.raises(ValueError, match=r"sizes must name numbers .* and it has no 'num_layers'\. It has .*num_hidden_layers"):
         load_model(checkpoint, random_weights=True, sizes={"num_layers": 1})
     with pytest.raises(ValueError, match=r"sizes must be left out unless random_weights is set, got {'hidden_size': 16}"):
-        Defense(checkpoint, sizes={"hidden_size": 16})
+        Backbone(sizes={"hidden_size": 16})
 
 
 def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(checkpoint, tmp_path):
@@ -382,7 +382,7 @@ def test_quantised_weights_are_refused_before_any_is_read(tmp_path, settings):
 
 def test_random_weights_of_a_quantised_models_sizes_are_plain(tmp_path):
     folder = edited(Path(save_toy_checkpoint(tmp_path / "start")), quantization_config=QUANTISED[0])
-    module = Defense(folder, random_weights=True)
+    module = Defense(folder, backbone=Backbone(random_weights=True))
     module.configure_model()
     save_model(module.exported(), module.tokenizer, tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
@@ -398,7 +398,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(checkpoint, tmp
         require_rows_for_tokens(model, tokenizer)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
-        Defense(checkpoint, tokenizer=str(tmp_path)).configure_model()
+        Defense(checkpoint, backbone=Backbone(tokenizer=str(tmp_path))).configure_model()
 
 
 @pytest.mark.parametrize("how", ["pads with it", "its template writes it"])
@@ -751,7 +751,7 @@ def test_parts_that_an_architecture_keeps_in_float32_are_exported_as_they_are(tm
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_that_are_lost_in_merging_are_an_error(checkpoint, monkeypatch, dtype):
-    module = Defense(checkpoint, lora=LoRA(rank=2), weights_dtype=dtype)
+    module = Defense(checkpoint, lora=LoRA(rank=2), backbone=Backbone(weights_dtype=dtype))
     module.configure_model()
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)

@@ -288,7 +288,7 @@ def attack_with(**settings: Any) -> list[str]:
     ("args", "sentence"),
     [
         (["--model.init_args.num_anchors", "0"], "num_anchors must be >= 1 or null, got 0. null takes all anchors."),
-        (["--model.init_args.tokenizer", "./none"], "checkpoint must be a hub id, a folder or a GGUF file, and there is no folder './none'."),
+        (["--model.init_args.backbone.tokenizer", "./none"], "checkpoint must be a hub id, a folder or a GGUF file, and there is no folder './none'."),
         (["--model.init_args.optimizer.weight_decay", "-1"], "weight_decay must be >= 0, got -1.0."),
         (["--model.init_args.lora.dropout", "2"], "dropout must lie in [0, 1), got 2.0."),
         (["--data.batching.batch_size", "0"], "batch_size must be >= 1, got 0."),
@@ -646,8 +646,17 @@ def test_scale_overlays_run_from_their_sizes_with_two_layers(call, tmp_path, sca
         "fit",
         *(a for name in (*files, f"scale/{scale}", "attack/none") for a in ("--config", f"experiments/{name}.yaml")),
         *("--model.init_args.checkpoint", f"models/sizes/{scale.removesuffix('_lora')}"),
-        *("--model.init_args.random_weights", "true", "--model.init_args.tokenizer", "models/sandbox/base"),
-        *("--model.init_args.sizes", sizes, "--trainer.fast_dev_run", "2", "--run.root", str(tmp_path), *TINY[:2], *TINY[6:8]),
+        *("--model.init_args.backbone.random_weights", "true", "--model.init_args.backbone.tokenizer", "models/sandbox/base"),
+        *(
+            "--model.init_args.backbone.sizes",
+            sizes,
+            "--trainer.fast_dev_run",
+            "2",
+            "--run.root",
+            str(tmp_path),
+            *TINY[:2],
+            *TINY[6:8],
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 """Compiled decoder layers train the model that others train."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +9,15 @@ from test_patcher import data
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from toy import DEFENSES, bits, same_bits, toy_trainer
+from transformers import PreTrainedModel
 
-from casehard import Defense, FullParameterAttack, LoRA, Optimizer
-from casehard.engine.forward import decoder_layers
+from casehard import Backbone, Defense, FullParameterAttack, LoRA, Optimizer
+from casehard.engine.anatomy import decoder_layers
+from casehard.engine.checkpoint import load_model
+from casehard.engine.private import runs_compiled
+from casehard.lightning_modules import backbone
 
-COMPILED = {"compile_backend": "aot_eager"}  # needs no C++ compiler
+COMPILED = {"backbone": Backbone(compile_backend="aot_eager")}  # needs no C++ compiler
 SHAPE = {"num_samples": 16, "num_attack_steps": 2, "batch_size": 4}
 
 
@@ -31,10 +36,11 @@ def num_compiled() -> int:
 @pytest.mark.parametrize("defense", ["none", "sbr"])  # Patcher's is compiled in test_distributed
 def test_a_compiled_model_is_trained_and_attacked_as_it_would_be_otherwise(checkpoint, tmp_path, defense):
     kind, settings = DEFENSES[defense]
-    settings = settings | {"optimizer": Optimizer(1e-2, "sgd"), "activation_checkpointing": defense == "none"}
+    settings = settings | {"optimizer": Optimizer(1e-2, "sgd")}
     found = []
-    for compiled in ({}, COMPILED):
-        module, seen = kind(checkpoint, **compiled, **settings), []
+    for compiled in (None, "aot_eager"):  # which needs no C++ compiler
+        loading = Backbone(compile_backend=compiled, activation_checkpointing=defense == "none")
+        module, seen = kind(checkpoint, backbone=loading, **settings), []
         attack = FullParameterAttack("open_weight", **SHAPE)  # adapters: test_adapters
         loss = module.sft_loss
         module.sft_loss = lambda batch, loss=loss, seen=seen: seen.append(loss(batch)) or seen[-1]
@@ -53,15 +59,28 @@ def test_answers_are_generated_by_layers_as_they_are(checkpoint):
     assert num_compiled() == 0
     ids = torch.tensor(prompts[1])[None]
     compiled.sft_loss({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
-    assert num_compiled() == 1  # for both layers, and not for the trial whether rows fold
+    assert num_compiled() == 1  # for both layers, and not for the trial of a prefix tree
+
+
+def test_an_architecture_that_declares_no_layers_is_an_error(checkpoint, monkeypatch):
+    monkeypatch.setattr(backbone, "load_model", undeclared)
+    with pytest.raises(ValueError, match="architecture that declares its decoder layers, and LlamaForCausalLM declares none"):
+        Defense(checkpoint, **COMPILED).configure_model()
+    Defense(checkpoint).configure_model()
+
+
+def undeclared(*args: Any) -> PreTrainedModel:
+    model = load_model(*args)
+    model._no_split_modules = set()
+    return model
 
 
 def test_an_exported_model_is_not_compiled(checkpoint):
     module = Defense(checkpoint, lora=LoRA(rank=2), **COMPILED)
     module.configure_model()
-    assert all(layer._compiled_call_impl is not None for layer in decoder_layers(module.model))
+    assert all(runs_compiled(layer) for layer in decoder_layers(module.model))
     exported = module.exported()
-    assert all(layer._compiled_call_impl is None for layer in decoder_layers(exported))
+    assert all(not runs_compiled(layer) for layer in decoder_layers(exported))
     plain = Defense(checkpoint)
     plain.configure_model()
     assert same_bits(bits(exported), bits(plain.model))

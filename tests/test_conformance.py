@@ -5,6 +5,7 @@ one by one, an attacker trains and leaves no trace, and an export is read back a
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,8 +24,9 @@ from casehard.datamodules.chat import IGNORED, collate, encode, prompt_ids
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows
 from casehard.engine.adapters import trainable
+from casehard.engine.anatomy import blocks
 from casehard.engine.export import save_model
-from casehard.engine.forward import label_positions, states_and_logits
+from casehard.engine.forward import label_positions, run
 from casehard.engine.generation import end_tokens, generate
 from casehard.engine.training import Plain, train_steps
 from casehard.engine.weights import borrowed, snapshot
@@ -193,9 +195,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def log_probabilities(module: Defense, examples: Sequence[dict[str, list[int]]], side: Literal["left", "right"]) -> Tensor:
     """Log-probabilities of all labels, from one batch."""
     batch = collate(examples, module.tokenizer.pad_token_id, side)
-    nothing = torch.zeros_like(batch["labels"], dtype=torch.bool)
     with torch.no_grad():
-        _, logits = states_and_logits(module.model.eval(), batch, nothing, label_positions(batch["labels"]))
+        logits = run(module.model.eval(), batch, logits_at=label_positions(batch["labels"])).logits
     targets = batch["labels"][batch["labels"] != IGNORED]
     return logits.log_softmax(dim=-1)[torch.arange(len(targets)), targets]
 
@@ -214,6 +215,9 @@ def plain_text(answer: str) -> str:
     return re.sub("|".join(map(re.escape, SPECIAL)), "", answer)
 
 
+NORMALISED = {"gemma2", "gemma3", "gemma3n", "olmo2"}  # what is added is normalised first (or, in Gemma 3n, mixed)
+
+
 # ---- the properties
 
 
@@ -230,6 +234,37 @@ def test_rows_are_encoded_as_the_template_writes_them_and_only_the_answer_and_it
         learnt = tokenizer.decode(example["input_ids"][len(asked) :])
         assert learnt.startswith(f"{before}{row.response}{after.partition('>')[0]}>")
         assert f"{before}{row.response}{after}".startswith(learnt)
+
+
+def test_blocks_are_the_layers_with_attention_mlp_and_all_that_is_added_to_the_residual_stream(family):
+    model, kind = family.model.eval(), Path(family.checkpoint).name
+    found, captured = blocks(model), defaultdict(list)
+    assert len(found) == model.config.num_hidden_layers
+    for block in found if kind != "mamba" else []:
+        assert type(block.attention).__name__.endswith("Attention")
+        assert re.search("MLP$|Moe$|MoE$|MoeBlock$", type(block.mlp).__name__)
+    if kind == "mamba":
+        assert all(block.attention is None and block.mlp is None for block in found)
+        with pytest.raises(ValueError, match="layer 0 of MambaForCausalLM has none"):
+            blocks(model, "attention")
+    last = found[-1]
+    if kind in NORMALISED:
+        return
+    before = []
+    hooks = [last.layer.register_forward_pre_hook(lambda _, args: before.append(args[0]))]
+    for module in (last.layer, *last.writers):
+        hooks.append(
+            module.register_forward_hook(
+                lambda module, _, out: captured[module].append((out[0] if isinstance(out, tuple) else out).clone())
+            )
+        )
+    with torch.no_grad():
+        model(input_ids=torch.arange(2, 14)[None])
+    for hook in hooks:
+        hook.remove()
+    added = captured.pop(last.layer)[0] - before[0]
+    written = [out.reshape(-1, *added.shape).sum(dim=0) for (out,) in captured.values()]  # Llama 4: tokens once an expert
+    torch.testing.assert_close(sum(written), added, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_on_either_side_and_neighbours_change_no_row(family):

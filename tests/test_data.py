@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy import toy_data, toy_trainer
 
-from casehard import Defense, SBRModule
+from casehard import Backbone, Defense, SBRModule
 from casehard.datamodules.batches import Batches, StepLoader
 from casehard.datamodules.chat import IGNORED, encode, prompt_ids
 from casehard.datamodules.fingerprint import digest
@@ -206,7 +206,7 @@ def test_a_mixture_has_its_ratio_whatever_max_length_cuts_off(tmp_path, checkpoi
     ],
 )
 def test_what_a_model_has_no_positions_for_is_refused_before_it_is_loaded(tmp_path, checkpoint, positions, settings, message):
-    module = Defense(checkpoint, random_weights=True, sizes={"max_position_embeddings": positions})
+    module = Defense(checkpoint, backbone=Backbone(random_weights=True, sizes={"max_position_embeddings": positions}))
     with pytest.raises(ValueError, match=message):
         toy_trainer(tmp_path, max_steps=0).fit(module, datamodule=toy_data(**settings))
     assert not hasattr(module, "model")
@@ -215,7 +215,7 @@ def test_what_a_model_has_no_positions_for_is_refused_before_it_is_loaded(tmp_pa
 def test_what_just_fits_a_models_positions_is_not_refused(tmp_path, checkpoint):
     data = ready(tmp_path, checkpoint)
     longest = max(len(prompt_ids(row, data.tokenizer)) for row in data.rows["harmful_prompts"])
-    module = Defense(checkpoint, random_weights=True, sizes={"max_position_embeddings": 64})
+    module = Defense(checkpoint, backbone=Backbone(random_weights=True, sizes={"max_position_embeddings": 64}))
     room = 64 - longest + 1  # nothing follows the last token of an answer, so it takes no position
     toy_trainer(tmp_path, max_steps=0).fit(module, datamodule=toy_data(max_new_tokens=room, task=[], benign_prompts=[]))
     with pytest.raises(ValueError, match=f"Set it to at most {room}, or leave out the longest rows"):

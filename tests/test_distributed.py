@@ -19,16 +19,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from test_patcher import ATTACKER, LORA_ATTACKER, data
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessExitedException
 from torch.testing import assert_close
 from toy import DEFENSES, ROOT, csv_rows, on_ranks, same_bits, save_toy_checkpoint, toy_trainer
 
-from casehard import Defense, FullParameterAttack, InnerAttacker, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
+from casehard import Backbone, Defense, FullParameterAttack, InnerAttacker, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
 from casehard.callbacks.results import Results
 from casehard.engine.gradients import norm
-from casehard.engine.sharding import from_first
+from casehard.engine.sharding import broadcast
 from casehard.engine.weights import reshard, shifted, snapshot
 from casehard.lightning_modules.roles import DEFENDERS, RolesStrategy
 
@@ -149,8 +150,10 @@ def check_mixed_precision(rank: int, checkpoint: str, folder: Path) -> None:
     assert seen == {torch.bfloat16}
     reshard(module)
     assert {p.dtype for p in module.parameters()} == {torch.float32}
-    model = from_first(module.exported(), module.model.model.embed_tokens.weight.device_mesh)
-    alone.model = model
+    exported = module.exported()
+    weights = broadcast(exported and exported.state_dict(), module.model.model.embed_tokens.weight.device_mesh)
+    alone.configure_model()
+    alone.model.load_state_dict(weights)
     with torch.autocast("cpu", torch.bfloat16):
         assert alone.generate(prompts, 8, 2) == ours
 
@@ -158,9 +161,12 @@ def check_mixed_precision(rank: int, checkpoint: str, folder: Path) -> None:
 def check_compiled(rank: int, checkpoint: str, folder: Path) -> None:
     """Compiled layers are put together and split up as others are."""
     ends = []
-    for backend in (None, "aot_eager"):
-        module = PatcherModule(checkpoint, ATTACKER, **ROUNDS, optimizer=Optimizer(1e-2, "sgd"), compile_backend=backend)
+    for backend in (None, "eager"):
+        counters.clear()
+        backbone = Backbone(compile_backend=backend)
+        module = PatcherModule(checkpoint, ATTACKER, **ROUNDS, optimizer=Optimizer(1e-2, "sgd"), backbone=backbone)
         trainer(folder, "fsdp2", rank, max_steps=4).fit(module, datamodule=data())
+        assert (counters["stats"]["unique_graphs"] > 0) == (backend is not None)
         module.requires_grad_(True)
         reshard(module)
         ends.append(snapshot(module))

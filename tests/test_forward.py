@@ -10,9 +10,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from casehard import Defense
 from casehard.datamodules.chat import collate
 from casehard.engine import forward, prefix_tree
-from casehard.engine.forward import Batch, foldable, label_positions, last_positions, prefill, states_and_logits
+from casehard.engine.forward import Batch, label_positions, last_positions, prefill, run, takes_prefix_trees
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
 LLAMA = SIZES | {"num_key_value_heads": 2, "initializer_range": 0.3}
@@ -85,22 +86,21 @@ def random_positions(batch: Batch, seed: int, share: float = 0.3) -> Tensor:
     return (torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) < share) & mask
 
 
-def nowhere(batch: Batch) -> Tensor:
-    return torch.zeros_like(batch["labels"], dtype=torch.bool)
-
-
 def sft_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    _, logits = states_and_logits(model, batch, nowhere(batch), label_positions(batch["labels"]))
+    logits = run(model, batch, logits_at=label_positions(batch["labels"])).logits
     targets = batch["labels"][:, 1:]
     return F.cross_entropy(logits.float(), targets[targets != -100])
 
 
-def assert_equals_one_by_one(model: PreTrainedModel, batch: Batch, layer: int = -1, seed: int = 0) -> None:
+def assert_equals_one_by_one(
+    model: PreTrainedModel, batch: Batch, layers: tuple[int, ...] = (-1,), seed: int = 0, fold: bool = True
+) -> None:
     asked, scored = random_positions(batch, seed), random_positions(batch, seed + 1)
     with torch.no_grad():
-        states, logits = states_and_logits(model, batch, asked, scored, layer)
-        by_hand_states, by_hand_logits = one_by_one(model, batch, layer)
-    assert_close(states, picked(by_hand_states, batch, asked), rtol=1e-4, atol=1e-4)
+        states, logits = run(model, batch, logits_at=scored, states_at=asked, layers=layers, fold=fold)
+        for layer, ours in zip(layers, states, strict=True):
+            by_hand_states, by_hand_logits = one_by_one(model, batch, layer)
+            assert_close(ours, picked(by_hand_states, batch, asked), rtol=1e-4, atol=1e-4)
     assert_close(logits, picked(by_hand_logits, batch, scored), rtol=1e-4, atol=1e-4)
 
 
@@ -129,22 +129,31 @@ def test_states_and_logits_are_those_of_rows_one_by_one(model, seed, padding_sid
 @pytest.mark.parametrize("widest", [16, 20, 30, 60, 1024])
 def test_they_are_the_same_in_any_number_of_packs(llama, monkeypatch, widest):
     monkeypatch.setattr(prefix_tree, "WIDEST", widest)
-    monkeypatch.setattr(forward, "_reach", lambda model: torch.inf)
+    monkeypatch.setattr(forward, "_break_even_length", lambda model: torch.inf)
     widths = []
     llama.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True)
-    foldable(llama, 0)
+    takes_prefix_trees(llama, 0)
     widths.clear()
     batch = batch_of(3, num_rows=9)
-    states_and_logits(llama, batch, nowhere(batch), nowhere(batch))
+    run(llama, batch)
     assert len(widths) == 1
     assert (widths[0][0] == 1) == (widest == 1024)
     assert_equals_one_by_one(llama, batch)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2, -2])
+@pytest.mark.parametrize("layers", [(0,), (1,), (2,), (-2,), (0, -1, 1), ()], ids=str)
+@pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_states_of_other_layers_are_those_of_transformers(llama, layer, padding_side):
-    assert_equals_one_by_one(llama, batch_of(4, padding_side), layer)
+def test_states_of_all_layers_asked_for_are_those_of_transformers_from_one_pass(llama, layers, fold, padding_side):
+    takes_prefix_trees(llama, 0)
+    shapes, batch = [], batch_of(4, padding_side)
+    hook = llama.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    run(llama, batch, states_at=random_positions(batch, 0), layers=layers, fold=fold)
+    hook.remove()
+    assert len(shapes) == 1
+    assert (shapes[0] == batch["input_ids"].shape) == (not fold)
+    if layers:
+        assert_equals_one_by_one(llama, batch, layers, fold=fold)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -157,14 +166,14 @@ def test_real_tokens_may_stand_anywhere(llama, seed):
     assert_equals_one_by_one(llama, batch)
     asked = random_positions(batch, seed)
     with torch.no_grad():
-        states, _ = states_and_logits(llama, batch, asked, nowhere(batch))
+        (states,), _ = run(llama, batch, states_at=asked)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         full = llama(input_ids=ids, attention_mask=mask.long(), position_ids=positions, output_hidden_states=True)
     assert_close(states, full.hidden_states[-1][asked], rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_may_be_asked_for(llama):
-    states, logits = states_and_logits(llama, batch_of(0), nowhere(batch_of(0)), nowhere(batch_of(0)))
+    (states,), logits = run(llama, batch_of(0))
     assert states.shape == (0, 32)
     assert logits.shape == (0, 60)
 
@@ -174,7 +183,7 @@ def test_nothing_may_be_asked_for(llama):
 
 @pytest.mark.parametrize("widest", [16, 1024])
 @pytest.mark.parametrize("num_rows", [1, 7])
-@pytest.mark.parametrize("name", [name for name, (*_, folds) in MODELS.items() if folds])
+@pytest.mark.parametrize("name", [name for name, (*_, exact) in MODELS.items() if exact])
 def test_a_prefilled_cache_is_that_of_rows_one_by_one(name, monkeypatch, num_rows, widest):
     model = build(name)
     monkeypatch.setattr(prefix_tree, "WIDEST", widest)
@@ -236,17 +245,17 @@ def test_bfloat16_is_as_near_as_the_plain_loss_in_bfloat16(llama, how):
 
 def test_the_unembedding_sees_the_label_positions_alone(model):
     batch, seen = batch_of(8), []
-    foldable(model, 0)
+    takes_prefix_trees(model, 0)
     model.get_output_embeddings().register_forward_hook(lambda _, args, out: seen.append((args[0].shape, out.shape)))
     sft_loss(model, batch)
     num_labels = int((batch["labels"] != -100).sum())
     assert seen == [((1, num_labels, 32), (1, num_labels, 60))]
 
 
-def test_only_models_that_fold_rows_exactly_are_given_folded_rows(request, model):
+def test_only_models_that_are_exact_on_prefix_trees_are_given_them(request, model):
     expected = MODELS[request.node.callspec.params["model"]][2]
     batch, shapes = batch_of(9), []
-    assert foldable(model, batch["input_ids"].shape[1]) == expected
+    assert takes_prefix_trees(model, batch["input_ids"].shape[1]) == expected
     model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
     sft_loss(model, batch)
     rows = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
@@ -257,29 +266,29 @@ def test_only_models_that_fold_rows_exactly_are_given_folded_rows(request, model
     assert expected or shapes[0] == batch["input_ids"].shape
 
 
-def test_rows_within_a_window_fold():
-    assert foldable(build("mistral, narrow window"), 8)
-    assert not foldable(build("mistral, narrow window"), 9)
+def test_rows_within_a_window_make_trees():
+    assert takes_prefix_trees(build("mistral, narrow window"), 8)
+    assert not takes_prefix_trees(build("mistral, narrow window"), 9)
 
 
 def test_finding_out_leaves_the_model_the_generators_and_gradients_alone():
     model = build("gpt2, learned positions").train()
     model.transformer.h[0].eval()
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
-    assert foldable(model, 10)
+    assert takes_prefix_trees(model, 10)
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_model_is_found_out_once_and_then_not_held(llama):
-    foldable(llama, 10)
+    takes_prefix_trees(llama, 10)
     calls = []
     llama.register_forward_pre_hook(lambda *_: calls.append(1))
-    foldable(llama, 10)
+    takes_prefix_trees(llama, 10)
     assert not calls
     other = build("llama, tied")
-    foldable(other, 10)
+    takes_prefix_trees(other, 10)
     gone = weakref.ref(other)
     del other
     gc.collect()
@@ -289,10 +298,19 @@ def test_a_model_is_found_out_once_and_then_not_held(llama):
 def test_the_hook_is_gone_after_an_exception(llama):
     batch = batch_of(10)
     plain = llama(input_ids=batch["input_ids"]).logits
-    foldable(llama, 10)
+    takes_prefix_trees(llama, 10)
     failing = llama.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sft_loss(llama, batch)
     failing.remove()
     assert not llama.get_output_embeddings()._forward_pre_hooks
     assert torch.equal(llama(input_ids=batch["input_ids"]).logits, plain)
+
+
+def test_a_defense_finds_out_before_anybody_can_watch(checkpoint):
+    module, seen = Defense(checkpoint), []
+    module.configure_model()
+    module.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    batch = batch_of(12)
+    module.sft_loss(batch)
+    assert len(seen) == 1

@@ -10,8 +10,8 @@ from casehard.datamodules.chat import prompt_ids
 from casehard.datamodules.sources import read_rows
 from casehard.engine.adapters import add_adapter
 from casehard.engine.checkpoint import load_model, load_tokenizer
-from casehard.engine.forward import foldable
-from casehard.engine.generation import company, end_tokens, generate
+from casehard.engine.forward import takes_prefix_trees
+from casehard.engine.generation import end_tokens, generate, neighbours
 
 SANDBOX = ROOT / "models/sandbox/aligned"
 NUM_TOKENS = 12
@@ -91,7 +91,7 @@ def test_rows_leave_the_batch_as_they_end(model, tokenizer, prompts):
     assert len(set(lengths)) > 3
     expected, shapes = by_hand(model, tokenizer, prompts, ends=ends), []
     model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
-    foldable(model, 0)
+    takes_prefix_trees(model, 0)
     shapes.clear()
     assert generate(model, tokenizer, prompts, NUM_TOKENS) == expected
     _, *steps = shapes  # the prompts come first
@@ -102,7 +102,7 @@ def test_rows_leave_the_batch_as_they_end(model, tokenizer, prompts):
 
 
 def test_no_prompt_token_is_worked_through_twice(model, tokenizer, prompts):
-    foldable(model, 0)
+    takes_prefix_trees(model, 0)
     shapes = []
     model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
     generate(model, tokenizer, prompts, 1)
@@ -227,7 +227,7 @@ def test_recurrent_models_answer_alike_in_any_batch(kind, tokenizer, prompts):
     assert len(set(expected)) > 2
     for batch_size in (1, 64):
         assert generate(model, tokenizer, prompts, NUM_TOKENS, batch_size) == expected
-    assert company(model) == beside
+    assert neighbours(model) == beside
 
 
 def test_an_answer_stops_where_the_template_ends_a_turn(model, checkpoint, prompts):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from toy import DEFENSES, save_toy_checkpoint, toy_data, toy_trainer
 
-from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
+from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
 from casehard.datamodules.chat import collate
 
 
@@ -21,10 +21,8 @@ def test_activations_computed_again_give_the_same_gradient(checkpoint, lora):
     batch, found = collate(rows_of(), 0, "right"), []
     for again in (False, True):
         torch.manual_seed(0)
-        module = Defense(checkpoint, lora=lora, activation_checkpointing=again)
+        module = Defense(checkpoint, lora=lora, backbone=Backbone(activation_checkpointing=again))
         module.configure_model()
-        with torch.no_grad():
-            module.sft_loss(batch)  # the first one tries out whether rows fold
         passes: list[int] = []
         module.model.model.layers[1].mlp.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         module.sft_loss(batch).backward()
@@ -43,7 +41,7 @@ def test_attacks_on_a_gpu_leave_every_bit(checkpoint, tmp_path, strategy, defens
 
     kind, settings = DEFENSES[defense]
     settings = settings | ({"copy_device": copy_device} if defense == "patcher" else {})
-    module = kind(checkpoint, optimizer=Optimizer(1e-3), activation_checkpointing=True, **settings)
+    module = kind(checkpoint, optimizer=Optimizer(1e-3), backbone=Backbone(activation_checkpointing=True), **settings)
     spies, shape = [Untouched(), Untouched()], {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4}
     attacks = [kind("open_weight", copy_device=copy_device, **shape) for kind in (FullParameterAttack, LoRAAttack)]
     trainer = toy_trainer(
@@ -154,7 +152,7 @@ def test_a_full_parameter_attack_holds_what_the_table_says(checkpoint, tmp_path,
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_autocast_keeps_the_weights_in_bfloat16_until_a_pass_is_over(checkpoint, activation_checkpointing):
     module, batch, kept = (
-        Defense(checkpoint, activation_checkpointing=activation_checkpointing),
+        Defense(checkpoint, backbone=Backbone(activation_checkpointing=activation_checkpointing)),
         collate(rows_of(), 0, "right"),
         {},
     )
@@ -166,8 +164,6 @@ def test_autocast_keeps_the_weights_in_bfloat16_until_a_pass_is_over(checkpoint,
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.no_grad():
-        module.sft_loss(batch)  # the first one tries out whether rows fold
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         module.sft_loss(batch)
     share = sum(t.numel() for t in kept.values()) / sum(p.numel() for p in matrices)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from toy import ROOT, bits, on_ranks, same_bits, toy_data, toy_trainer
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from casehard import Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, SFTDataModule
+from casehard import Backbone, Defense, InnerAttacker, LoRA, Optimizer, PatcherModule, SFTDataModule
 from casehard.cli.lightning_cli import AtomicCheckpointIO
 from casehard.datamodules.batches import Batches, StepLoader
 from casehard.datamodules.chat import collate
@@ -144,7 +144,7 @@ def test_attacks_and_shifted_passes_leave_every_bit(checkpoint, tmp_path, dtype,
                 assert not torch.equal(self.terms["attacked_loss"], clean)
             return loss
 
-    module = Checked(checkpoint, attacker, None, 2, 1, optimizer=ADAMW, lora=lora, weights_dtype=dtype)
+    module = Checked(checkpoint, attacker, None, 2, 1, optimizer=ADAMW, lora=lora, backbone=Backbone(weights_dtype=dtype))
     fitted(module, tmp_path, max_steps=5)
     assert module.passes == 4
 

@@ -1,0 +1,106 @@
+"""The parts of a decoder by their role: its layers, their attention and MLP, and what writes to the residual stream."""
+
+from typing import Literal, NamedTuple
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from casehard.engine.private import layer_classes
+
+
+class Block(NamedTuple):
+    """One decoder layer.
+
+    ``attention`` and ``mlp`` are None where the layer has none, e.g. a recurrent one; of a mixture, ``mlp`` is the block of all
+    experts. ``writers`` are the last matrices before the residual stream: linear layers of output size ``dim``, or the adapters
+    around them, and modules that hold a stack of experts. Their outputs together are
+    what the layer adds to its input, unless the architecture scales or normalises them first (Gemma 2 and 3, OLMo 2).
+    """
+
+    layer: nn.Module
+    attention: nn.Module | None
+    mlp: nn.Module | None
+    writers: list[nn.Module]
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's layers, sharded and adapted ones too.
+
+    Raises:
+        ValueError: the architecture does not declare its layers.
+    """
+    names = layer_classes(model)
+    layers = _outermost(model, names)
+    if not layers:
+        raise ValueError(
+            f"checkpoint must be of an architecture that declares its decoder layers, and {type(model).__name__} declares "
+            f"{', '.join(sorted(names)) or 'none'}{' and has none of them' if names else ''}. Leave "
+            "backbone.compile_backend out, set trainer.strategy to ddp, or take a method that does not look into layers."
+        )
+    return layers
+
+
+def blocks(model: PreTrainedModel, *needed: Literal["attention", "mlp"]) -> list[Block]:
+    """The decoder layers by their parts.
+
+    Args:
+        model: any causal language model of transformers; it may be sharded, compiled or have adapters.
+        needed: parts that every layer must have.
+
+    Raises:
+        ValueError: the architecture does not declare its layers, or one lacks a part that is needed.
+    """
+    dim = model.config.get_text_config().hidden_size
+    result = [Block(layer, *_parts(layer), _writers(layer, dim)) for layer in decoder_layers(model)]
+    for number, block in enumerate(result):
+        for part in needed:
+            if getattr(block, part) is None:
+                raise ValueError(
+                    f"every decoder layer must have {'an attention' if part == 'attention' else 'an MLP'} for this method, and "
+                    f"layer {number} of {type(model).__name__} has none. Take another checkpoint, or another method."
+                )
+    return result
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether it does what a linear layer does: a router, which also chooses, may be a subclass of one."""
+    return type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+_ATTENTION = ("Attention", "Attn")
+_MLP = ("MLP", "Mlp", "FeedForward", "FFN", "MoE", "Moe", "MOE")
+
+
+def _outermost(module: nn.Module, names: frozenset[str]) -> list[nn.Module]:
+    """Modules of a class of these names, or made from one: FSDP2 puts a class of its own in front. None inside another."""
+    if any(cls.__name__ in names for cls in type(module).__mro__):
+        return [module]
+    return [layer for child in module.children() for layer in _outermost(child, names)]
+
+
+def _parts(layer: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The attention and the MLP: children with matrices whose classes are called so."""
+    children = [child for child in layer.children() if any(p.ndim > 1 for p in child.parameters())]
+    attention = [child for child in children if any(name in type(child).__name__ for name in _ATTENTION)]
+    mlp = [child for child in children if child not in attention and any(name in type(child).__name__ for name in _MLP)]
+    return next(iter(attention), None), next(iter(mlp), None)
+
+
+def _writers(layer: nn.Module, dim: int) -> list[nn.Module]:
+    """Of every group of matrices with one parent, the last that ends in the residual stream."""
+    if isinstance(layer, LoraLayer):  # what is inside is the adapter's
+        return []
+    children = list(layer.children())
+    inside = [writer for child in children for writer in _writers(child, dim)]
+    return inside + [child for child in children if _writes(child, dim)][-1:]
+
+
+def _writes(module: nn.Module, dim: int) -> bool:
+    plain = module
+    while isinstance(plain, LoraLayer):
+        plain = plain.base_layer
+    if isinstance(plain, nn.Linear | Conv1D):
+        return (plain.nf if isinstance(plain, Conv1D) else plain.out_features) == dim
+    return any(p.ndim == 3 and dim in p.shape[1:] for p in plain.parameters(recurse=False)) and "Experts" in type(plain).__name__

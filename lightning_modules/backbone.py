@@ -1,0 +1,147 @@
+"""How a model is loaded: its settings, and the weights that come of them on one process or split over many."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from casehard.engine.adapters import LoRA, add_adapter
+from casehard.engine.anatomy import decoder_layers
+from casehard.engine.checkpoint import load_model, load_tokenizer, require_rows_for_tokens
+from casehard.engine.comparison import logits_of, some_ids
+from casehard.engine.sharding import broadcast
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """How the model of a checkpoint is loaded.
+
+    Args:
+        random_weights: take only the sizes from the checkpoint and start from random weights.
+        sizes: other values for some sizes in ``config.json``, such as ``{num_hidden_layers: 2}``; only where weights are random.
+        tokenizer: folder or hub id, where the checkpoint has none; null takes the checkpoint's.
+        activation_checkpointing: compute a layer's activations again in the backward pass instead of keeping them: less memory,
+            a third more time.
+        compile_backend: of ``torch.compile`` for the decoder layers, such as inductor; null runs them as they are. Answers are
+            generated without it.
+        weights_dtype: of the model's weights in memory, float32 or bfloat16.
+        export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
+    """
+
+    random_weights: bool = False
+    sizes: dict[str, int] | None = None
+    tokenizer: str | None = None
+    activation_checkpointing: bool = False
+    compile_backend: str | None = None
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sizes and not self.random_weights:
+            raise ValueError(
+                f"sizes must be left out unless random_weights is set, got {self.sizes}: weights that are read have theirs."
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in memory."""
+        return getattr(torch, self.weights_dtype)  # type: ignore[no-any-return]
+
+    @property
+    def exported_dtype(self) -> torch.dtype | None:
+        """Of the weights that are exported, where it is another."""
+        return None if self.export_dtype is None else getattr(torch, self.export_dtype)
+
+    def load_tokenizer(self, checkpoint: str) -> PreTrainedTokenizerBase:
+        """Its own, or the checkpoint's."""
+        return load_tokenizer(self.tokenizer or checkpoint)
+
+    def load(self, checkpoint: str) -> PreTrainedModel:
+        """The checkpoint's model, whole, on the CPU; random weights are drawn from torch's global generator."""
+        return load_model(checkpoint, self.dtype, self.random_weights, self.sizes)
+
+    def prepared(self, lora: LoRA | None) -> Callable[[PreTrainedModel], None]:
+        """What makes a loaded model, or one on meta, the one that trains."""
+
+        def prepare(model: PreTrainedModel) -> None:
+            if self.activation_checkpointing:
+                enable = (
+                    getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+                )  # before 5.23
+                enable()
+            if lora is not None:
+                add_adapter(model, lora, "defense")
+
+        return prepare
+
+    def load_prepared(self, checkpoint: str, lora: LoRA | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The model to train, whole."""
+        model = self.load(checkpoint).train()
+        require_rows_for_tokens(model, tokenizer)
+        self.prepared(lora)(model)
+        return model
+
+    def compile(self, model: PreTrainedModel) -> None:
+        """Compile the decoder layers, in place, where that is set; sharded ones after they were sharded."""
+        if self.compile_backend is not None:
+            for layer in decoder_layers(model):
+                layer.compile(dynamic=True, backend=self.compile_backend)
+
+
+class OtherModel(NamedTuple):
+    """What is taken from another model of the same architecture: tensors by name, parameters on meta but on rank 0."""
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]  # those that a checkpoint holds, such as the biases of some routers
+    logits: Tensor  # of ``some_ids``; empty unless asked for
+    config: PreTrainedConfig
+
+
+def read_other(load: Callable[[], PreTrainedModel], mesh: DeviceMesh | None, with_logits: bool = False) -> OtherModel:
+    """Another model's tensors; where ours is sharded the first rank alone loads it, and the others learn names and sizes."""
+    if mesh is not None and mesh.get_local_rank() != 0:
+        return broadcast(None, mesh)
+    model = load()
+    stored = set(model.state_dict())
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    logits = logits_of(model, some_ids(model)) if with_logits else torch.empty(0)
+    other = OtherModel({name: p.detach() for name, p in model.named_parameters()}, buffers, logits, model.config)
+    if mesh is not None:
+        broadcast(other._replace(parameters={name: p.to("meta") for name, p in other.parameters.items()}), mesh)
+    return other
+
+
+def shard_mesh(device_mesh: DeviceMesh | None, num_roles: int) -> DeviceMesh | None:
+    """The ranks over which the weights are sharded; None where every rank holds them whole.
+
+    Args:
+        device_mesh: the strategy's, of dimensions data_parallel and tensor_parallel.
+        num_roles: parts that the ranks play, each of which has the model.
+
+    Raises:
+        ValueError: a mesh of another number of roles, such as for tensor parallelism, which nothing here does.
+    """
+    if device_mesh is None:
+        return None
+    if (size := device_mesh["tensor_parallel"].size()) != num_roles:
+        raise ValueError(
+            f"tensor_parallel_size must be {num_roles}, the number of roles, got {size}: weights are sharded over the "
+            "data-parallel ranks (FSDP2). Set data_parallel_size to the number of processes."
+        )
+    rows = device_mesh["data_parallel"]
+    if num_roles > 1 and rows.size() == 1:  # with one role Lightning's own loader is used, which takes shards alone
+        return None
+    names = ("fsdp",)  # by which peft knows that modules run whole
+    return DeviceMesh.from_group(rows.get_group(), device_mesh.device_type, mesh_dim_names=names)
+
+
+def mixed_precision(precision: str) -> MixedPrecisionPolicy:
+    """Under bf16-mixed, float32 shards that are put together in bfloat16; their gradients are averaged in float32."""
+    if precision != "bf16-mixed":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
