@@ -364,6 +364,7 @@ def test_checkpoints_that_make_the_halves_wait_are_warned_of(checkpoint, tmp_pat
     module = PatcherModule(checkpoint, ATTACKER, num_outer_steps=2, num_sft_steps=num_sft_steps, vector_age=1, parallel=True)
     module.trainer = L.Trainer(callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=steps)], logger=False)
     with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
         module._warn_of_checkpoints_between_exchanges()
     assert bool(found) == bool(warned)
     assert all(f"multiples of attack_every, 2, in the parallel form, and they are {warned}:" in str(w.message) for w in found)
