@@ -228,13 +228,13 @@ class Attack(L.Callback):
         """Lay out the rows, before any weights load: an attack must not fail after hours of training.
 
         Raises:
-            ValueError: rows that are not there, or that cannot be trained on.
+            SettingError: rows that are not there, or that cannot be trained on.
         """
         if rows := self.rows(data, seed):
             data.batches(rows, len(rows), seed, self.name)
 
     def check_model(self, module: Defense) -> None:
-        """Raise a ValueError where settings do not fit the model, before it is trained or scored."""
+        """Raise a SettingError where settings do not fit the model, before it is trained or scored."""
 
     # ---- when it runs
 
@@ -242,7 +242,7 @@ class Attack(L.Callback):
         """Check all that an attack needs before any weights load.
 
         Raises:
-            ValueError: two attacks whose rows could not be told apart; a ``test`` of no batches, which ends before it begins;
+            SettingError: two attacks whose rows could not be told apart; a ``test`` of no batches, which ends before it begins;
                 rows, a device or an undefended model that are not there; a judge that cannot judge.
             OSError: files that are not there, or cannot be written.
         """
@@ -254,16 +254,16 @@ class Attack(L.Callback):
         if self.undefended_checkpoint is not None:
             module.check_undefended(self.undefended_checkpoint)
         attacks = [c for c in trainer.callbacks if isinstance(c, Attack)]  # type: ignore[attr-defined]
-        if sum(attack._identity(data) == self._identity(data) for attack in attacks) > 1:
+        if sum(attack.identity(data) == self.identity(data) for attack in attacks) > 1:
             raise SettingError(
                 "attacks must differ in name, threat model, optimizer, learning rate, poison ratio or seed, by which results are "
-                f"told apart, and two are {', '.join(map(str, self._identity(data)))}. Set name for one of them."
+                f"told apart, and two are {', '.join(map(str, self.identity(data)))}. Set name for one of them."
             )
 
     def _seed(self, data: SFTDataModule) -> int:
         return data.seed if self.seed is None else self.seed
 
-    def _identity(self, data: SFTDataModule) -> tuple[Any, ...]:
+    def identity(self, data: SFTDataModule) -> tuple[Any, ...]:
         """Fields that identify this attack among those of its run in result tables (``Results.jobs``)."""
         settings = self.settings()
         return self.name, self.threat_model, *(settings[name] for name in IDENTITY if name in settings), self._seed(data)

@@ -73,7 +73,7 @@ class ResultRow:
     def __getattr__(self, name: str) -> Any:
         """A metric, by the name of its column."""
         try:
-            return self.__dict__["metrics"][name]
+            return vars(self)["metrics"][name]
         except KeyError as error:
             raise AttributeError(f"a row has no column {name}") from error
 
