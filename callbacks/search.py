@@ -108,7 +108,7 @@ class Search(Attack):
         """Read the prompts that trials are scored on, and lay out the attack's rows.
 
         Raises:
-            ValueError: Optuna or its sampler is not there; a prompt is scored in the end too.
+            SettingError: Optuna or its sampler is not there; a prompt is scored in the end too.
         """
         if find_spec("optuna") is None:
             raise SettingError("Search needs optuna, and it is not installed. Install it: pip install 'casehard[search]'.")

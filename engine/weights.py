@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from casehard.metrics.errors import SettingError
+
 Weights = dict[str, Tensor]
 """Tensors by parameter name, each a shard where the parameter is sharded."""
 
@@ -125,13 +127,13 @@ def check_device(device: str | None) -> None:
     """Make sure that weights can wait on ``device`` (a setting ``copy_device``) and come back.
 
     Raises:
-        ValueError: it is not there, or keeps no values.
+        SettingError: it is not there, or keeps no values.
     """
     try:
         torch.zeros(1).to(device).cpu()
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(
+        raise SettingError(
             f"copy_device must be a device of this machine that keeps values, such as cpu, or null, got {device!r} ({why})."
         ) from error
 
