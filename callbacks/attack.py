@@ -112,6 +112,7 @@ class Target:
         begun = self.num_done
         if task is None:
             if isinstance(self.task, Job) and not begun:
+                reshard(self.module)  # a job freezes shards, not the parameters that a pass has gathered
                 self.task.freeze()
                 self.task.begin()
             task = _Continued(self.task, begun) if begun else self.task

@@ -314,6 +314,7 @@ def trainable(
         lora: shape of a new adapter, on top of whatever adapters the model has; None for every parameter of the model itself.
         train_only: patterns of the only parameters of the model that train, where ``lora`` is None; None trains all.
     """
+    reshard(module)  # flags are set on shards: those of parameters that a pass has gathered go with them
     with _without_dropout(model):
         if lora is not None:
             with temporary_adapter(model, lora):
