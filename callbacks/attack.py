@@ -208,7 +208,7 @@ class Attack(L.Callback):
         return target.module.generate(prompts, max_new_tokens, target.data.evaluation.batch_size)
 
     def settings(self) -> dict[str, Any]:
-        """What tables tell the attack apart by. Names of ``records.rows.FINE_TUNING`` fill columns of their own."""
+        """Fields that identify this attack in result tables. Names of ``records.rows.FINE_TUNING`` fill columns of their own."""
         return {}
 
     def what_trains(self, target: Target) -> str:

@@ -277,13 +277,13 @@ def named(model: PreTrainedModel, patterns: list[str]) -> dict[str, nn.Parameter
     Raises:
         SettingError: a pattern that no name matches.
     """
-    own = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
-    if unknown := [pattern for pattern in patterns if not fnmatch.filter(own, pattern)]:
+    parameters = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
+    if unknown := [pattern for pattern in patterns if not fnmatch.filter(parameters, pattern)]:
         raise SettingError(
             f"train_only must match names of the model's parameters, and {', '.join(map(repr, unknown))} matches none. "
-            f"Such a name is {next(iter(own))!r}."
+            f"Such a name is {next(iter(parameters))!r}."
         )
-    return {name: p for name, p in own.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    return {name: p for name, p in parameters.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 @contextmanager
@@ -353,8 +353,8 @@ def what_trains(module: nn.Module, model: PreTrainedModel, lora: LoRA | None) ->
     """What an attacker trains, in one line, inside ``trainable``: for the rows of results."""
     if lora is not None:
         return adapted(model)
-    own = [p for name, p in module.named_parameters() if "lora_" not in name]
-    trained, total = (sum(p.numel() for p in some) for some in ([p for p in own if p.requires_grad], own))
+    base = [p for name, p in module.named_parameters() if "lora_" not in name]
+    trained, total = (sum(p.numel() for p in some) for some in ([p for p in base if p.requires_grad], base))
     return f"all {_grouped(total)} parameters" if trained == total else f"{_grouped(trained)} of {_grouped(total)} parameters"
 
 

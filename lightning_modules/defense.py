@@ -53,11 +53,11 @@ STAGE_OF: dict[str, Stage] = {  # by the method that is overridden
 OF_JOB = "job_"  # before the names of what a job keeps in the shape of the weights
 
 
-def _require_same_shapes(own: set[tuple[str, torch.Size]], other: set[tuple[str, torch.Size]], checkpoint: str) -> None:
+def _require_same_shapes(ours: set[tuple[str, torch.Size]], theirs: set[tuple[str, torch.Size]], checkpoint: str) -> None:
     """Raise a SettingError where the parameters of ``checkpoint``, by name and shape, are not the defended model's."""
-    if unlike := sorted(own ^ other):
+    if unlike := sorted(ours ^ theirs):
         name, shape = unlike[0]
-        which = "the defended model" if unlike[0] in own else repr(checkpoint)
+        which = "the defended model" if unlike[0] in ours else repr(checkpoint)
         raise SettingError(
             f"undefended_checkpoint must be of the defended model's architecture, and {which} alone has {name} of "
             f"shape {list(shape)}. Name the model that the defense started from, or leave it out."
@@ -141,7 +141,7 @@ class Defense(L.LightningModule):
             model, self.empty_model = sharded(whole, mesh, self.trainer.strategy.root_device, policy, prepare)
             self.register_module("model", model)
         self.backbone.compile(self.model)
-        takes_prefix_trees(self.model, 0)  # found out now: later passes may be watched by somebody's hooks
+        takes_prefix_trees(self.model, 0)  # found out now: later passes may run under somebody's hooks
 
     def _whole(self) -> PreTrainedModel:
         return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer)
@@ -255,8 +255,8 @@ class Defense(L.LightningModule):
                 f"undefended_checkpoint must hold weights, and {checkpoint!r} has none. Name the model that the defense started "
                 "from, or leave it out."
             )
-        own, other = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
-        _require_same_shapes(own, other, checkpoint)
+        our_shapes, their_shapes = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
+        _require_same_shapes(our_shapes, their_shapes, checkpoint)
 
     # ---- what a defense overrides
 
@@ -293,9 +293,7 @@ class Defense(L.LightningModule):
         """
 
     def own_rows(self) -> list[Row]:
-        """Rows that the defense brings itself, such as anchors, checked for overlap with the evaluation prompts. None unless
-        overridden.
-        """
+        """Rows the defense brings along (e.g. anchors); checked for overlap with the evaluation prompts. Override to add some."""
         return []
 
     def synchronize(self) -> None:
@@ -392,8 +390,8 @@ class Defense(L.LightningModule):
 
     def _copy_of(self, names: Iterable[str], device: str | None = None) -> Weights:
         reshard(self)
-        own = dict(self.named_parameters())
-        return {name: local(own[name]).to(device, copy=True) for name in names}
+        parameters = dict(self.named_parameters())
+        return {name: local(parameters[name]).to(device, copy=True) for name in names}
 
     @contextmanager
     def handed_back(self, start: Weights, device: str | None = None) -> Iterator[None]:

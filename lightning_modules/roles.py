@@ -32,7 +32,8 @@ class RolesStrategy(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy for two roles; the weights of each are sharded over its processes (FSDP2).
 
     Its mesh has a row for every pair of a defender and an attacker with the same shard, which are neighbours, and a column for
-    each role (where Lightning has tensor parallelism). A role of one process holds whole weights, which FSDP2 would only copy.
+    each role (where Lightning has tensor parallelism). With one process per role nothing is sharded: FSDP2 would
+    double the memory and save none.
     Checkpoints are sharded folders of the defenders' weights and optimizer.
 
     Args:
