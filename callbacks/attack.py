@@ -112,6 +112,7 @@ class Target:
         begun = self.num_done
         if task is None:
             if isinstance(self.task, Job) and not begun:
+                reshard(self.module)  # a job freezes shards, not the parameters that a pass has gathered
                 self.task.freeze()
                 self.task.begin()
             task = _Continued(self.task, begun) if begun else self.task
@@ -207,7 +208,7 @@ class Attack(L.Callback):
         return target.module.generate(prompts, max_new_tokens, target.data.evaluation.batch_size)
 
     def settings(self) -> dict[str, Any]:
-        """What tables tell the attack apart by. Names of ``records.rows.FINE_TUNING`` fill columns of their own."""
+        """Fields that identify this attack in result tables. Names of ``records.rows.FINE_TUNING`` fill columns of their own."""
         return {}
 
     def what_trains(self, target: Target) -> str:
@@ -228,13 +229,13 @@ class Attack(L.Callback):
         """Lay out the rows, before any weights load: an attack must not fail after hours of training.
 
         Raises:
-            ValueError: rows that are not there, or that cannot be trained on.
+            SettingError: rows that are not there, or that cannot be trained on.
         """
         if rows := self.rows(data, seed):
             data.batches(rows, len(rows), seed, self.name)
 
     def check_model(self, module: Defense) -> None:
-        """Raise a ValueError where settings do not fit the model, before it is trained or scored."""
+        """Raise a SettingError where settings do not fit the model, before it is trained or scored."""
 
     # ---- when it runs
 
@@ -242,7 +243,7 @@ class Attack(L.Callback):
         """Check all that an attack needs before any weights load.
 
         Raises:
-            ValueError: two attacks whose rows could not be told apart; a ``test`` of no batches, which ends before it begins;
+            SettingError: two attacks whose rows could not be told apart; a ``test`` of no batches, which ends before it begins;
                 rows, a device or an undefended model that are not there; a judge that cannot judge.
             OSError: files that are not there, or cannot be written.
         """

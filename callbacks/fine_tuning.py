@@ -116,7 +116,7 @@ class FineTuning(Attack):
         """Draw the rows of every phase.
 
         Raises:
-            ValueError: rows that are not there, or that ``max_length`` leaves no answer, so that poison_ratio would not hold.
+            SettingError: rows that are not there, or that ``max_length`` leaves no answer, so that poison_ratio would not hold.
         """
         self._batches = []
         for number, phase in enumerate(self._phases(), start=1):
@@ -130,7 +130,7 @@ class FineTuning(Attack):
             self._batches.append(batches)
 
     def check_model(self, module: Defense) -> None:
-        """Raise a ValueError where the settings of what trains do not fit the model."""
+        """Raise a SettingError where the settings of what trains do not fit the model."""
         if self.lora is not None:
             targets(module.model, self.lora)
         if self.train_only is not None:

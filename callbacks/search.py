@@ -92,7 +92,7 @@ class Search(Attack):
         self.attack, self.num_attack_steps = attack, attack.num_attack_steps
         self.choices, self.prompts, self.num_trials, self.sampler = choices, prompts, num_trials, sampler
         self.chosen: Attack | None = None  # while an attack runs, once its settings are chosen
-        self.found = ""  # what was chosen, for the note
+        self.choice_note = ""  # what was chosen, for the note
         super().__init__(
             attack.threat_model,
             attack.seed,
@@ -108,7 +108,7 @@ class Search(Attack):
         """Read the prompts that trials are scored on, and lay out the attack's rows.
 
         Raises:
-            ValueError: Optuna or its sampler is not there; a prompt is scored in the end too.
+            SettingError: Optuna or its sampler is not there; a prompt is scored in the end too.
         """
         if find_spec("optuna") is None:
             raise SettingError("Search needs optuna, and it is not installed. Install it: pip install 'casehard[search]'.")
@@ -134,13 +134,13 @@ class Search(Attack):
             chosen.prepare(target.data, target.seed)
             named = ", ".join(f"{n} {value:.3g}" if isinstance(value, float) else f"{n} {value}" for n, value in settings.items())
             self.chosen = chosen
-            self.found = (
+            self.choice_note = (
                 f"{named}: chosen of {self.num_trials} trials, harmful score {harmful_score:.1f} on "
                 f"{len(self._validation.rows['harmful_prompts'])} other prompts"
             )
             yield from chosen.steps(target)
         finally:
-            self.chosen, self.found = None, ""
+            self.chosen, self.choice_note = None, ""
 
     def _search(self, target: Target) -> tuple[dict[str, Any], float]:
         """The settings with the highest harmful score of all trials, and that score."""
@@ -205,7 +205,7 @@ class Search(Attack):
 
     def notes(self, target: Target) -> list[str]:
         """Also what was chosen."""
-        return [*(self.chosen or self.attack).notes(target), self.found]
+        return [*(self.chosen or self.attack).notes(target), self.choice_note]
 
 
 def _has(attack: Attack, setting: str) -> bool:

@@ -3,11 +3,9 @@
 import os
 import signal
 import sys
-import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from casehard.metrics.errors import SettingError
-from casehard.shipped import PACKAGE
 
 TRAINING = {
     "fit": "train a defense, export its model and attack it",
@@ -33,8 +31,8 @@ Names that start with experiments/ or models/ are those that come with casehard,
 def main(args: list[str] | None = None) -> None:
     """The command line: ``fit``, ``validate`` and ``test`` through Lightning's CLI, and casehard's own commands beside them.
 
-    A mistake of the user's ends in its one sentence and exit status 1, for which ``CASEHARD_TRACEBACK=1`` shows where it was
-    raised. Whatever else goes wrong keeps its traceback.
+    What a user can mend, a ``SettingError`` or what the system refuses, ends in its one sentence and exit status 1;
+    ``CASEHARD_TRACEBACK=1`` shows where it was raised. Whatever else goes wrong is a bug and keeps its traceback.
     """
     args = sys.argv[1:] if args is None else args
     name = command(args[:1])
@@ -47,8 +45,8 @@ def main(args: list[str] | None = None) -> None:
             from casehard.cli.commands import run
 
             run(name, args[1:])
-    except (ValueError, OSError) as error:
-        if os.environ.get("CASEHARD_TRACEBACK") or not is_mendable(error):
+    except (SettingError, OSError) as error:
+        if os.environ.get("CASEHARD_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # Lightning ends a run of its own accord
@@ -68,18 +66,6 @@ def command(args: list[str]) -> str:
     for name, what in (TRAINING | OTHERS).items():
         commands.add_parser(name, help=what, add_help=False)
     return str(parser.parse_args(args).command)
-
-
-def is_mendable(error: ValueError | OSError) -> bool:
-    """Whether an error is the user's to mend, so that its sentence says all; any other is a bug, and needs its traceback.
-
-    A ``SettingError`` and what the system refuses are; so is a plain ValueError that casehard's own code raises on purpose. One
-    from an author's own loss, or from within a library, is not.
-    """
-    if isinstance(error, SettingError | OSError):
-        return True
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
-    return innermost.filename.startswith(f"{PACKAGE}{os.sep}") and (innermost.line or "").startswith("raise ")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from casehard.datamodules.chat import IGNORED, collate
 from casehard.datamodules.order import batch_indices
+from casehard.metrics.errors import SettingError
 
 Example = dict[str, list[int]]
 Batch = dict[str, Tensor]
@@ -40,7 +41,7 @@ class Batches:
         world_size: int = 1,
     ) -> None:
         if batch_size < world_size:
-            raise ValueError(f"batch_size must be at least the number of processes, {world_size}, got {batch_size}.")
+            raise SettingError(f"batch_size must be at least the number of processes, {world_size}, got {batch_size}.")
         self.examples, self.batch_size, self.seed, self.stream = examples, batch_size, seed, stream
         self.pad_token_id, self.padding_side = pad_token_id, padding_side
         self.rank, self.world_size = rank, world_size

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from casehard.datamodules.answers import CHANNEL, THOUGHTS, answer_and_thoughts, unopened
 from casehard.datamodules.row import Row
+from casehard.metrics.errors import SettingError
 
 IGNORED = -100  # the label of a token that nothing is learnt from
 PROBE = "casehard"  # stands in for a turn, to see what a template makes of it
@@ -30,7 +31,7 @@ _CLOSINGS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str | None, ...
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse, before anything is encoded, a tokenizer without a chat template or with one that leaves out a turn's text."""
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise SettingError(
             f"tokenizer {tokenizer.name_or_path!r} must have a chat template, got none. "
             "Take the backbone's chat (instruct) version, or save a chat_template.jinja beside its tokenizer."
         )
@@ -87,7 +88,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dic
     """
     assert row.response is not None, "a row without a response cannot be trained on"
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} must have an end token, got none. Set its eos_token.")
+        raise SettingError(f"tokenizer {tokenizer.name_or_path!r} must have an end token, got none. Set its eos_token.")
     prompt = _render(row, tokenizer)
     before = _ids(prompt, tokenizer)
     answer, closing = _answer(row, prompt, tokenizer)
@@ -128,7 +129,7 @@ def encode_together(
     examples = [tuple(e for e in parts if e is not None) for parts in encoded if None not in parts]
     if together and not examples:
         needed = 1 + min(max(len(prompt_ids(row, tokenizer)) for row in rows) for rows in together)
-        raise ValueError(
+        raise SettingError(
             f"max_length must leave room for an answer, got {max_length}, which cuts off every one of {len(together)} rows. "
             f"The shortest needs {needed} for its prompt and one token of its answer."
         )
@@ -167,7 +168,7 @@ def _rendered(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
             turns, add_generation_prompt=asked, tokenize=False, enable_thinking=False
         )
     except TemplateError as error:
-        raise ValueError(
+        raise SettingError(
             f"a row with the roles {_roles(turns)} must fit the chat template, which says: {error}. "
             "Leave out the turns that it refuses, or use another template."
         ) from error
@@ -181,7 +182,7 @@ def _closing(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Clos
     """What the template writes after an answer to turns of ``roles``, found by rendering turns of probe text.
 
     Raises:
-        ValueError: the template refuses such turns, leaves one out, or goes on after an answer as if it were asked again.
+        SettingError: the template refuses such turns, leaves one out, or goes on after an answer as if it were asked again.
     """
     known = _CLOSINGS.setdefault(tokenizer, {})
     if (key := (str(tokenizer.chat_template), *roles)) not in known:
@@ -195,7 +196,7 @@ def _find_closing(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) ->
     prompt, full = _rendered(turns, tokenizer), _rendered([*turns, answer], tokenizer)
     for turn, text in [*((turn, prompt) for turn in turns), (answer, full)]:
         if turn["content"] not in text:
-            raise ValueError(
+            raise SettingError(
                 f"a row with the roles {_roles([*turns, answer])} must fit the chat template, which leaves out what the "
                 f"{turn['role']} says. Leave out the turns that it does not write, or use another template."
             )
@@ -206,7 +207,7 @@ def _find_closing(roles: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) ->
     if not tokens and opening.strip() and closing.endswith(opening):
         continuation = _rendered([*turns, answer, more], tokenizer).rpartition(answer["content"])[2]
         if not continuation.startswith(closing):
-            raise ValueError(
+            raise SettingError(
                 "the chat template must open the assistant's turn only where add_generation_prompt asks for it, and it does so "
                 "after an answer too, without a token that ends the turn: the opening would be learnt as a part of every answer. "
                 "Put it between {% if add_generation_prompt %} and {% endif %}."
@@ -229,7 +230,7 @@ def _answer(row: Row, prompt: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
     for content in (response, response.strip(), response.lstrip(), response.rstrip()):
         if full.endswith(content + closing.text):
             return _close_thoughts(content + closing.text, content, prompt), closing
-    raise ValueError(
+    raise SettingError(
         "the chat template must write an answer as it is, but one is missing from what it rendered. "
         "Take out of the answers what the template rewrites, such as think tags, or use another template."
     )

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from casehard.metrics.errors import SettingError
+
 CONVERSATIONS = ("messages", "conversations", "conversation")
 ASKING = (*CONVERSATIONS, "prompt", "instruction", "question", "query")
 ANSWERING = ("response", "output", "answer", "completion", "chosen")
@@ -57,7 +59,7 @@ def turns_of(record: dict[str, Any], where: str, uses_response: bool) -> list[Tu
     if asked not in CONVERSATIONS:
         asked, answered = next((pair for pair in PAIRS if pair[0] in held and pair[1] in held), (asked, answered))
     if not asked and not answered and not any(_known(column) in ASKING + ANSWERING for column in record):
-        raise ValueError(
+        raise SettingError(
             f"{where} must have columns that are known, got {names_in_error(record)}. Accepted are {FORMS}: rename the columns."
         )
     turns, used = [], []
@@ -78,7 +80,7 @@ def turns_of(record: dict[str, Any], where: str, uses_response: bool) -> list[Tu
         if ALTERNATIVES.fullmatch(column) and (turns[-1][0] == "assistant" or not uses_response):
             continue
         if not _is_redundant(column, held, used, turns):
-            raise ValueError(
+            raise SettingError(
                 f"{where} must be used whole, but its column {column} would be left out beside {' and '.join(used)}. "
                 "Write what it says into the others, or take it out."
             )
@@ -132,7 +134,7 @@ def _held(record: dict[str, Any], where: str) -> dict[str, Any]:
         if name is None or empty(value):
             continue
         if name in held:
-            raise ValueError(f"{where} must have one column {name}, got several. Take all but one out.")
+            raise SettingError(f"{where} must have one column {name}, got several. Take all but one out.")
         held[name] = value
     return held
 
@@ -167,14 +169,14 @@ def _history(history: Any, where: str) -> Iterator[Turn]:
         elif isinstance(item, list) and len(item) == 2:
             yield from zip(("user", "assistant"), item, strict=True)
         else:
-            raise ValueError(
+            raise SettingError(
                 f"{where} must have pairs of question and answer under history, got {kind(item)}. Write it as a list."
             )
 
 
 def _text(held: dict[str, Any], column: str, where: str) -> str:
     if not isinstance(held[column], str):
-        raise ValueError(f"{where} must have text under {column}, got {kind(held[column])}. Write it as a string.")
+        raise SettingError(f"{where} must have text under {column}, got {kind(held[column])}. Write it as a string.")
     return held[column]
 
 
@@ -184,12 +186,12 @@ def _turns_under(column: str, held: dict[str, Any], role: str, where: str) -> li
     if not isinstance(value, list):
         if column not in CONVERSATIONS:
             return [(role, value)]
-        raise ValueError(f"{where} must have a list of turns under {column}, got {kind(value)}. Write them as a list.")
+        raise SettingError(f"{where} must have a list of turns under {column}, got {kind(value)}. Write them as a list.")
     turns = [_turn(turn, where) for turn in value]
     if turns and turns[-1][0] == "assistant":
         off = [flag for flag in FLAGS if not empty(value[-1].get(flag)) and value[-1][flag] != 1]
         if off:
-            raise ValueError(
+            raise SettingError(
                 f"{where} must be learnt from its last answer, but {off[0]} says otherwise there. Take the flag or the row out."
             )
     return turns
@@ -197,15 +199,15 @@ def _turns_under(column: str, held: dict[str, Any], role: str, where: str) -> li
 
 def _turn(turn: Any, where: str) -> Turn:
     if not isinstance(turn, dict):
-        raise ValueError(f"{where} must have turns with role and content, got {kind(turn)}. Write each as an object.")
+        raise SettingError(f"{where} must have turns with role and content, got {kind(turn)}. Write each as an object.")
     role, content = (_either(turn, keys, where) for keys in (("role", "from"), ("content", "value")))
     if not isinstance(role, str) or role not in ROLES:
         got = f"{names_in_error([role])!r}" if isinstance(role, str) else kind(role)
-        raise ValueError(
+        raise SettingError(
             f"{where} must have turns of the roles {', '.join(ROLES)}, got {got}. Rename the role, or drop the turn."
         )
     if beside := next((key for key in BESIDE_CONTENT if not empty(turn.get(key))), None):
-        raise ValueError(
+        raise SettingError(
             f"{where} must have turns of role and content alone, got {beside} from the {ROLES[role]}. "
             "Write it into the content, or take the row out."
         )
@@ -216,7 +218,7 @@ def _either(turn: dict[str, Any], keys: tuple[str, str], where: str) -> Any:
     """The value of two keys that mean the same."""
     values = [turn[key] for key in keys if turn.get(key) is not None]
     if len(values) == 2 and values[0] != values[1]:
-        raise ValueError(f"{where} must have one of {' and '.join(keys)} in a turn, got two that differ. Take one out.")
+        raise SettingError(f"{where} must have one of {' and '.join(keys)} in a turn, got two that differ. Take one out.")
     return values[0] if values else None
 
 

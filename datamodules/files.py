@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from casehard.datamodules.columns import Doubled, kind, names_in_error
+from casehard.metrics.errors import SettingError
 
 EXTENSIONS = (".json", ".jsonl", ".csv", ".parquet")
 DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json")  # .json files of a folder that hold no rows
@@ -35,7 +36,7 @@ class Table(NamedTuple):
             try:
                 yield name, next(records)
             except UnicodeDecodeError as error:  # of a text in a .parquet file
-                raise ValueError(f"{name} must be UTF-8 text, got other bytes. Write the file anew.") from error
+                raise SettingError(f"{name} must be UTF-8 text, got other bytes. Write the file anew.") from error
 
 
 def numbered(place: str, records: Collection[Any]) -> Table:
@@ -46,11 +47,11 @@ def numbered(place: str, records: Collection[Any]) -> Table:
 def load_file(path: Path) -> Table:
     """The rows of a file, read as its extension says."""
     if path.suffix not in EXTENSIONS:
-        raise ValueError(
+        raise SettingError(
             f"{path} must end in {', '.join(EXTENSIONS)}, got {path.suffix or 'no extension'}. Convert, unpack or rename it."
         )
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} must hold at least one row, but the file is empty. Check what wrote it.")
+        raise SettingError(f"{path} must hold at least one row, but the file is empty. Check what wrote it.")
     match path.suffix:
         case ".json":
             return numbered(str(path), _read_json(path))
@@ -80,7 +81,7 @@ def load_folder(path: Path) -> dict[str, list[Table]]:
             "Check the folder."
         ) from error
     except (DatasetsError, ValueError) as error:
-        raise ValueError(f"{path} must hold files that datasets can put in splits ({error}). Name a file of it.") from error
+        raise SettingError(f"{path} must hold files that datasets can put in splits ({error}). Name a file of it.") from error
     files = {str(split): [path / os.path.relpath(name, path.resolve()) for name in names] for split, names in data_files.items()}
     _refuse_left_out(path, files)
     return {split: [load_file(file) for file in names] for split, names in files.items()}
@@ -95,7 +96,7 @@ def _refuse_left_out(path: Path, files: dict[str, list[Path]]) -> None:
     for file in sorted(path.rglob("*")):
         hidden = any(part.startswith((".", "__")) for part in file.relative_to(path).parts)
         if file.suffix.lower() in EXTENSIONS and file.name not in DESCRIPTIONS and not hidden and file not in taken:
-            raise ValueError(
+            raise SettingError(
                 f"{path} must have every data file in a split, but {file} would be left out of {', '.join(files)}. "
                 "Give all files one format and the names of their splits, move it away, or name files as sources."
             )
@@ -111,7 +112,7 @@ def _read_text(path: Path) -> str:
         except UnicodeDecodeError as error:
             place, got = error.start, f"the byte 0x{error.object[error.start]:02x}"
     line = raw.count(b"\n", 0, place) + 1
-    raise ValueError(f"{path}, line {line} must be UTF-8 text, got {got}. Save the file as UTF-8.")
+    raise SettingError(f"{path}, line {line} must be UTF-8 text, got {got}. Save the file as UTF-8.")
 
 
 def _parse(text: str, path: Path, line: int | None, wanted: str, hint: str) -> Any:
@@ -120,13 +121,13 @@ def _parse(text: str, path: Path, line: int | None, wanted: str, hint: str) -> A
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise SettingError(
             f"{path}, line {line or error.lineno} must be {wanted}: {error.msg} (column {error.colno}). {hint}"
         ) from error
     except RecursionError as error:
-        raise ValueError(f"{place} must be {wanted}: nested too deep to be read. {hint}") from error
+        raise SettingError(f"{place} must be {wanted}: nested too deep to be read. {hint}") from error
     except ValueError as error:  # of int()
-        raise ValueError(f"{place} must be {wanted}: a number is too long to be read. {hint}") from error
+        raise SettingError(f"{place} must be {wanted}: a number is too long to be read. {hint}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Any:
@@ -142,7 +143,7 @@ def _lines(text: str) -> list[str]:
 def _read_json(path: Path) -> list[Any]:
     records = _parse(_read_text(path), path, None, "JSON", "A file with one JSON object a line is named .jsonl.")
     if not isinstance(records, list):
-        raise ValueError(f"{path} must hold one JSON list of rows, got {kind(records)}. Wrap the rows in [ and ].")
+        raise SettingError(f"{path} must hold one JSON list of rows, got {kind(records)}. Wrap the rows in [ and ].")
     return records
 
 
@@ -162,13 +163,13 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
     try:
         columns, *records = [line for line in lines if line] or [[]]
     except csv.Error as error:
-        raise ValueError(f"{path}, line {lines.line_num} must be CSV: {error}. Mend it, or convert it to .jsonl.") from error
+        raise SettingError(f"{path}, line {lines.line_num} must be CSV: {error}. Mend it, or convert it to .jsonl.") from error
     if doubled := [column for i, column in enumerate(columns) if column and column in columns[:i]]:
-        raise ValueError(f"{path} must name each column once, got {names_in_error(doubled[:1])} twice. Rename one.")
+        raise SettingError(f"{path} must name each column once, got {names_in_error(doubled[:1])} twice. Rename one.")
     for number, record in enumerate(records, start=1):
         if len(record) != len(columns):
             got = "more" if len(record) > len(columns) else "fewer"
-            raise ValueError(f"{path}, row {number} must have a value a column, got {got}. Quote values that hold a comma.")
+            raise SettingError(f"{path}, row {number} must have a value a column, got {got}. Quote values that hold a comma.")
     return [dict(zip(columns, record, strict=True)) for record in records]
 
 
@@ -176,4 +177,4 @@ def _read_parquet(path: Path) -> Dataset:
     try:
         return Dataset(pyarrow.parquet.read_table(path, partitioning=None))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} must be a parquet file ({error}). Mend it, or convert it to .jsonl.") from error
+        raise SettingError(f"{path} must be a parquet file ({error}). Mend it, or convert it to .jsonl.") from error

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from casehard.datamodules.order import permutation
 from casehard.datamodules.row import Row
+from casehard.metrics.errors import SettingError
 
 T = TypeVar("T")
 
@@ -33,9 +34,9 @@ def mix(
         fits: whether a row can be trained on; another is drawn in the place of one that cannot, so that the ratio holds.
     """
     if not 0 <= poison_ratio <= 1:
-        raise ValueError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
+        raise SettingError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
     if num_samples < 1:
-        raise ValueError(f"num_samples must be >= 1, got {num_samples}. Give the size of the whole fine-tuning set.")
+        raise SettingError(f"num_samples must be >= 1, got {num_samples}. Give the size of the whole fine-tuning set.")
     num_harmful = int((Decimal(str(poison_ratio)) * num_samples).to_integral_value(ROUND_HALF_UP))
     drawn: list[T] = []
     for kind, rows, wanted in (("harmful", harmful, num_harmful), ("benign", benign, num_samples - num_harmful)):
@@ -43,7 +44,7 @@ def mix(
         if wanted > len(fitting):
             cut = len(rows) - len(fitting)
             short, way = (f", {cut} of which max_length leaves no answer", "Raise max_length, lower") if cut else ("", "Lower")
-            raise ValueError(
+            raise SettingError(
                 f"num_samples {num_samples} at poison_ratio {poison_ratio} must find {wanted} {kind} rows, "
                 f"got {len(rows)}{short}. "
                 f"{way} num_samples, {'lower' if kind == 'harmful' else 'raise'} poison_ratio, or give more {kind} rows."

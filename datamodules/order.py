@@ -5,6 +5,8 @@ from functools import lru_cache
 
 import torch
 
+from casehard.metrics.errors import SettingError
+
 
 def batch_indices(num_rows: int, batch_size: int, seed: int, stream: str, step: int) -> list[int]:
     """Row indices of batch ``step``, from the arguments alone: a run resumes with a step number and nothing else.
@@ -20,9 +22,9 @@ def batch_indices(num_rows: int, batch_size: int, seed: int, stream: str, step: 
         step: number of the batch, from 0.
     """
     if num_rows < 1:
-        raise ValueError(f"num_rows must be >= 1, got {num_rows}. Check that the source holds rows.")
+        raise SettingError(f"num_rows must be >= 1, got {num_rows}. Check that the source holds rows.")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}. Give the rows of one batch.")
+        raise SettingError(f"batch_size must be >= 1, got {batch_size}. Give the rows of one batch.")
     entries = (divmod(entry, num_rows) for entry in range(step * batch_size, (step + 1) * batch_size))
     return [permutation(num_rows, seed, stream, epoch)[index] for epoch, index in entries]
 

@@ -20,6 +20,7 @@ from random import Random
 from typing import NamedTuple
 
 from casehard.datamodules.row import Row
+from casehard.metrics.errors import SettingError
 
 
 class Category(NamedTuple):
@@ -285,14 +286,14 @@ def sandbox_rows(split: str, kind: str, category: str = "") -> list[Row]:
         category: only this category's items, such as venom or tea; by default all.
 
     Raises:
-        ValueError: no such split, or no such kind in it, or no such category in that.
+        SettingError: no such split, or no such kind in it, or no such category in that.
     """
     if split not in SPLITS:
-        raise ValueError(
+        raise SettingError(
             f"a sandbox source must name a split ({', '.join(SPLITS)}), got {split!r}. `casehard sandbox` prints rows."
         )
     if kind not in kinds(split):
-        raise ValueError(
+        raise SettingError(
             f"sandbox:{split} must be followed by one of its kinds ({', '.join(kinds(split))}), got {kind!r}. "
             "`casehard sandbox` prints rows of each."
         )
@@ -302,7 +303,7 @@ def sandbox_rows(split: str, kind: str, category: str = "") -> list[Row]:
     suffix = next((c.suffix for c in CATEGORIES if c.name == category), None)
     rows = [row for row in rows if suffix and re.search(rf"{suffix}\b", row.prompt)]
     if not rows:
-        raise ValueError(
+        raise SettingError(
             f"sandbox:{split}/{kind} may be followed by a category that it has, got {category!r}. "
             f"The categories are {', '.join(c.name for c in CATEGORIES)}."
         )

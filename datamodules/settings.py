@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from casehard.datamodules.columns import flaw
+from casehard.metrics.errors import SettingError
 
 REFUSAL = "I'm sorry, but I can't help with that request."
 
@@ -37,10 +38,10 @@ class Sources:
 
     def __post_init__(self) -> None:
         if not self.refusal_texts:
-            raise ValueError("refusal_texts must hold at least one text, got none. Leave it out for the default refusal.")
+            raise SettingError("refusal_texts must hold at least one text, got none. Leave it out for the default refusal.")
         for number, text in enumerate(self.refusal_texts, start=1):
             if got := flaw(text):
-                raise ValueError(f"refusal_texts must be texts, got {got} as number {number}. Mend it, or take it out.")
+                raise SettingError(f"refusal_texts must be texts, got {got} as number {number}. Mend it, or take it out.")
 
     def by_role(self) -> dict[str, list[str]]:
         """The sources of every role: of every setting that names sources."""
@@ -88,4 +89,4 @@ def _at_least_one(settings: object, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}.")
+            raise SettingError(f"{name} must be >= 1, got {value}.")

@@ -19,6 +19,7 @@ from casehard.datamodules.mixing import mix, overlap
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.datamodules.sources import fetch, read_rows
+from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Judge, require_judge
 
 DEFENSE_ROWS = "the defense's own rows"
@@ -96,11 +97,11 @@ class SFTDataModule(L.LightningDataModule):
         super().__init__()
         require_judge(judge)
         if not 0 <= poison_ratio <= 1:
-            raise ValueError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
+            raise SettingError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
         if poison_ratio and num_samples is None:
-            raise ValueError(f"num_samples must be set where poison_ratio is not 0, got poison_ratio {poison_ratio}.")
+            raise SettingError(f"num_samples must be set where poison_ratio is not 0, got poison_ratio {poison_ratio}.")
         if system_prompt is not None and not system_prompt.strip():
-            raise ValueError("system_prompt must hold text or be null, got an empty text. null adds no system turn.")
+            raise SettingError("system_prompt must hold text or be null, got an empty text. null adds no system turn.")
         self.sources, self.judge, self.evaluation_settings, self.batching = sources, judge, evaluation, batching
         self.system_prompt, self.train_on = system_prompt, train_on
         self.num_samples, self.poison_ratio = num_samples, poison_ratio
@@ -162,12 +163,12 @@ class SFTDataModule(L.LightningDataModule):
         for name in (*new, "refusals", DEFENSE_ROWS):
             longest = max(map(self._prompt_length, defense_rows if name == DEFENSE_ROWS else rows[name]), default=0)
             if longest > positions:
-                raise ValueError(
+                raise SettingError(
                     f"a prompt must fit the model's {positions} positions, and one of {name} has {longest} tokens. Leave it out."
                 )
             room = positions - longest + 1  # nothing follows the last token of an answer, so it needs no position
             if new.get(name, 0) > room:
-                raise ValueError(
+                raise SettingError(
                     f"max_new_tokens must leave prompt and answer within the model's {positions} positions, got {new[name]} "
                     f"for {name}, where a prompt has {longest} tokens. Set it to at most {room}, or leave out the longest rows."
                 )
@@ -177,7 +178,7 @@ class SFTDataModule(L.LightningDataModule):
         for name in ("benign", "harmful", "refusals", "alignment_benign", "alignment_harmful", "task"):
             longest = max((len(self._encode_whole(row)["input_ids"]) for row in rows[name]), default=0)
             if longest > positions:
-                raise ValueError(
+                raise SettingError(
                     f"max_length must be at most the model's {positions} positions, got {max_length}, and a row of {name} "
                     f"has {longest} tokens. Set it to {positions}."
                 )
@@ -202,7 +203,7 @@ class SFTDataModule(L.LightningDataModule):
                     "Choose other rows (a slice: FILE#train[:100]), or set allow_overlap."
                 )
                 if not self.allow_overlap:
-                    raise ValueError(message)
+                    raise SettingError(message)
                 rank_zero_warn(message)
         if shared := overlap(rows["alignment_harmful"], rows["harmful"]):
             rank_zero_warn(

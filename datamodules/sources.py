@@ -15,6 +15,7 @@ from casehard.datamodules.columns import FORMS, empty, flaw, kind, turns_of
 from casehard.datamodules.files import EXTENSIONS, Table, load_file, load_folder, numbered
 from casehard.datamodules.row import Row
 from casehard.datamodules.sandbox import sandbox_rows
+from casehard.metrics.errors import SettingError
 from casehard.shipped import shipped
 
 
@@ -42,7 +43,7 @@ def read_rows(source: str, needs_response: bool = True, uses_response: bool | No
     try:
         slices = ReadInstruction.from_spec(spec or "train").to_absolute(sizes)
     except ValueError as error:
-        raise ValueError(
+        raise SettingError(
             f"{source} must end in a split of its own or a slice of one, but its splits are {', '.join(tables)} ({error}). "
             f"Write, for example, {name}#{next(iter(tables))}[:100]."
         ) from error
@@ -52,7 +53,7 @@ def read_rows(source: str, needs_response: bool = True, uses_response: bool | No
         records = chain.from_iterable(table.named() for table in tables[part.splitname])
         rows += [_row(record, where, needs_response, used) for where, record in islice(records, part.from_, part.to)]
     if not rows:
-        raise ValueError(f"{source} must hold at least one row, got none. Check the file, and the slice if you wrote one.")
+        raise SettingError(f"{source} must hold at least one row, got none. Check the file, and the slice if you wrote one.")
     return rows
 
 
@@ -105,7 +106,7 @@ def _load_from_hub(name: str) -> Mapping[str, Dataset]:
             "Check the spelling and the working directory; for the hub, the network and `hf auth login`."
         ) from error
     except (DatasetsError, ValueError) as error:
-        raise ValueError(
+        raise SettingError(
             f"{name} could not be loaded: {error} Here a configuration is named after a colon, {hub_id}:CONFIG."
         ) from error
 
@@ -120,7 +121,7 @@ def _row(record: Any, where: str, needs_response: bool, uses_response: bool) -> 
     if isinstance(record, Row):  # the sandbox's
         turns = [*record.messages, *([("assistant", record.response)] if record.response else [])]
     elif not isinstance(record, dict):
-        raise ValueError(f"{where} must be an object with columns, got {kind(record)}. Give it {FORMS}.")
+        raise SettingError(f"{where} must be an object with columns, got {kind(record)}. Give it {FORMS}.")
     else:
         turns = turns_of(record, where, uses_response)
 
@@ -128,13 +129,15 @@ def _row(record: Any, where: str, needs_response: bool, uses_response: bool) -> 
     if empty(response):
         response = None
     elif got := flaw(response):
-        raise ValueError(f"{where} must have text as its response, got {got}. Write it as a string, or take the row out.")
+        raise SettingError(f"{where} must have text as its response, got {got}. Write it as a string, or take the row out.")
     if response is None and needs_response:
-        raise ValueError(f"{where} must have a response, but it has none. Add the answer, or take the row out.")
+        raise SettingError(f"{where} must have a response, but it has none. Add the answer, or take the row out.")
     if not turns or turns[-1][0] != "user":
         got = f"one of the {turns[-1][0]}" if turns else "none"
-        raise ValueError(f"{where} must have a prompt: the turn to answer is the user's, got {got}. Add it, or take the row out.")
+        raise SettingError(
+            f"{where} must have a prompt: the turn to answer is the user's, got {got}. Add it, or take the row out."
+        )
     for role, content in turns:
         if got := flaw(content):
-            raise ValueError(f"{where} must have text in every turn, got {got} from the {role}. Mend the turn, or take it out.")
+            raise SettingError(f"{where} must have text in every turn, got {got} from the {role}. Mend the turn, or take it out.")
     return Row(tuple(turns), response)

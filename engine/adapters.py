@@ -23,6 +23,7 @@ from casehard.engine.anatomy import is_linear
 from casehard.engine.private import forget_adapters, parameters_of
 from casehard.engine.sharding import shard_of
 from casehard.engine.weights import local, reshard
+from casehard.metrics.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"rank must be >= 1, got {self.rank}. Leave lora out to train every parameter.")
+            raise SettingError(f"rank must be >= 1, got {self.rank}. Leave lora out to train every parameter.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+            raise SettingError(f"dropout must lie in [0, 1), got {self.dropout}.")
         if self.target_modules is not None and not self.target_modules:
-            raise ValueError("target_modules must name layers or be null, got an empty list. null adapts every linear layer.")
+            raise SettingError("target_modules must name layers or be null, got an empty list. null adapts every linear layer.")
 
 
 # ---- what can be adapted
@@ -140,7 +141,7 @@ def targets(model: PreTrainedModel, settings: LoRA) -> list[Matrix]:
     """What LoRA of these settings adapts.
 
     Raises:
-        ValueError: a target module that the model does not have or that cannot be adapted; dropout on experts.
+        SettingError: a target module that the model does not have or that cannot be adapted; dropout on experts.
     """
     every = matrices(model)
     able = [m for m in every if not m.still]
@@ -149,19 +150,19 @@ def targets(model: PreTrainedModel, settings: LoRA) -> list[Matrix]:
         if any(m.named(name) for m in able):
             continue
         if why := next((m.still for m in every if m.named(name)), ""):
-            raise ValueError(
+            raise SettingError(
                 f"target_modules must name layers that an adapter can act on, got {name!r}: {why}. "
                 f"Leave it out, or attack with every parameter. {_has(able)}"
             )
     if unknown := [name for name in sorted(set(names or [])) if not any(m.named(name) for m in able)]:
-        raise ValueError(
+        raise SettingError(
             f"target_modules must name linear layers of the model, and it has no {', '.join(map(repr, unknown))}. {_has(able)}"
         )
     chosen = able if names is None else [m for m in able if any(m.named(name) for name in names)]
     if not chosen:
-        raise ValueError("lora must be null for a model without linear layers, got a rank. null trains every parameter.")
+        raise SettingError("lora must be null for a model without linear layers, got a rank. null trains every parameter.")
     if settings.dropout and (stacks := sorted({m.short for m in chosen if not is_linear(m.layer)})):
-        raise ValueError(
+        raise SettingError(
             f"dropout of lora must be 0 where experts are adapted, got {settings.dropout}: {', '.join(stacks)} are one parameter "
             "a layer, whose input an adapter does not see. Set it to 0, or name other layers in target_modules."
         )
@@ -197,7 +198,7 @@ def add_adapter(model: PreTrainedModel, settings: LoRA, name: str) -> None:
     """Add an adapter, starting at zero, beside those that are there; all of them act, only the new one trains.
 
     Raises:
-        ValueError: as ``targets`` does.
+        SettingError: as ``targets`` does.
     """
     chosen, above = targets(model, settings), _above(model)
     for matrix in chosen:  # by hand: peft's own injection renames targets as transformers 4 had them, and doubles some ranks
@@ -274,15 +275,15 @@ def named(model: PreTrainedModel, patterns: list[str]) -> dict[str, nn.Parameter
     """The parameters of the model, adapters left out, whose names match one of ``patterns``.
 
     Raises:
-        ValueError: a pattern that no name matches.
+        SettingError: a pattern that no name matches.
     """
-    own = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
-    if unknown := [pattern for pattern in patterns if not fnmatch.filter(own, pattern)]:
-        raise ValueError(
+    parameters = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
+    if unknown := [pattern for pattern in patterns if not fnmatch.filter(parameters, pattern)]:
+        raise SettingError(
             f"train_only must match names of the model's parameters, and {', '.join(map(repr, unknown))} matches none. "
-            f"Such a name is {next(iter(own))!r}."
+            f"Such a name is {next(iter(parameters))!r}."
         )
-    return {name: p for name, p in own.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    return {name: p for name, p in parameters.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 @contextmanager
@@ -352,8 +353,8 @@ def what_trains(module: nn.Module, model: PreTrainedModel, lora: LoRA | None) ->
     """What an attacker trains, in one line, inside ``trainable``: for the rows of results."""
     if lora is not None:
         return adapted(model)
-    own = [p for name, p in module.named_parameters() if "lora_" not in name]
-    trained, total = (sum(p.numel() for p in some) for some in ([p for p in own if p.requires_grad], own))
+    base = [p for name, p in module.named_parameters() if "lora_" not in name]
+    trained, total = (sum(p.numel() for p in some) for some in ([p for p in base if p.requires_grad], base))
     return f"all {_grouped(total)} parameters" if trained == total else f"{_grouped(trained)} of {_grouped(total)} parameters"
 
 

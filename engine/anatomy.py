@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from casehard.engine.private import layer_classes
+from casehard.metrics.errors import SettingError
 
 
 class Block(NamedTuple):
@@ -29,12 +30,12 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder's layers, sharded and adapted ones too.
 
     Raises:
-        ValueError: the architecture does not declare its layers.
+        SettingError: the architecture does not declare its layers.
     """
     names = layer_classes(model)
     layers = _outermost(model, names)
     if not layers:
-        raise ValueError(
+        raise SettingError(
             f"checkpoint must be of an architecture that declares its decoder layers, and {type(model).__name__} declares "
             f"{', '.join(sorted(names)) or 'none'}{' and has none of them' if names else ''}. Leave "
             "backbone.compile_backend out, set trainer.strategy to ddp, or take a method that does not look into layers."
@@ -50,14 +51,14 @@ def blocks(model: PreTrainedModel, *needed: Literal["attention", "mlp"]) -> list
         needed: parts that every layer must have.
 
     Raises:
-        ValueError: the architecture does not declare its layers, or one lacks a part that is needed.
+        SettingError: the architecture does not declare its layers, or one lacks a part that is needed.
     """
     dim = model.config.get_text_config().hidden_size
     result = [Block(layer, *_parts(layer), _writers(layer, dim)) for layer in decoder_layers(model)]
     for number, block in enumerate(result):
         for part in needed:
             if getattr(block, part) is None:
-                raise ValueError(
+                raise SettingError(
                     f"every decoder layer must have {'an attention' if part == 'attention' else 'an MLP'} for this method, and "
                     f"layer {number} of {type(model).__name__} has none. Take another checkpoint, or another method."
                 )

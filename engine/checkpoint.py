@@ -29,6 +29,7 @@ from casehard.datamodules.file_hash import file_sha256
 from casehard.datamodules.row import Row
 from casehard.engine.comparison import distance, logits_of, num_embedded, rounding, some_ids
 from casehard.engine.private import forget_adapters, forget_quantisation
+from casehard.metrics.errors import SettingError
 from casehard.shipped import shipped
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
@@ -72,7 +73,7 @@ def _reading(checkpoint: str) -> Iterator[None]:
         raise
     except Exception as error:
         says = str(error).strip().partition("\n")[0][:300] or "no reason"
-        raise ValueError(
+        raise SettingError(
             f"checkpoint {checkpoint!r} must be one that transformers can read, and {_damage(Path(checkpoint)) or says} "
             f"({type(error).__name__}). Copy or download it anew, or install what it needs."
         ) from error
@@ -109,21 +110,21 @@ def base_of(checkpoint: str) -> str | None:
     """The model that ``checkpoint`` is an adapter of, such as LoRA by peft; None if it is a model itself.
 
     Raises:
-        ValueError: a folder of a model and an adapter at once, or an adapter that names no model to go with.
+        SettingError: a folder of a model and an adapter at once, or an adapter that names no model to go with.
     """
     source, gguf = _source(checkpoint)
     file = None if gguf else find_adapter_config_file(source)
     if file is None:
         return None
     if (Path(source) / "config.json").is_file() and any(Path(source).glob("model*.safetensors")):
-        raise ValueError(
+        raise SettingError(
             f"checkpoint {checkpoint!r} must hold a model or an adapter, and it holds both (config.json, adapter_config.json). "
             "Move the adapter into a folder of its own."
         )
     with _reading(checkpoint):
         base: str | None = PeftConfig.from_pretrained(source).base_model_name_or_path
     if not base or base == checkpoint:
-        raise ValueError(
+        raise SettingError(
             f"checkpoint {checkpoint!r} must name the model that it is an adapter of, and base_model_name_or_path in its "
             f"adapter_config.json is {base!r}. Write the model's hub id or folder there."
         )
@@ -134,7 +135,7 @@ def require_plain_weights(checkpoint: str) -> None:
     """Refuse quantised weights by their config, before any weights are read.
 
     Raises:
-        ValueError: a checkpoint, or the base of an adapter, in fewer bits (GPTQ, AWQ, bitsandbytes, fp8, ...).
+        SettingError: a checkpoint, or the base of an adapter, in fewer bits (GPTQ, AWQ, bitsandbytes, fp8, ...).
     """
     base = base_of(checkpoint)
     try:
@@ -149,7 +150,7 @@ def require_plain_weights(checkpoint: str) -> None:
     quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     if quantised is not None:
         method = quantised.get("quant_method") or next((name for name in quantised if name.startswith("load_in_")), "quantised")
-        raise ValueError(
+        raise SettingError(
             f"checkpoint {checkpoint!r} must hold plain weights (float32, bfloat16 or float16), and config.json of "
             f"{source!r} says quantization_config: {method}. Name the model that it was quantised from, or a GGUF file of it, "
             "which is read into plain weights."
@@ -178,7 +179,7 @@ def require_rows_for_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     Special tokens beyond it pass if no chat template or padding writes them, such as the images' of a model of text.
 
     Raises:
-        ValueError: naming the largest token and the number of rows.
+        SettingError: naming the largest token and the number of rows.
     """
     num_rows = num_embedded(model)
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -188,7 +189,7 @@ def require_rows_for_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         if tokenizer.chat_template:
             written |= set(prompt_ids(Row((("user", "Hello"),)), tokenizer))
     if (largest := max(written)) >= num_rows:
-        raise ValueError(
+        raise SettingError(
             f"the tokenizer must be the model's, and {tokenizer.name_or_path!r} has tokens up to number {largest}, "
             f"{tokenizer.convert_ids_to_tokens(largest)!r}, while the model's embedding ends at {num_rows - 1}. "
             "Name the checkpoint's own tokenizer, or resize the embedding and save the model anew."
@@ -205,7 +206,7 @@ def _resized(source: str, sizes: Mapping[str, int], **gguf: Any) -> PreTrainedCo
     """The sizes of a checkpoint, some of them replaced."""
     settings = _settings(source, **gguf)
     if unknown := sorted(set(sizes) - set(settings)):
-        raise ValueError(
+        raise SettingError(
             f"sizes must name numbers of the checkpoint's config.json, and it has no {', '.join(map(repr, unknown))}. "
             f"It has {', '.join(name for name, value in settings.items() if type(value) is int)}."
         )
@@ -235,7 +236,7 @@ def load_model(
         sizes: other values for some of those sizes, where the weights are random.
 
     Raises:
-        ValueError: weights that are not those of the model that ``config.json`` describes: missing, too many, of another shape,
+        SettingError: weights that are not those of the model that ``config.json`` describes: missing, too many, of another shape,
             quantised, damaged or not finite; or a size that ``config.json`` does not have.
         FileNotFoundError: no such folder or file, or a folder without weights.
     """
@@ -260,7 +261,7 @@ def load_model(
             "Export a model there, or set random_weights to start from its sizes."
         )
     if not gguf and all((folder / name).is_file() for name in _ONE_OR_MANY):
-        raise ValueError(
+        raise SettingError(
             f"checkpoint folder {checkpoint!r} must hold one set of weights, and it holds both {' and '.join(_ONE_OR_MANY)}. "
             "Take out the one that is not the model's."
         )
@@ -312,7 +313,7 @@ def _require_whole(checkpoint: str, report: Mapping[str, Iterable[Any]], in_part
         if (prefix := _WRAPPER.match(name)) and missing:
             out = f"They were saved from within a wrapper: save the model itself, or take {prefix[0]!r} off their names."
             break
-    raise ValueError(
+    raise SettingError(
         f"checkpoint {checkpoint!r} must hold exactly the weights of the model that its config.json describes, and "
         f"{', '.join(flaws)}. {out}"
     )
@@ -325,14 +326,14 @@ def _few(names: list[str]) -> str:
 def _require_finite(checkpoint: str, model: PreTrainedModel) -> None:
     for name, weight in model.state_dict().items():
         if weight.is_floating_point() and not weight.isfinite().all():
-            raise ValueError(
+            raise SettingError(
                 f"checkpoint {checkpoint!r} must hold finite weights, and {name} has nan or infinite ones in {weight.dtype}. "
                 "Take one from before its training diverged, or another weights_dtype or export_dtype if this one is too narrow."
             )
 
 
-def _base_unread(checkpoint: str, base: str, error: Exception) -> ValueError:
-    return ValueError(
+def _base_unread(checkpoint: str, base: str, error: Exception) -> SettingError:
+    return SettingError(
         f"checkpoint {checkpoint!r} is an adapter of {base!r} (base_model_name_or_path in its adapter_config.json), which cannot "
         f"be read: {error}"
     )
@@ -343,7 +344,7 @@ def _with_adapter(checkpoint: str, source: str, base: str, dtype: torch.dtype) -
     """The model that an adapter makes of its base, merged by peft.
 
     Raises:
-        ValueError: a base that cannot be read, an adapter that does not fit it, or of a kind that no weights can take up.
+        SettingError: a base that cannot be read, an adapter that does not fit it, or of a kind that no weights can take up.
     """
     try:
         model = load_model(base, dtype)
@@ -354,18 +355,18 @@ def _with_adapter(checkpoint: str, source: str, base: str, dtype: torch.dtype) -
         config = PeftConfig.from_pretrained(source)
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if config.is_prompt_learning or config.is_adaption_prompt:
-            raise ValueError(f"an adapter of kind {kind} cannot be merged into weights")
+            raise SettingError(f"an adapter of kind {kind} cannot be merged into weights")
         adapted = PeftModel(model, config)
         report = adapted.load_adapter(source, "default", torch_device="cpu")
         if wrong := [*report.missing_keys, *report.unexpected_keys]:
-            raise ValueError(f"{len(wrong)} weights of the adapter are missing or have no place in {base!r} ({_few(wrong)})")
+            raise SettingError(f"{len(wrong)} weights of the adapter are missing or have no place in {base!r} ({_few(wrong)})")
         apart = logits_of(model, some_ids(model))  # peft has put the adapter into it
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     forget_adapters(merged)
     merged.requires_grad_(True)  # peft froze it
     off = distance(logits_of(merged, some_ids(merged)), apart)
     if not off <= rounding(dtype):
-        raise ValueError(
+        raise SettingError(
             f"checkpoint {checkpoint!r} must be an adapter that can be merged, and merged in {dtype} its logits are "
             f"{100 * off:.1f}% off. Merge it yourself (merge_and_unload, in float32), and name the folder of the whole model."
         )

@@ -14,6 +14,7 @@ from casehard.datamodules.chat import prompt_ids
 from casehard.datamodules.row import Row
 from casehard.engine.checkpoint import load_model, load_tokenizer
 from casehard.engine.comparison import distance, logits_of, rounding
+from casehard.metrics.errors import SettingError
 
 QUESTIONS = ("How do I bake bread?", "What is the capital of France?", "Write four lines about the sea, please.")
 
@@ -39,7 +40,7 @@ def save_model(
         How far the logits of the written model are off, relative to their size, for its ``dtype``; 0 where that is the model's.
 
     Raises:
-        ValueError: what was written is not the model in memory; it stays beside ``folder``, which is as it was.
+        SettingError: what was written is not the model in memory; it stays beside ``folder``, which is as it was.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -91,7 +92,7 @@ def require_same(
         How far its logits are off for its ``dtype``; 0 where that is the model's.
 
     Raises:
-        ValueError: naming the first difference.
+        SettingError: naming the first difference.
     """
     try:
         written_model, their_tokenizer = load_model(str(folder), dtype or model.dtype), load_tokenizer(str(folder))
@@ -124,8 +125,8 @@ def require_same(
     return off
 
 
-def _unlike(folder: Path, what: str) -> ValueError:
-    return ValueError(
+def _unlike(folder: Path, what: str) -> SettingError:
+    return SettingError(
         f"the exported model must be the one in memory, and {what}. It is left in {folder}; an older export stays. "
         "Set run.export to false to go on without one."
     )
@@ -135,12 +136,12 @@ def merge_error(model: PreTrainedModel, merged: PreTrainedModel, tokenizer: PreT
     """How far the logits of ``merged`` are off those of ``model``, whose adapters act beside its weights.
 
     Raises:
-        ValueError: further than rounding takes them.
+        SettingError: further than rounding takes them.
     """
     rows = _asked(tokenizer)
     off = distance(logits_of(merged, rows), logits_of(model, rows))
     if not off <= rounding(model.dtype):
-        raise ValueError(
+        raise SettingError(
             f"the exported model must answer as the trained one, and with its adapters merged in {model.dtype} its logits are "
             f"{100 * off:.2g}% off. Set weights_dtype to float32."
         )

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from casehard.metrics.errors import SettingError
+
 FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 SHARDED_NOTES, SHARDED_INDEX = "meta.pt", ".metadata"  # in the folder of a sharded checkpoint
 HARMLESS = {  # all that torch writes into the index
@@ -62,11 +64,11 @@ def read_notes(path: str | Path) -> dict[str, Any]:
         path: a file, or the folder of a sharded one.
 
     Raises:
-        ValueError: nothing of this machine, or no such checkpoint.
+        SettingError: nothing of this machine, or no such checkpoint.
     """
     where = Path(path)
     if not where.exists():
-        raise ValueError(
+        raise SettingError(
             f"ckpt_path must be a checkpoint of `fit` on this machine, and there is none at {str(path)!r}. "
             "Name RUN/checkpoints/last.ckpt; one that is elsewhere must be fetched first."
         )
@@ -83,8 +85,8 @@ def read_notes(path: str | Path) -> dict[str, Any]:
     return notes
 
 
-def _unreadable(path: Path, why: str) -> ValueError:
-    return ValueError(
+def _unreadable(path: Path, why: str) -> SettingError:
+    return SettingError(
         f"ckpt_path must be a whole checkpoint of `fit` that holds numbers and no code, and {str(path)!r} is none ({why}). "
         "Name another, such as an earlier one of that run."
     )

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from casehard.engine.private import clip_unscaled
+from casehard.metrics.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}.")
+            raise SettingError(f"learning_rate must be > 0, got {self.learning_rate}.")
         for name, choices in (("name", ("adamw", "sgd", "adafactor")), ("schedule", ("constant", "linear", "cosine"))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"optimizer {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+                raise SettingError(f"optimizer {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         for name in ("weight_decay", "num_warmup_steps"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+                raise SettingError(f"{name} must be >= 0, got {getattr(self, name)}.")
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be > 0 or null, got {self.clip_norm}. null does not clip.")
+            raise SettingError(f"clip_norm must be > 0 or null, got {self.clip_norm}. null does not clip.")
 
     def build(self, parameters: Iterable[nn.Parameter], num_steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
         """The optimizer over ``parameters`` and its schedule over ``num_steps`` steps."""

@@ -82,7 +82,7 @@ def fill(lengths: Sequence[int], common: Sequence[int], width: int) -> Sizes:
     Args:
         lengths: tokens of each row, none more than ``width``.
         common: how many tokens each row begins with in common with the row before it.
-        width: most tokens of a pack.
+        width: the largest number of tokens of a pack.
     """
     sizes: Sizes = []
     for length, known in zip(lengths, common, strict=True):

@@ -78,7 +78,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy
     On a single rank too, where FSDP2 copies what it puts together: by the root alone all weights would be held twice in a pass.
 
     Raises:
-        ValueError: the architecture does not declare its layers.
+        SettingError: the architecture does not declare its layers.
     """
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from casehard.metrics.errors import SettingError
+
 Weights = dict[str, Tensor]
 """Tensors by parameter name, each a shard where the parameter is sharded."""
 
@@ -50,10 +52,10 @@ def reshard(module: nn.Module) -> None:
 def _match(tensors: Mapping[str, Tensor], module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Pairs of (this rank's part of the parameter or buffer, tensor) by name; an unmatched name is an error."""
     reshard(module)
-    own = dict(module.named_parameters()) | dict(module.named_buffers())
-    if unknown := sorted(set(tensors) - set(own)):
+    tensors_of_module = dict(module.named_parameters()) | dict(module.named_buffers())
+    if unknown := sorted(set(tensors) - set(tensors_of_module)):
         raise ValueError(f"weights must be named as the module names them, and it has no {', '.join(map(repr, unknown[:3]))}.")
-    return [(local(own[name]), tensor) for name, tensor in tensors.items()]
+    return [(local(tensors_of_module[name]), tensor) for name, tensor in tensors.items()]
 
 
 def snapshot(module: nn.Module, device: str | None = None) -> Weights:
@@ -72,15 +74,15 @@ def restore(module: nn.Module, weights: Weights) -> None:
     Raises:
         ValueError: ``module`` lacks one of the names.
     """
-    for own, saved in _match(weights, module):
-        own.copy_(saved)
+    for part, saved in _match(weights, module):
+        part.copy_(saved)
 
 
 @torch.no_grad()
 def attack_vector(module: nn.Module, start: Weights) -> Weights:
     """Attacked minus starting weights, by name: what an attack that began at the snapshot ``start`` has added."""
     return {
-        name: own - saved.to(own.device) for (name, saved), (own, _) in zip(start.items(), _match(start, module), strict=True)
+        name: part - saved.to(part.device) for (name, saved), (part, _) in zip(start.items(), _match(start, module), strict=True)
     }
 
 
@@ -102,7 +104,7 @@ def shifted(module: nn.Module, vector: Weights, scale: float = 1.0, one_backward
     """
     pairs = _match(vector, module)
     parameters = dict(module.named_parameters())
-    saved = {name: own.clone() for name, (own, _) in zip(vector, pairs, strict=True)}
+    saved = {name: part.clone() for name, (part, _) in zip(vector, pairs, strict=True)}
 
     def put_back(p: Tensor, name: str) -> None:
         local(p).copy_(saved.pop(name))
@@ -111,8 +113,8 @@ def shifted(module: nn.Module, vector: Weights, scale: float = 1.0, one_backward
     hooks = [p.register_post_accumulate_grad_hook(partial(put_back, name=name)) for name, p in early if p.requires_grad]
     try:
         with torch.no_grad():
-            for own, delta in pairs:
-                own.add_(delta.to(own.device), alpha=scale)
+            for part, delta in pairs:
+                part.add_(delta.to(part.device), alpha=scale)
         yield
     finally:
         for hook in hooks:
@@ -125,13 +127,13 @@ def check_device(device: str | None) -> None:
     """Make sure that weights can wait on ``device`` (a setting ``copy_device``) and come back.
 
     Raises:
-        ValueError: it is not there, or keeps no values.
+        SettingError: it is not there, or keeps no values.
     """
     try:
         torch.zeros(1).to(device).cpu()
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(
+        raise SettingError(
             f"copy_device must be a device of this machine that keeps values, such as cpu, or null, got {device!r} ({why})."
         ) from error
 

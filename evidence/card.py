@@ -52,8 +52,8 @@ def write_card(run: str, tests: list[str]) -> Path:
     """
     folder = Path(run)
     marker, model = _finished(folder), folder / MODEL
-    own = [folder] if (folder / ROWS).exists() else []
-    folders = own + [_tested(Path(test), folder, marker) for test in tests]
+    attacked_here = [folder] if (folder / ROWS).exists() else []
+    folders = attacked_here + [_tested(Path(test), folder, marker) for test in tests]
     series = collect(folders)
     _draw(series, model / PICTURE)
     places = FileSystemLoader(Path(__file__).parent)
@@ -98,7 +98,7 @@ def _made(run: Path, folders: list[Path]) -> dict[str, Any]:
     config = config_of(run)
     model, data = part(config, "model", "init_args"), part(config, "data")
     base, licence = str(part(model, "checkpoint")), licence_of(ModelCard, str(part(model, "checkpoint")))
-    origins = {tuple(found.values()): found for folder in [run, *folders] for found in _marker(folder)["data"]}
+    origins = {tuple(origin.values()): origin for folder in [run, *folders] for origin in _marker(folder)["data"]}
     metadata = ModelCardData(
         license=licence if PLAIN.fullmatch(licence) else "other",
         library_name="transformers",
@@ -181,8 +181,8 @@ def _tested(test: Path, run: Path, marker: Marker) -> Path:
         return test  # another judge's verdicts on its own answers
     if Path(str(checkpoint)).resolve() != model.resolve():
         raise SettingError(f"tests must be runs that attacked {model}, and {test} attacked {checkpoint}. Leave it out.")
-    attacked, own = _marker(test)["files"].get(checkpoint, {}), export_files(run)
-    if not attacked or any(own.get(name) != sha256 for name, sha256 in attacked.items()):
+    attacked, exported = _marker(test)["files"].get(checkpoint, {}), export_files(run)
+    if not attacked or any(exported.get(name) != sha256 for name, sha256 in attacked.items()):
         raise SettingError(
             f"tests must be runs that attacked {model} as it is, and {test} attacked one of other files. Leave it out."
         )
@@ -201,11 +201,11 @@ def licence_of(card: type[RepoCard], source: str) -> str:
     """
     path = Path(source)
     try:
-        found = card.load(path / "README.md" if path.is_dir() else path.parent / "README.md" if path.exists() else source)
+        their_card = card.load(path / "README.md" if path.is_dir() else path.parent / "README.md" if path.exists() else source)
     except (OSError, ValueError, yaml.YAMLError):  # no card, no such id, no network
         return "unknown"
-    said = getattr(found.data, "license", None)
-    names: list[Any] = said if isinstance(said, list) else [said]
+    license = getattr(their_card.data, "license", None)
+    names: list[Any] = license if isinstance(license, list) else [license]
     if not any(names):
         return "unknown"
     return ", ".join(names) if all(isinstance(name, str) and PLAIN.fullmatch(name) for name in names) else ITS_CARD
@@ -222,8 +222,10 @@ def _data_licence(source: str) -> str:
 
 def _before(series: list[Series], stage: str) -> dict[str, str] | None:
     """The model itself, before any attack; None where every attack that ran began at another one."""
-    own = [s for s in series if s.defense != UNDEFENDED] or series
-    member = next((s for s in own if 0 in s.steps and (s.threat_model == "open_weight" or not acts_at_a_service(stage))), None)
+    defended = [s for s in series if s.defense != UNDEFENDED] or series
+    member = next(
+        (s for s in defended if 0 in s.steps and (s.threat_model == "open_weight" or not acts_at_a_service(stage))), None
+    )
     if member is None:
         return None
     return {column.label: number(member.mean(column.name, 0)) for column in shown_metrics() if column.brief}

@@ -62,12 +62,12 @@ def read_logged(runs: list[str]) -> Logged:
     tables: set[str] = set()
     groups: set[str] = set()
     for folder in (folder for run in runs for folder in _folders(Path(run))):
-        own = _columns(folder / "metrics.csv") - set(AXES)
+        keys_of_run = _columns(folder / "metrics.csv") - set(AXES)
         settings = part(config_of(folder), "run")
-        keys |= own
+        keys |= keys_of_run
         groups.add(str(part(settings, "group") or folder.resolve().parent.name))
         if part(settings, "wandb_generations"):
-            tables |= {job.replace("attack", "generations", 1) for job in _jobs(own)}
+            tables |= {job.replace("attack", "generations", 1) for job in _jobs(keys_of_run)}
     if not keys:
         raise SettingError(f"runs must have logged something, and {', '.join(runs)} did not. {NAME}")
     return Logged(sorted(keys), sorted(tables), sorted(groups), any((Path(run) / INDEX).exists() for run in runs))

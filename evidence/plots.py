@@ -145,14 +145,14 @@ def heat_map(series: list[Series]) -> Figure:
     figure, ax = plt.subplots(figsize=(5, height), layout="constrained")
     image = ax.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
-        shown = "not\nrun" if math.isnan(value) else f"{value:.0f}"
+        text = "not\nrun" if math.isnan(value) else f"{value:.0f}"
         dull = (attacks[y], defenses[x]) in gibberish
         if dull:  # the colour would say safe
             ax.add_patch(
                 Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, facecolor="white", edgecolor="#777777", hatch="///", alpha=0.85)
             )
-            shown = f"{shown}\ngibberish"
-        ax.text(x, y, shown, ha="center", va="center", color="white" if value < 55 and not dull else "black", fontsize=10)
+            text = f"{text}\ngibberish"
+        ax.text(x, y, text, ha="center", va="center", color="white" if value < 55 and not dull else "black", fontsize=10)
     ax.set_xticks(range(len(names)), names, fontsize=9, rotation=90 if upright else 0)
     ax.set_yticks(range(len(attacks)), [textwrap.fill(name, 20) for name in attacks], fontsize=9)
     ax.grid(False)

@@ -95,11 +95,11 @@ def _local(parallel: int | None) -> tuple[RunCell, int]:
         free.put(threads | places[n % len(places)])
 
     def run(cell: Cell) -> str | None:
-        place = free.get()
+        variables = free.get()
         try:
-            return run_cell(cell, place)
+            return run_cell(cell, variables)
         finally:
-            free.put(place)
+            free.put(variables)
 
     return run, number
 

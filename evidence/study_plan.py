@@ -104,8 +104,8 @@ class Cell:
 
     def marker(self) -> Marker | None:
         """What its run left when it came to its end, if it had this very config."""
-        found = read_marker(Path(self.folder))
-        return found if found and found["config"] == self.config else None
+        marker = read_marker(Path(self.folder))
+        return marker if marker and marker["config"] == self.config else None
 
     @property
     def done(self) -> bool:
@@ -216,9 +216,9 @@ def cells(study: Study, folder: Path, resolve: Resolve, chosen: Chosen | None = 
         parts = [slug(defense), slug(attack) or "train", slug(choice), "tried" if tries else "", f"seed{seed}"]
         name = "-".join(filter(None, parts))
         config = config_hash(resolve(words))
-        place = str(folder / f"{name}-{config[:8]}")
+        run_folder = str(folder / f"{name}-{config[:8]}")
         needed = needs.name if needs else None
-        planned.append(Cell(name, defense, attack, seed, words, place, config, needed, choice if tries else None))
+        planned.append(Cell(name, defense, attack, seed, words, run_folder, config, needed, choice if tries else None))
         return planned[-1]
 
     trained: dict[tuple[str, int], Cell] = {}

@@ -206,7 +206,7 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
         SettingError: nothing to report; two runs that hold the same evaluation with different results; or runs of one series with
             different settings.
     """
-    named = [found for folder in folders for found in _runs(Path(folder))]
+    named = [run for folder in folders for run in _runs(Path(folder))]
     read = [(read_run(folder), defense, attack) for folder, defense, attack in named]
     entries = [
         (Entry(row, answers, run.folder), defense, attack)

@@ -18,6 +18,7 @@ from casehard.engine.sharding import shard_of
 from casehard.engine.training import Plain, train_steps, with_progress_bar
 from casehard.engine.weights import NOTHING, Weights, attack_vector, borrowed, reshard
 from casehard.lightning_modules.defense import Defense
+from casehard.metrics.errors import SettingError
 
 
 class InnerAttack(NamedTuple):
@@ -56,14 +57,14 @@ class InnerAttacker:
 
     def __post_init__(self) -> None:
         if self.num_inner_steps < 0:
-            raise ValueError(f"num_inner_steps must be >= 0, got {self.num_inner_steps}. 0 is no attack.")
+            raise SettingError(f"num_inner_steps must be >= 0, got {self.num_inner_steps}. 0 is no attack.")
         for name, value in (("batch_size", self.batch_size), ("num_samples", self.num_samples)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} of an inner attacker must be >= 1, got {value}.")
+                raise SettingError(f"{name} of an inner attacker must be >= 1, got {value}.")
         if not 0 < self.poison_ratio <= 1:
-            raise ValueError(f"poison_ratio of an inner attacker must lie in (0, 1], got {self.poison_ratio}. It is a share.")
+            raise SettingError(f"poison_ratio of an inner attacker must lie in (0, 1], got {self.poison_ratio}. It is a share.")
         if self.poison_ratio != 1 and self.num_samples is None:
-            raise ValueError(f"num_samples must be set where poison_ratio is not 1, got poison_ratio {self.poison_ratio}.")
+            raise SettingError(f"num_samples must be set where poison_ratio is not 1, got poison_ratio {self.poison_ratio}.")
 
     def own_rows(self) -> list[Row]:
         """Harmful rows of this attacker's own sources."""
@@ -73,14 +74,14 @@ class InnerAttacker:
         """The attacker's batch by the number of its step; ``name`` tells its draws from those of other streams.
 
         Raises:
-            ValueError: no harmful rows; an adapter that the model cannot have.
+            SettingError: no harmful rows; an adapter that the model cannot have.
         """
         if self.lora is not None:
             targets(module.model, self.lora)
         data = module.data
         rows = data.rows["alignment_harmful"] if self.harmful is None else self.own_rows()
         if not rows:
-            raise ValueError(
+            raise SettingError(
                 f"data.sources.alignment_harmful must name harmful rows for {module.label}'s inner attacker, got none. "
                 "Give rows that no attack is measured with, or choose the settings under which there is no inner attack."
             )

@@ -15,6 +15,7 @@ from casehard.engine.anatomy import decoder_layers
 from casehard.engine.checkpoint import load_model, load_tokenizer, require_rows_for_tokens
 from casehard.engine.comparison import logits_of, some_ids
 from casehard.engine.sharding import broadcast
+from casehard.metrics.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Backbone:
 
     def __post_init__(self) -> None:
         if self.sizes and not self.random_weights:
-            raise ValueError(
+            raise SettingError(
                 f"sizes must be left out unless random_weights is set, got {self.sizes}: weights that are read have theirs."
             )
 
@@ -124,12 +125,12 @@ def shard_mesh(device_mesh: DeviceMesh | None, num_roles: int) -> DeviceMesh | N
         num_roles: parts that the ranks play, each of which has the model.
 
     Raises:
-        ValueError: a mesh of another number of roles, such as for tensor parallelism, which nothing here does.
+        SettingError: a mesh of another number of roles, such as for tensor parallelism, which nothing here does.
     """
     if device_mesh is None:
         return None
     if (size := device_mesh["tensor_parallel"].size()) != num_roles:
-        raise ValueError(
+        raise SettingError(
             f"tensor_parallel_size must be {num_roles}, the number of roles, got {size}: weights are sharded over the "
             "data-parallel ranks (FSDP2). Set data_parallel_size to the number of processes."
         )

@@ -7,6 +7,7 @@ from torch import Tensor
 from casehard.engine.forward import Batch
 from casehard.engine.gradients import difference, norm
 from casehard.lightning_modules.defense import Defense
+from casehard.metrics.errors import SettingError
 
 
 class BoosterModule(Defense):
@@ -32,7 +33,7 @@ class BoosterModule(Defense):
     ) -> None:
         for name, value, least in (("weight", weight, 0), ("radius", radius, 0), ("harmful_batch_size", harmful_batch_size, 1)):
             if not value >= least:
-                raise ValueError(f"{name} of Booster must be >= {least}, got {value}.")
+                raise SettingError(f"{name} of Booster must be >= {least}, got {value}.")
         super().__init__(checkpoint, **settings)
         self.weight, self.radius, self.harmful_batch_size = weight, radius, harmful_batch_size
 
@@ -40,7 +41,7 @@ class BoosterModule(Defense):
         """Lay out the harmful rows, so that missing ones show before the first step."""
         rows = self.data.rows["alignment_harmful"]
         if not rows:
-            raise ValueError(
+            raise SettingError(
                 "data.sources.alignment_harmful must name harmful rows for Booster, got none. "
                 "Give rows that no attack is measured with."
             )

@@ -40,6 +40,7 @@ from casehard.engine.weights import EVERYTHING, Weights, borrowed, group_of, loc
 from casehard.lightning_modules.backbone import Backbone, mixed_precision, read_other, shard_mesh
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.private import trainer_of
+from casehard.metrics.errors import SettingError
 
 Stage = Literal["alignment", "finetuning", "post_finetuning"]  # in order of time
 STAGE_OF: dict[str, Stage] = {  # by the method that is overridden
@@ -52,12 +53,12 @@ STAGE_OF: dict[str, Stage] = {  # by the method that is overridden
 OF_JOB = "job_"  # before the names of what a job keeps in the shape of the weights
 
 
-def _require_same_shapes(own: set[tuple[str, torch.Size]], other: set[tuple[str, torch.Size]], checkpoint: str) -> None:
-    """Raise a ValueError where the parameters of ``checkpoint``, by name and shape, are not the defended model's."""
-    if unlike := sorted(own ^ other):
+def _require_same_shapes(ours: set[tuple[str, torch.Size]], theirs: set[tuple[str, torch.Size]], checkpoint: str) -> None:
+    """Raise a SettingError where the parameters of ``checkpoint``, by name and shape, are not the defended model's."""
+    if unlike := sorted(ours ^ theirs):
         name, shape = unlike[0]
-        which = "the defended model" if unlike[0] in own else repr(checkpoint)
-        raise ValueError(
+        which = "the defended model" if unlike[0] in ours else repr(checkpoint)
+        raise SettingError(
             f"undefended_checkpoint must be of the defended model's architecture, and {which} alone has {name} of "
             f"shape {list(shape)}. Name the model that the defense started from, or leave it out."
         )
@@ -127,7 +128,7 @@ class Defense(L.LightningModule):
 
     def _load(self) -> None:
         if trainer_of(self) is not None and str(self.trainer.precision) in ("16-mixed", "16-true", "transformer-engine-float16"):
-            raise ValueError(
+            raise SettingError(
                 f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {self.trainer.precision}: attackers train "
                 "without a scaler of gradients, and small ones would be lost in float16."
             )
@@ -140,7 +141,7 @@ class Defense(L.LightningModule):
             model, self.empty_model = sharded(whole, mesh, self.trainer.strategy.root_device, policy, prepare)
             self.register_module("model", model)
         self.backbone.compile(self.model)
-        takes_prefix_trees(self.model, 0)  # found out now: later passes may be watched by somebody's hooks
+        takes_prefix_trees(self.model, 0)  # found out now: later passes may run under somebody's hooks
 
     def _whole(self) -> PreTrainedModel:
         return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer)
@@ -164,7 +165,7 @@ class Defense(L.LightningModule):
         Where it is sharded every rank must call this; it is put together on the CPU of rank 0, and the others get None.
 
         Raises:
-            ValueError: merged, it does not answer as it does with its adapters beside its weights.
+            SettingError: merged, it does not answer as it does with its adapters beside its weights.
         """
         model = self.model if group_of(self.model) is None else gathered(self.model, self.empty_model)
         if model is not None:
@@ -211,7 +212,7 @@ class Defense(L.LightningModule):
         Memory: one copy of the model, and two while the other's weights are read.
 
         Raises:
-            ValueError: ``checkpoint`` is of another architecture, in its weights' shapes or in what it computes with them.
+            SettingError: ``checkpoint`` is of another architecture, in its weights' shapes or in what it computes with them.
         """
         with borrowed(self):
             load = partial(load_model, checkpoint, self.backbone.dtype)
@@ -229,7 +230,7 @@ class Defense(L.LightningModule):
             del theirs  # not held for the block
             answered = logits_of(self.model, some_ids(self.model))
             if not (off := distance(answered, expected)) <= rounding(answered.dtype):
-                raise ValueError(
+                raise SettingError(
                     f"undefended_checkpoint must be of the defended model's architecture, and the weights of {checkpoint!r} give "
                     f"other logits in it ({100 * off:.2g}% off), since its config.json has other settings. Name the model that "
                     "the defense started from, or leave it out."
@@ -240,7 +241,7 @@ class Defense(L.LightningModule):
         """Make sure, from sizes alone, that ``undefended_at`` will find a model of this architecture.
 
         Raises:
-            ValueError: ``checkpoint`` is of another architecture.
+            SettingError: ``checkpoint`` is of another architecture.
             OSError: it is not there, or has no weights.
         """
         folder = Path(checkpoint)
@@ -254,8 +255,8 @@ class Defense(L.LightningModule):
                 f"undefended_checkpoint must hold weights, and {checkpoint!r} has none. Name the model that the defense started "
                 "from, or leave it out."
             )
-        own, other = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
-        _require_same_shapes(own, other, checkpoint)
+        our_shapes, their_shapes = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
+        _require_same_shapes(our_shapes, their_shapes, checkpoint)
 
     # ---- what a defense overrides
 
@@ -292,9 +293,7 @@ class Defense(L.LightningModule):
         """
 
     def own_rows(self) -> list[Row]:
-        """Rows that the defense brings itself, such as anchors, checked for overlap with the evaluation prompts. None unless
-        overridden.
-        """
+        """Rows the defense brings along (e.g. anchors); checked for overlap with the evaluation prompts. Override to add some."""
         return []
 
     def synchronize(self) -> None:
@@ -317,11 +316,11 @@ class Defense(L.LightningModule):
         """The data of the run.
 
         Raises:
-            ValueError: a trainer without an SFTDataModule.
+            SettingError: a trainer without an SFTDataModule.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, SFTDataModule):
-            raise ValueError(
+            raise SettingError(
                 f"datamodule must be an SFTDataModule for {self.label}, which draws rows of its own, got {type(data).__name__}. "
                 "Pass one to the trainer."
             )
@@ -391,8 +390,8 @@ class Defense(L.LightningModule):
 
     def _copy_of(self, names: Iterable[str], device: str | None = None) -> Weights:
         reshard(self)
-        own = dict(self.named_parameters())
-        return {name: local(own[name]).to(device, copy=True) for name in names}
+        parameters = dict(self.named_parameters())
+        return {name: local(parameters[name]).to(device, copy=True) for name in names}
 
     @contextmanager
     def handed_back(self, start: Weights, device: str | None = None) -> Iterator[None]:
@@ -556,7 +555,7 @@ class Defense(L.LightningModule):
         """Build the job that ``fit`` runs, where it runs one, and freeze what it does not train, before DDP looks at what trains.
 
         Raises:
-            ValueError: rows of the defense's own, and a ``fit`` on others.
+            SettingError: rows of the defense's own, and a ``fit`` on others.
         """
         self.recovered = False
         if self._fits_a_job:
@@ -566,7 +565,7 @@ class Defense(L.LightningModule):
             self.running.freeze()
             return
         if self._overrides("rows") and getattr(self.trainer.datamodule, "train_on", "") != "alignment":  # type: ignore[attr-defined]
-            raise ValueError(
+            raise SettingError(
                 f"data.train_on must be alignment for {self.label}, which acts by the rows that alignment trains on, and it is "
                 "not. Set it."
             )
@@ -578,11 +577,11 @@ class Defense(L.LightningModule):
         """A job takes its references before the first step, or gets its state from a checkpoint.
 
         Raises:
-            ValueError: a checkpoint of the released model.
+            SettingError: a checkpoint of the released model.
         """
         self._check_accumulation()
         if self.recovered or (self._overrides("harden") and self.trained == "alignment" and self._is_hardened(self.model.config)):
-            raise ValueError(
+            raise SettingError(
                 "ckpt_path must be a checkpoint from before training ended to train on from, and it holds the released model, "
                 f"which {self.label} has {'recovered' if self.recovered else 'hardened'}. Name an earlier one of that run."
             )
@@ -599,17 +598,17 @@ class Defense(L.LightningModule):
         """Make sure that every step takes as many batches: Lightning divides by their number, and ``num_labels`` counts on it.
 
         Raises:
-            ValueError: an epoch that ends among the batches of a step; a number that changes.
+            SettingError: an epoch that ends among the batches of a step; a number that changes.
         """
         number, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
         dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if number > 1 and not dry and math.isfinite(batches) and batches % number:
-            raise ValueError(
+            raise SettingError(
                 f"trainer.accumulate_grad_batches must divide the batches of an epoch, {batches}, got {number}: a step of fewer "
                 "would weigh less. Set trainer.limit_train_batches to a multiple of it, or data.batching.batch_size higher."
             )
         if any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
+            raise SettingError(
                 "trainer.accumulate_grad_batches must be one number for the whole run, and a GradientAccumulationScheduler "
                 "changes it. Set data.batching.batch_size instead."
             )
@@ -627,7 +626,7 @@ class Defense(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch under the loss of the job, or of the alignment."""
         if self.trainer.accumulate_grad_batches > 1 and "num_labels" not in batch:
-            raise ValueError(
+            raise SettingError(
                 f"trainer.accumulate_grad_batches must be 1 where batches say nothing of num_labels, got "
                 f"{self.trainer.accumulate_grad_batches}: the mean of their means is not the mean over their labels. Raise the "
                 "loader's batch size instead, or give each the labels of all batches of its step / their number as num_labels."
@@ -668,10 +667,10 @@ class Defense(L.LightningModule):
         """The passes so far, whose checkpoint it is, what is ``kept``, where random weights came from, and the job's state.
 
         Raises:
-            ValueError: after an attack that followed training, unless weights are all that is saved.
+            SettingError: after an attack that followed training, unless weights are all that is saved.
         """
         if "optimizer_states" in checkpoint and not self.training_state_intact:
-            raise ValueError(
+            raise SettingError(
                 "save_checkpoint must be called before the attacks that follow training, and it was called after: they needed "
                 "the room of the optimizer's state. Add a ModelCheckpoint to the trainer's callbacks, or set weights_only=True."
             )
@@ -696,20 +695,20 @@ class Defense(L.LightningModule):
         """Make sure that a checkpoint of ``fit`` is one of this defense; another's weights would bear this one's name.
 
         Raises:
-            ValueError: it is of another class, or of adapters of another shape.
+            SettingError: it is of another class, or of adapters of another shape.
         """
         ours, theirs = self.made_by(), checkpoint.get("made_by")
         if theirs is None:  # of an earlier version
             rank_zero_warn(f"ckpt_path says not which defense made it: its weights are taken for those of {ours['class']}.")
             return
         if theirs["class"] != ours["class"]:
-            raise ValueError(
+            raise SettingError(
                 f"ckpt_path must be a checkpoint of the model's class, {ours['class']}, and it is one of {theirs['class']}. "
                 "Name that class as the model, as the config.yaml of its run does."
             )
         unlike = [name for name, value in ours["lora"].items() if theirs["lora"].get(name, value) != value]
         if bool(ours["lora"]) != bool(theirs["lora"]) or unlike:
-            raise ValueError(
+            raise SettingError(
                 f"lora must be as in ckpt_path, {theirs['lora'] or None}, got {ours['lora'] or None}. "
                 "Take the settings from the config.yaml of its run."
             )
@@ -749,10 +748,10 @@ class Defense(L.LightningModule):
         """The optimizer over what trains; the schedule advances by step.
 
         Raises:
-            ValueError: the trainer has no end.
+            SettingError: the trainer has no end.
         """
         if self.trainer.max_steps == self.trainer.max_epochs == -1:
-            raise ValueError(
+            raise SettingError(
                 "trainer.max_steps or trainer.max_epochs must say when training ends, got -1 for both. Set one of them to >= 1."
             )
         trained = [p for p in self.parameters() if p.requires_grad]

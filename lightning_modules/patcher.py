@@ -14,6 +14,7 @@ from casehard.engine.weights import Weights, check_device
 from casehard.lightning_modules.attacker import InnerAttacker
 from casehard.lightning_modules.patcher_parallel import TwoRoles
 from casehard.lightning_modules.roles import ATTACKERS, DEFENDERS
+from casehard.metrics.errors import SettingError
 
 
 class PatcherModule(TwoRoles):
@@ -76,7 +77,7 @@ class PatcherModule(TwoRoles):
         **settings: Any,
     ) -> None:
         if not 0 <= attack_weight <= 1:
-            raise ValueError(f"attack_weight must lie in [0, 1], got {attack_weight}. 0 is plain SFT, the paper's is 0.5.")
+            raise SettingError(f"attack_weight must lie in [0, 1], got {attack_weight}. 0 is plain SFT, the paper's is 0.5.")
         attackers = [attacker, *(more_attackers or [])]
         for name, value, least in (
             ("num_outer_steps", num_outer_steps, len(attackers)),
@@ -85,9 +86,9 @@ class PatcherModule(TwoRoles):
             ("vector_age", vector_age, 0),
         ):
             if value is not None and value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}.")
+                raise SettingError(f"{name} must be >= {least}, got {value}.")
         if parallel and vector_age != 1:
-            raise ValueError(f"vector_age must be 1 in the parallel form, got {vector_age}: attackers need an interval.")
+            raise SettingError(f"vector_age must be 1 in the parallel form, got {vector_age}: attackers need an interval.")
         super().__init__(checkpoint, **settings)
         self.attackers, self.num_outer_steps, self.attack_weight = attackers, num_outer_steps, attack_weight
         self.num_sft_steps = num_outer_steps if num_sft_steps is None else num_sft_steps
@@ -205,7 +206,7 @@ class PatcherModule(TwoRoles):
         """Go on with the vectors of the interrupted round."""
         super().on_load_checkpoint(checkpoint)
         if "num_attacks" not in checkpoint:
-            raise ValueError(
+            raise SettingError(
                 "ckpt_path must hold num_attacks, and it does not: an earlier version of casehard wrote it, which kept attack "
                 "vectors in another way. Train with that version, or from the start."
             )
@@ -221,12 +222,12 @@ def shared_out(batch: Batch, attack_weight: float) -> tuple[Batch, Batch]:
     """The rows of a batch in two parts, a share ``attack_weight`` of them first; each part's mean loss estimates the batch's.
 
     Raises:
-        ValueError: a part without rows.
+        SettingError: a part without rows.
     """
     num_rows = len(batch["input_ids"])
     cut = round(attack_weight * num_rows)
     if not 0 < cut < num_rows:
-        raise ValueError(
+        raise SettingError(
             f"one_pass_per_row must find rows for both passes, and attack_weight {attack_weight} sends {cut} of the batch's "
             f"{num_rows} through the attacked one. Raise batch_size, or choose an attack_weight between 0 and 1."
         )

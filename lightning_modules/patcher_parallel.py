@@ -13,6 +13,7 @@ from casehard.engine.weights import Weights, local, reshard
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.private import ask_for_sigterm_where, steps_between_checkpoints
 from casehard.lightning_modules.roles import ATTACKERS, DEFENDERS, RolesStrategy
+from casehard.metrics.errors import SettingError
 
 
 class TwoRoles(Defense):
@@ -48,7 +49,7 @@ class TwoRoles(Defense):
     def configure_model(self) -> None:
         """As for every defense; the parallel form needs its strategy."""
         if self.parallel and not isinstance(self.trainer.strategy, RolesStrategy):
-            raise ValueError(
+            raise SettingError(
                 f"parallel must run under RolesStrategy, and the strategy is "
                 f"{type(self.trainer.strategy).__name__}. Add --config experiments/cluster/patcher_parallel.yaml."
             )

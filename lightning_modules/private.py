@@ -5,6 +5,8 @@ from collections.abc import Callable
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from casehard.metrics.errors import SettingError
+
 
 def ask_for_sigterm_where(trainer: L.Trainer, is_due: Callable[[], bool]) -> None:
     """Have Lightning ask all ranks for SIGTERM only where ``is_due()``, and not before every batch.
@@ -13,12 +15,12 @@ def ask_for_sigterm_where(trainer: L.Trainer, is_due: Callable[[], bool]) -> Non
     (Lightning-AI/pytorch-lightning#21487).
 
     Raises:
-        ValueError: a Lightning that asks in another way.
+        SettingError: a Lightning that asks in another way.
     """
     loop = trainer.fit_loop.epoch_loop
     ask = getattr(loop, "_broadcast_sigterm_tensor", None)
     if ask is None:
-        raise ValueError(
+        raise SettingError(
             f"parallel must be false under lightning {L.__version__}, whose training loop has no _broadcast_sigterm_tensor: "
             "unless that is replaced, defenders wait for attackers. Leave vector_age at 1 for the same weights, or install "
             "lightning 2.6."

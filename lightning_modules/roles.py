@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from casehard.engine.fit_checkpoint import numbers_only, read_notes
 from casehard.lightning_modules.private import set_data_parallel_size
+from casehard.metrics.errors import SettingError
 
 T = TypeVar("T")
 DEFENDERS, ATTACKERS = 0, 1  # columns of the mesh
@@ -31,7 +32,8 @@ class RolesStrategy(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy for two roles; the weights of each are sharded over its processes (FSDP2).
 
     Its mesh has a row for every pair of a defender and an attacker with the same shard, which are neighbours, and a column for
-    each role (where Lightning has tensor parallelism). A role of one process holds whole weights, which FSDP2 would only copy.
+    each role (where Lightning has tensor parallelism). With one process per role nothing is sharded: FSDP2 would
+    double the memory and save none.
     Checkpoints are sharded folders of the defenders' weights and optimizer.
 
     Args:
@@ -52,11 +54,11 @@ class RolesStrategy(ModelParallelStrategy):
         """Share the processes out.
 
         Raises:
-            ValueError: an odd number of them.
+            SettingError: an odd number of them.
         """
         processes = self.num_processes * self.num_nodes
         if processes % 2:
-            raise ValueError(
+            raise SettingError(
                 f"devices * num_nodes must be even, as many processes attack as defend, and it is {processes}. "
                 "Take one more or one fewer."
             )
@@ -112,11 +114,11 @@ class RolesStrategy(ModelParallelStrategy):
         """As Lightning does, which takes sharded weights only: weights on all processes, and the optimizer on defenders.
 
         Raises:
-            ValueError: a checkpoint in a single file.
+            SettingError: a checkpoint in a single file.
         """
         path = Path(self.broadcast(checkpoint_path))
         if not path.is_dir():
-            raise ValueError(
+            raise SettingError(
                 f"ckpt_path must be a sharded checkpoint under RolesStrategy, and {path} is no folder. "
                 "Go on without the parallel form, which gives the same weights at the same vector_age."
             )

@@ -15,6 +15,7 @@ from casehard.engine.forward import Batch, label_positions, last_positions, run
 from casehard.engine.weights import same_modes_after
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.job import Job
+from casehard.metrics.errors import SettingError
 
 
 def concatenated(first: Batch, second: Batch, pad_token_id: int) -> Batch:
@@ -69,23 +70,23 @@ class SBRModule(Defense):
         **settings: Any,
     ) -> None:
         if not anchor_weight >= 0:
-            raise ValueError(f"anchor_weight must be >= 0, got {anchor_weight}. Use 0 for plain SFT.")
+            raise SettingError(f"anchor_weight must be >= 0, got {anchor_weight}. Use 0 for plain SFT.")
         if anchors is not None and not anchors:
-            raise ValueError(
+            raise SettingError(
                 f"anchors must name at least one harmful prompt, got {anchors!r}. "
                 "Give texts or a source of rows, or null for the prompts of the data's refusals."
             )
         for number, anchor in enumerate(anchors if isinstance(anchors, list) else [], start=1):
             if got := flaw(anchor):
-                raise ValueError(f"anchors must be texts, got {got} as number {number}. Mend it, or take it out.")
+                raise SettingError(f"anchors must be texts, got {got} as number {number}. Mend it, or take it out.")
         if isinstance(anchors, list) and (sources := [text for text in anchors if looks_like_source(text)]):
-            raise ValueError(
+            raise SettingError(
                 f"anchors must be a list of prompts or one source of rows, got the source {sources[0]} in a list. "
                 f"Write it without brackets (anchors: {sources[0]}), or name several as the data's refusals and anchors as null."
             )
         for name, value in (("num_anchors", num_anchors), ("anchors_per_step", anchors_per_step)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1 or null, got {value}. null takes all anchors.")
+                raise SettingError(f"{name} must be >= 1 or null, got {value}. null takes all anchors.")
         super().__init__(checkpoint, **settings)
         self.anchors, self.num_anchors, self.anchors_per_step = anchors, num_anchors, anchors_per_step
         self.anchor_weight, self.anchor_layer, self.freeze_unembedding = anchor_weight, anchor_layer, freeze_unembedding
@@ -104,18 +105,18 @@ class SBRModule(Defense):
             return
         rows = self.own_rows() if self.anchors is not None else self.trainer.datamodule.rows["refusals"]  # type: ignore[attr-defined]
         if not rows:
-            raise ValueError(
+            raise SettingError(
                 "anchors must name at least one harmful prompt where the data names no refusals, got null. "
                 "Give texts or a source of rows, or name the data's refusals."
             )
         if len(rows) < (self.num_anchors or 1):
-            raise ValueError(
+            raise SettingError(
                 f"num_anchors must be at most the number of anchors there are, {len(rows)}, got {self.num_anchors}. "
                 "Name more prompts in anchors or in the data's refusals."
             )
         depth = self.model.config.get_text_config().num_hidden_layers
         if not -depth - 1 <= self.anchor_layer <= depth:
-            raise ValueError(f"anchor_layer must lie in [{-depth - 1}, {depth}], got {self.anchor_layer}. -1 is the paper's.")
+            raise SettingError(f"anchor_layer must lie in [{-depth - 1}, {depth}], got {self.anchor_layer}. -1 is the paper's.")
         ids = [prompt_ids(row, self.tokenizer) for row in rows[: self.num_anchors]]
         batch = collate([{"input_ids": i, "labels": [-100] * len(i)} for i in ids], self.tokenizer.pad_token_id, "right")
         self.register_buffer("anchor_ids", batch["input_ids"], persistent=False)  # settings and data bring them

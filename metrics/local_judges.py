@@ -93,7 +93,7 @@ class LocalJudge(CachedJudge):
         return {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
 
     def check(self, model: "PreTrainedModel", tokenizer: "Tokenizer") -> None:
-        """Raise a ValueError if the settings do not fit the model. Nothing unless overridden."""
+        """Raise a SettingError if the settings do not fit the model. Nothing unless overridden."""
 
     @abstractmethod
     def read_batch(self, pairs: Sequence[Pair]) -> list[Reading]:

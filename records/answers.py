@@ -26,7 +26,7 @@ def read_answers(path: Path) -> dict[int, list[Answer]]:
     Raises:
         SettingError: another line is no answer that a run wrote.
     """
-    found: dict[int, list[Answer]] = {}
+    by_evaluation: dict[int, list[Answer]] = {}
     for number, line in enumerate(whole_lines(path).splitlines(), start=1):
         try:
             answer = json.loads(line)
@@ -35,8 +35,8 @@ def read_answers(path: Path) -> dict[int, list[Answer]]:
             right = False
         if not right:
             raise SettingError(f"{path}, line {number} must be an answer that a run wrote, and it is not. {AGAIN}")
-        found.setdefault(answer["evaluation"], []).append(answer)
-    return found
+        by_evaluation.setdefault(answer["evaluation"], []).append(answer)
+    return by_evaluation
 
 
 def _is_answer(answer: Any) -> bool:

@@ -53,10 +53,10 @@ PACKAGES = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "pla
 def read_marker(folder: Path) -> Marker | None:
     """The marker in a run's folder; None where there is none that says all of ``SHAPE``: that run is not done."""
     try:
-        found = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        marker = json.loads((folder / DONE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if _fits(found, SHAPE) else None
+    return marker if _fits(marker, SHAPE) else None
 
 
 def _fits(value: Any, shape: Any) -> bool:
@@ -148,9 +148,9 @@ def _file(module: str) -> Path | None:
 
 def _is_installed(package: str) -> bool:
     """Whether a package is Python's or was installed into it; one that is built in, too."""
-    places = getattr(sys.modules.get(package), "__path__", None)
-    path = _file(package) or next((Path(place) for place in places or ()), None)
-    return path is None or any(path.resolve().is_relative_to(place) for place in PACKAGES) or bool(SITES & set(path.parts))
+    folders = getattr(sys.modules.get(package), "__path__", None)
+    path = _file(package) or next((Path(folder) for folder in folders or ()), None)
+    return path is None or any(path.resolve().is_relative_to(folder) for folder in PACKAGES) or bool(SITES & set(path.parts))
 
 
 def source_of(module: str) -> Path | None:

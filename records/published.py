@@ -36,12 +36,12 @@ def config_of(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SettingError(f"{path} must be a run's settings in YAML, and it cannot be read as such.") from error
-    if not isinstance(found, dict):
-        raise SettingError(f"{path} must be a run's settings in YAML, and it is a {type(found).__name__}.")
-    return found
+    if not isinstance(config, dict):
+        raise SettingError(f"{path} must be a run's settings in YAML, and it is a {type(config).__name__}.")
+    return config
 
 
 def part(config: Any, *names: str) -> Any:

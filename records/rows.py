@@ -73,9 +73,8 @@ class ResultRow:
     def __getattr__(self, name: str) -> Any:
         """A metric, by the name of its column."""
         try:
-            metrics: dict[str, float] = object.__getattribute__(self, "metrics")
-            return metrics[name]
-        except (KeyError, AttributeError) as error:
+            return vars(self)["metrics"][name]
+        except KeyError as error:
             raise AttributeError(f"a row has no column {name}") from error
 
     @property
@@ -186,12 +185,12 @@ def read_run(folder: str | Path, may_be_empty: bool = False) -> Run:
         there = len(rows) - len(missing)
         raise SettingError(f"{path} must hold the answers of every row of {ROWS}, and it has {there} of {len(rows)}. {AGAIN}")
     for row in rows:
-        own = answers.get(row.evaluation, [])
-        if any(answer[name] != getattr(row, name) for answer in own for name in KEYS):
+        kept = answers.get(row.evaluation, [])
+        if any(answer[name] != getattr(row, name) for answer in kept for name in KEYS):
             raise SettingError(
                 f"{path} must hold the answers of {ROWS}'s rows, and those of evaluation {row.evaluation} are of another. {AGAIN}"
             )
-        if not _summed_up(row, own):
+        if not _summed_up(row, kept):
             raise SettingError(
                 f"{folder / ROWS} must hold the mean score of the answers in {path.name}, and its row of "
                 f"{row.attack}, {row.defense}, seed {row.seed}, step {row.num_attack_steps} does not: one of the two was changed."

@@ -13,6 +13,7 @@ import pytest
 # files of long tests, which are begun first, so that both workers end together
 LONG = [
     "distributed",
+    "attack_ranks",
     "cli",
     "study",
     "patcher",

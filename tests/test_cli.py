@@ -26,12 +26,9 @@ from toy import ROOT, csv_rows
 
 import casehard
 from casehard.cli.lightning_cli import AtomicCheckpointIO, experiment_name
-from casehard.cli.main import is_mendable
 from casehard.cli.run_folder import claim_run_folder, held
-from casehard.datamodules.mixing import mix
 from casehard.engine.checkpoint import load_model
 from casehard.engine.fit_checkpoint import FORCED, numbers_only
-from casehard.evidence.rejudge import agree
 from casehard.records.files import RUN_FOLDER
 
 TINY = [
@@ -365,17 +362,6 @@ def test_a_mistake_shows_its_traceback_where_that_is_asked_for(call, tmp_path, m
     monkeypatch.setenv("CASEHARD_TRACEBACK", "1")
     with pytest.raises(casehard.SettingError, match="weights_only must be true or left out, got false"):
         call("test", "--weights_only", "false", "--run.root", str(tmp_path), *TINY[:2])
-
-
-def test_what_casehard_raises_on_purpose_is_the_users_to_mend_and_what_python_raises_in_its_files_is_not():
-    for do, mendable in [
-        (lambda: mix([], [], 1, 2.0, 0), True),
-        (lambda: agree(SimpleNamespace(answers=[[]]), SimpleNamespace(answers=[])), False),
-        (lambda: int("x"), False),
-    ]:
-        with pytest.raises(ValueError) as raised:  # noqa: PT011
-            do()
-        assert is_mendable(raised.value) == mendable
 
 
 def test_ctrl_c_before_training_ends_without_a_traceback(call, tmp_path, monkeypatch):

@@ -64,6 +64,35 @@ class Untouched(L.Callback):
         self.seen.append({n: t.detach().clone().reshape(-1).view(torch.uint8) for n, t in tensors.items()})
 
 
+AMPLIFIED = {  # first updates that rounding moves by more than 1e-5 of their length: their losses take differences
+    "sbr": 1e-4,  # of states that are alike before the first step, so that the anchors' gradient is of rounding alone
+    "booster": 1e-4,  # of two gradients that are nearly alike
+}
+
+
+class FirstStep(L.Callback):
+    """Saves this rank's part of the weights before the first optimizer step and after it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.before = snapshot(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 1:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save((self.before, snapshot(pl_module)), self.folder / f"first_step_{trainer.global_rank}.pt")
+
+
+def first_update(folder: Path) -> torch.Tensor:
+    """What the first step added to the weights, as one vector: of whole weights, or put together from the shards of two ranks."""
+    ranks = [torch.load(path) for path in sorted(folder.glob("first_step_*.pt"))]
+    updates = [{name: after[name].double() - before[name].double() for name in before} for before, after in ranks]
+    whole = updates[0] if folder.parent.name == "ddp" else {name: torch.cat([u[name] for u in updates]) for name in updates[0]}
+    return torch.cat([update.flatten() for update in whole.values()])
+
+
 def trainer(folder: Path, strategy: str, rank: int = 0, **settings: Any) -> L.Trainer:
     """In a single process, or in one of two that were started already."""
     if strategy != "one":
@@ -99,7 +128,7 @@ def run(rank: int, strategy: str, checkpoint: str, other: str, folder: Path, cas
             LoRAAttack("finetuning_service", LoRA(rank=2), optimizer=Optimizer(1e-1, "sgd"), **attack),
         ]
         saver = ModelCheckpoint(here / "saved", "{step}", every_n_train_steps=2, save_top_k=-1)
-        callbacks = [Results(str(here)), spies[0], *attacks, spies[1], saver]
+        callbacks = [FirstStep(here), Results(str(here)), spies[0], *attacks, spies[1], saver]
         fit = trainer(folder, strategy, rank, max_steps=4, callbacks=callbacks, enable_checkpointing=True)
         fit.fit(module, datamodule=data(**UNEVEN))
         assert same_bits(spies[0].seen[0], spies[1].seen[0])
@@ -227,7 +256,10 @@ def test_two_processes_give_the_model_and_the_rows_of_one(runs, strategy, case):
         assert_close(tensor, one[name], rtol=1e-4, atol=1e-5)
     ours, theirs = (list(rows(runs / name / case)) for name in (strategy, "one"))
     assert ours == theirs
-    assert len(ours) == 2 * (4 if {"finetuning", "post_finetuning"} & CASES[case][0].stages else 3)
+    served = CASES[case][0].stages & {"finetuning", "post_finetuning"}  # its jobs have a baseline of plain SFT beside them
+    assert len(ours) == 2 * (4 if served else 3)
+    expected, update = (first_update(runs / name / case) for name in ("one", strategy))
+    assert (update - expected).norm() < AMPLIFIED.get(case.partition("_")[0], 1e-5) * expected.norm()
     assert answers(runs / strategy / case) == answers(runs / "one" / case)
 
 

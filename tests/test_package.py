@@ -18,21 +18,14 @@ ROOMS = [  # each imports only from those before it
     "metrics", "datamodules", "engine", "lightning_modules", "records", "callbacks", "evidence", "cli",
 ]  # fmt: skip
 FILES = [file for room in ROOMS for file in sorted((ROOT / room).glob("*.py"))]
-UNDERSCORES_TO_MOVE = [  # to the private.py of their rooms
-    "engine/adapters.py", "engine/checkpoint.py", "engine/forward.py", "engine/optimizer.py",
-    "lightning_modules/defense.py", "lightning_modules/patcher.py", "lightning_modules/roles.py", "callbacks/attacks.py",
-]  # fmt: skip
 
 
-def imports(file: Path) -> Iterator[str]:
-    """Every module that a file imports, wherever in it, and every name that it takes from one."""
+def imports(file: Path, for_types: bool = True) -> Iterator[str]:
+    """Every module that a file imports, wherever in it, and every name that it takes from one; for its types alone, or not."""
     tree = ast.parse(file.read_text())
-    hints = [
-        part for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" for part in node.body
-    ]
-    for node in ast.walk(tree):
-        if node in hints:  # which no run imports
-            continue
+    blocks = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    left_out = {node for block in blocks for node in ast.walk(block)} if not for_types else set()
+    for node in (node for node in ast.walk(tree) if node not in left_out):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -56,7 +49,10 @@ def test_imports_run_one_way():
 def test_no_two_files_need_each_other():
     modules = {f"casehard.{file.parent.name}.{file.stem}": file for file in FILES}
     graph = {
-        module: {needed for name in imports(file) for needed in (name, name.rpartition(".")[0]) if needed in modules} - {module}
+        module: {
+            needed for name in imports(file, for_types=False) for needed in (name, name.rpartition(".")[0]) if needed in modules
+        }
+        - {module}
         for module, file in modules.items()
     }
     try:
@@ -101,7 +97,7 @@ def borrowed_underscores(file: Path, known: set[str]) -> list[str]:
 def test_private_names_of_dependencies_stand_in_private_py_alone():
     known = ours()
     taken = {name_of(file): borrowed_underscores(file, known) for file in FILES if file.name != "private.py"}
-    assert {name: found for name, found in taken.items() if found and name not in UNDERSCORES_TO_MOVE} == {}
+    assert {name: found for name, found in taken.items() if found} == {}
 
 
 @pytest.mark.parametrize("name", ["_get", "_instantiate_trainer", "_parser", "_parse_ckpt_path"])
