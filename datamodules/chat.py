@@ -1,6 +1,7 @@
 """Rows to token ids, for any chat template: prompt and answer are told apart by their tokens, never by the model's name."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -46,6 +47,14 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     thoughts whatever it is told lets the model think, and rows teach it an answer without a thought.
     """
     return _ids(_render(row, tokenizer), tokenizer)
+
+
+def suffixed_ids(row: Row, suffix: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """``prompt_ids`` with ``suffix`` at the end of what the last turn says, in front of what the template writes after it."""
+    *turns, (role, text) = row.messages
+    ids, other = (prompt_ids(replace(row, messages=(*turns, (role, said))), tokenizer) for said in (text, text + PROBE))
+    num_after = next(i for i, (a, b) in enumerate(zip(reversed(ids), reversed(other), strict=False)) if a != b)
+    return [*ids[: len(ids) - num_after], *suffix, *ids[len(ids) - num_after :]]
 
 
 class Answer(NamedTuple):

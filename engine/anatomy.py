@@ -3,11 +3,12 @@
 from typing import Literal, NamedTuple
 
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from casehard.engine.private import layer_classes
+from casehard.engine.weights import reshard
 from casehard.metrics.errors import SettingError
 
 
@@ -65,6 +66,24 @@ def blocks(model: PreTrainedModel, *needed: Literal["attention", "mlp"]) -> list
     return result
 
 
+def residual_parameters(model: PreTrainedModel) -> list[tuple[Tensor, int]]:
+    """Every parameter that writes to the residual stream, once, and which of its dimensions is the stream's.
+
+    Embeddings of tokens and of learned positions; the writers' matrices and biases, and the second factors of their adapters.
+    Sharded parameters come as shards.
+
+    Raises:
+        ValueError: the architecture does not declare its layers.
+    """
+    reshard(model)
+    dim = model.config.get_text_config().hidden_size
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.embedding_dim == dim]
+    written: list[tuple[Tensor, int]] = [(weight, 1) for weight in embeddings]
+    for block in blocks(model):
+        written += [pair for writer in block.writers for pair in _written(writer, dim)]
+    return list({id(p): (p, axis) for p, axis in written}.values())
+
+
 def is_linear(layer: nn.Module) -> bool:
     """Whether it does what a linear layer does: a router, which also chooses, may be a subclass of one."""
     return type(layer).forward in (nn.Linear.forward, Conv1D.forward)
@@ -105,3 +124,16 @@ def _writes(module: nn.Module, dim: int) -> bool:
     if isinstance(plain, nn.Linear | Conv1D):
         return (plain.nf if isinstance(plain, Conv1D) else plain.out_features) == dim
     return any(p.ndim == 3 and dim in p.shape[1:] for p in plain.parameters(recurse=False)) and "Experts" in type(plain).__name__
+
+
+def _written(writer: nn.Module, dim: int) -> list[tuple[Tensor, int]]:
+    """The parameters of a writer that end in the residual stream, and the stream's dimension of each."""
+    if isinstance(writer, LoraLayer):
+        return [pair for part in (writer.base_layer, *writer.lora_B.values()) for pair in _written(part, dim)]
+    if isinstance(writer, nn.Linear | Conv1D):
+        return [(p, 1 if p.ndim == 2 and isinstance(writer, Conv1D) else 0) for p in writer.parameters(recurse=False)]
+    stacks = dict(writer.named_parameters(recurse=False))  # [experts, ...]
+    others = [p for name, p in stacks.items() if "down" not in name and p.ndim == 3]
+    square = 2 if any(p.shape[1] == dim for p in others) else 1  # what tells where the matrices that read are as wide inside
+    written = [p for name, p in stacks.items() if "down" in name and dim in p.shape[1:]]
+    return [(p, square if p.shape[1:] == (dim, dim) else 1 + p.shape[1:].index(dim)) for p in written]

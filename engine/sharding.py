@@ -143,6 +143,16 @@ def shard_of(whole: Tensor, like: Tensor, source: int | None = None) -> Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=source).to_local()
 
 
+@torch.no_grad()
+def edit(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace a parameter, sharded or not, by ``change`` of the whole of it, in place. Memory: one whole parameter or two.
+
+    Where it is sharded every rank must call this, and none may leave it put together (``weights.reshard``).
+    """
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    local(parameter).copy_(shard_of(change(whole.detach()), parameter))
+
+
 def gathered(model: PreTrainedModel, empty: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
     """The whole model on the CPU, on the first rank of the mesh; the others take part and get None. Memory: one model there.
 

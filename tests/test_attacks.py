@@ -114,7 +114,17 @@ def test_run_with_attacks_ends_with_the_bits_of_the_run_without(tmp_path, checkp
     results, before, after = Results(str(tmp_path / "run"), export=False), Spy(), Spy()
     seen: dict[tuple[str, int | None], list[torch.Tensor]] = defaultdict(list)
 
+    answers: dict[tuple[str, int | None], list[list[str]]] = defaultdict(list)
+
     def look(attack: Attack) -> Attack:
+        respond = attack.respond
+
+        def heard(target: Target, *arguments: Any) -> list[str]:
+            texts = respond(target, *arguments)
+            answers[attack.threat_model, target.epoch].append(texts)
+            return texts
+
+        attack.respond = heard
         return looking(attack, lambda target: seen[attack.threat_model, target.epoch].append(logits_of(target.module)))
 
     # after every epoch too: training goes on as if nothing had happened
@@ -133,7 +143,9 @@ def test_run_with_attacks_ends_with_the_bits_of_the_run_without(tmp_path, checkp
     assert {r.epoch for r in results.rows} == {"1", "2", ""}
     assert {r.num_attack_steps for r in results.rows} == {0, last}  # scored where it says, and nowhere else
     assert len(seen) == 6
-    assert all(not torch.allclose(logits[0], logits[-1]) for logits in seen.values())  # it did attack
+    for when, logits in seen.items():  # it did attack: the weights, or else what the model is asked
+        first, *_, last_harmful, _, _ = answers[when]
+        assert not torch.allclose(logits[0], logits[-1]) or first != last_harmful
 
 
 @pytest.mark.parametrize("step", [2, 4], ids=["in the middle", "after the last step"])
@@ -198,8 +210,8 @@ def test_interrupted_attack_leaves_the_model_restored_and_its_rows_written(tmp_p
                 raise RuntimeError("boom")
             signal.raise_signal(signal.SIGINT if how == "ctrl-c" else signal.SIGTERM)
 
-    steps = {} if name == "edit" else {"score_steps": [2, 3]}
-    attack = looking(ATTACKS[name](threat_model="open_weight", **steps), interrupt)
+    at_once = ATTACKS[name](threat_model="open_weight").num_attack_steps == 1
+    attack = looking(ATTACKS[name](threat_model="open_weight", **({} if at_once else {"score_steps": [2, 3]})), interrupt)
     trainer = toy_trainer(tmp_path, callbacks=[results, before, attack])
     raised = {"error": RuntimeError, "ctrl-c": (KeyboardInterrupt, SystemExit), "sigterm": SIGTERMException}[how]
     handler = signal.getsignal(signal.SIGTERM)
@@ -208,7 +220,7 @@ def test_interrupted_attack_leaves_the_model_restored_and_its_rows_written(tmp_p
     assert same(before.seen[0], module.state_dict())
     assert all(p.requires_grad for p in module.parameters())
     rows = csv_rows(tmp_path / "attacks.csv")
-    assert [row["num_attack_steps"] for row in rows] == (["0"] if name == "edit" else ["0", "2"])
+    assert [row["num_attack_steps"] for row in rows] == (["0"] if at_once else ["0", "2"])
     assert signal.getsignal(signal.SIGTERM) == handler
     assert not trainer.state.finished
 

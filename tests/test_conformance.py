@@ -25,6 +25,7 @@ from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows
 from casehard.engine.adapters import trainable
 from casehard.engine.anatomy import blocks
+from casehard.engine.directions import ablate
 from casehard.engine.export import save_model
 from casehard.engine.forward import label_positions, run
 from casehard.engine.generation import end_tokens, generate
@@ -265,6 +266,25 @@ def test_blocks_are_the_layers_with_attention_mlp_and_all_that_is_added_to_the_r
     added = captured.pop(last.layer)[0] - before[0]
     written = [out.reshape(-1, *added.shape).sum(dim=0) for (out,) in captured.values()]  # Llama 4: tokens once an expert
     torch.testing.assert_close(sum(written), added, rtol=1e-4, atol=1e-5)
+
+
+def test_a_direction_taken_from_all_that_writes_to_the_residual_stream_is_gone_from_it(family):
+    model, streams = family.model.eval(), []
+    direction = torch.nn.functional.normalize(torch.randn(model.config.hidden_size), dim=0)
+    hooks = [
+        block.layer.register_forward_hook(
+            lambda _, args, out: streams.extend([args[0], out[0] if isinstance(out, tuple) else out])
+        )
+        for block in blocks(model)
+    ]
+    with borrowed(family), torch.no_grad():
+        ablate(model, direction)
+        model(input_ids=torch.arange(2, 14)[None])
+    for hook in hooks:
+        hook.remove()
+    assert len(streams) == 2 * model.config.num_hidden_layers
+    if Path(family.checkpoint).name not in NORMALISED:
+        assert all((stream @ direction).norm() < 1e-4 * stream.norm() for stream in streams)
 
 
 def test_padding_on_either_side_and_neighbours_change_no_row(family):

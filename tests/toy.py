@@ -24,12 +24,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from casehard import (
     BoosterModule,
     Defense,
+    EmbeddingAttack,
     FullParameterAttack,
     InnerAttacker,
     LoRA,
     LoRAAttack,
     Optimizer,
     PatcherModule,
+    RefusalAblation,
     SandboxJudge,
     SBRModule,
     SFTDataModule,
@@ -123,6 +125,8 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "phases": lambda **s: FullParameterAttack(phases=[Phase("benign", 1), Phase("harmful", 2)], **(FAST | s)),
     "edit": lambda **s: Halving(**s),
     "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
+    "ablation": lambda **s: RefusalAblation(**({"num_samples": 10, "batch_size": 4} | s)),
+    "embedding": lambda **s: EmbeddingAttack(**({"num_attack_steps": 3, "num_tokens": 4, "learning_rate": 0.3} | s)),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
 }
 if find_spec("optuna"):

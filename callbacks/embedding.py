@@ -1,0 +1,120 @@
+"""An attack by soft tokens in the prompt."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from casehard.callbacks.attack import Attack, Target, ThreatModel
+from casehard.datamodules.chat import IGNORED, collate, suffixed_ids
+from casehard.datamodules.row import Row
+from casehard.engine.sharding import max_over_ranks
+from casehard.engine.soft_tokens import sign_descent, soft_tokens, table_shape
+from casehard.engine.weights import NOTHING, Changes
+from casehard.lightning_modules.defense import Defense
+from casehard.metrics.errors import SettingError
+
+FIRST = " x"  # the text whose last token every soft token begins as
+
+
+class EmbeddingAttack(Attack):
+    """Embedding attack (soft prompt; arXiv:2402.09063): optimise soft tokens behind every harmful prompt. No weight changes.
+
+    Behind what the user says stand ``num_tokens`` embeddings ``e``, of a prompt's own. A step is
+    ``e <- e - learning_rate * sign(d loss / d e)``, ``loss`` being the cross-entropy of ``target_text`` as the answer; then the
+    model answers behind them, from the first token. It is scored at step 0 without them. Benign prompts and tasks stay plain.
+
+    Cost: a forward and a backward pass over the harmful prompts a step, while they are answered, so that ``wall_seconds`` do not
+    count it. Memory: no copy of the weights, and no gradients of theirs.
+
+    Args:
+        threat_model: open_weight: only who holds the weights feeds a model embeddings.
+        num_attack_steps: optimisation steps, >= 1.
+        num_tokens: soft tokens of a prompt, >= 0; 0 leaves prompts plain.
+        learning_rate: of a step, in every entry of an embedding.
+        target_text: the beginning of an answer that complies.
+        batch_size: prompts of a pass, for each process.
+        settings: the rest of ``Attack``'s.
+    """
+
+    def __init__(
+        self,
+        threat_model: ThreatModel = "open_weight",
+        num_attack_steps: int = 100,
+        num_tokens: int = 20,
+        learning_rate: float = 1e-3,
+        target_text: str = "Sure, here is",
+        batch_size: int = 32,
+        **settings: Any,
+    ) -> None:
+        for setting, value, least in (("num_attack_steps", num_attack_steps, 1), ("num_tokens", num_tokens, 0)):
+            if value < least:
+                raise SettingError(f"{setting} must be >= {least}, got {value}.")
+        self.num_attack_steps, self.num_tokens, self.learning_rate = num_attack_steps, num_tokens, learning_rate
+        self.target_text, self.batch_size = target_text, batch_size
+        super().__init__(threat_model, **settings)
+
+    def settings(self) -> dict[str, Any]:
+        """What is optimised, and how."""
+        own = {"num_tokens": self.num_tokens, "target_text": self.target_text, "last_step": self.num_attack_steps}
+        return {"learning_rate": self.learning_rate} | own
+
+    def changes(self, module: Defense) -> Changes:
+        """No parameter."""
+        return NOTHING
+
+    def check_model(self, module: Defense) -> None:
+        """Raise a ValueError where the model has no positions for the soft tokens."""
+        evaluation, positions = self.evaluation(module.data), module.num_positions
+        needed = max(map(len, self.prompts(module, evaluation.harmful)), default=0) + evaluation.max_new_tokens - 1
+        if positions is not None and needed > positions:
+            raise SettingError(f"num_tokens must leave prompt and answer within {positions} positions, and they need {needed}.")
+
+    def prompts(self, module: Defense, rows: list[Row]) -> list[list[int]]:
+        """Token ids of the prompts of ``rows``, each with its own soft tokens."""
+        first, num = table_shape(module.model)[0], self.num_tokens
+        soft = [list(range(first + i * num, first + (i + 1) * num)) for i in range(len(rows))]
+        return [suffixed_ids(row, suffix, module.tokenizer) for row, suffix in zip(rows, soft, strict=True)]
+
+    def steps(self, target: Target) -> Iterator[int]:
+        """Say how many steps to take; they are taken when prompts are answered, by the rank that answers them."""
+        target.module.requires_grad_(False).eval()
+        target.state |= {"added": {}, "done": 0}
+        for target.state["steps"] in range(1, self.num_attack_steps + 1):
+            yield target.state["steps"]
+
+    def respond(self, target: Target, rows: list[Row], max_new_tokens: int) -> list[str]:
+        """Answers behind the soft tokens, which go on from where they were when last scored."""
+        module, scored, state = target.module, self.evaluation(target.data).harmful, target.state
+        harmful = rows if set(rows) <= set(scored) and self.num_tokens and state else []
+        chunks = [harmful[i : i + self.batch_size] for i in range(0, len(harmful), self.batch_size)]
+        num_chunks = max_over_ranks(module.model, len(chunks))
+        for number in range(num_chunks):  # a rank that has fewer keeps step with the others
+            self.optimise(target, chunks[number] if number < len(chunks) else scored[:1])
+        if num_chunks:
+            state["done"] = state["steps"]
+        if not harmful:
+            return super().respond(target, rows, max_new_tokens)
+        with soft_tokens(module.model, _ids(FIRST, module)[-1], torch.cat([state["added"][row] for row in rows])):
+            return module.generate(self.prompts(module, rows), max_new_tokens, target.data.evaluation.batch_size)
+
+    def optimise(self, target: Target, rows: list[Row]) -> None:
+        """Take the steps that are due; what is added to the soft tokens of a row, ``[num_tokens, dim]``, stays in the state."""
+        module, state, answer = target.module, target.state, _ids(self.target_text, target.module)
+        examples = [{"input_ids": p + answer, "labels": [IGNORED] * len(p) + answer} for p in self.prompts(module, rows)]
+        batch = {n: x.to(module.device) for n, x in collate(examples, module.tokenizer.pad_token_id, "right").items()}
+
+        def loss(added: Tensor) -> Tensor:
+            with module.forward_context(), soft_tokens(module.model, _ids(FIRST, module)[-1], added):
+                return module.sft_loss(batch)
+
+        zeros = torch.zeros(self.num_tokens, table_shape(module.model)[1], device=module.device)
+        start = torch.cat([state["added"].get(row, zeros) for row in rows])
+        added = sign_descent(loss, start, state["steps"] - state["done"], self.learning_rate)
+        state["added"] |= zip(rows, added.split(self.num_tokens), strict=True)
+
+
+def _ids(text: str, module: Defense) -> list[int]:
+    ids: list[int] = module.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
