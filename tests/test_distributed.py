@@ -38,6 +38,7 @@ CASES: dict[str, tuple[type[Defense], dict[str, Any]]] = {
     **DEFENSES,
     "sbr_lora": (SBRModule, DEFENSES["sbr"][1] | {"lora": LoRA(rank=2)}),
     "everywhere_lora": (DEFENSES["everywhere"][0], {"lora": LoRA(rank=2)}),
+    "safe_lora_lora": (DEFENSES["safe_lora"][0], DEFENSES["safe_lora"][1] | {"lora": LoRA(rank=2)}),
     "patcher_rounds": (PatcherModule, {"attacker": ATTACKER, **ROUNDS}),
     "patcher_lora": (PatcherModule, {"attacker": LORA_ATTACKER, "lora": LoRA(rank=2), **ROUNDS}),
 }
@@ -227,7 +228,8 @@ def test_two_processes_give_the_model_and_the_rows_of_one(runs, strategy, case):
         assert_close(tensor, one[name], rtol=1e-4, atol=1e-5)
     ours, theirs = (list(rows(runs / name / case)) for name in (strategy, "one"))
     assert ours == theirs
-    assert len(ours) == 2 * (3 if "sbr" not in case else 4)
+    at_service = CASES[case][0].stages & {"finetuning", "post_finetuning"}
+    assert len(ours) == 2 * (4 if at_service else 3)
     assert answers(runs / strategy / case) == answers(runs / "one" / case)
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_sbr import rows_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toy import DEFENSES, ROOT, Everywhere, StatefulJob, bits, looking, same_bits, toy_data, toy_trainer
+from toy import DATA, DEFENSES, ROOT, Everywhere, StatefulJob, bits, looking, same_bits, toy_data, toy_trainer
 from transformers import AutoModelForCausalLM
 
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
@@ -288,7 +288,8 @@ def test_attacks_in_the_middle_of_fit_leave_no_trace_in_python_state(checkpoint,
     attacks = [
         attack(who, **shape) for attack in (FullParameterAttack, LoRAAttack) for who in ("open_weight", "finetuning_service")
     ]
-    fitted(module, tmp_path, callbacks=[Look(), *attacks, Look()], limit_train_batches=2, max_steps=4)
+    data = toy_data(**DATA.get(defense, {}))
+    fitted(module, tmp_path, data, callbacks=[Look(), *attacks, Look()], limit_train_batches=2, max_steps=4)
     assert (seen[0], seen[2]) == (seen[1], seen[3])
     assert seen[0] != seen[2]  # it is looked at
 
