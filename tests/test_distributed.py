@@ -38,7 +38,7 @@ CASES: dict[str, tuple[type[Defense], dict[str, Any]]] = {
     **DEFENSES,
     "sbr_lora": (SBRModule, DEFENSES["sbr"][1] | {"lora": LoRA(rank=2)}),
     "everywhere_lora": (DEFENSES["everywhere"][0], {"lora": LoRA(rank=2)}),
-    "safe_lora_lora": (DEFENSES["safe_lora"][0], DEFENSES["safe_lora"][1] | {"lora": LoRA(rank=2)}),
+    "safelora_lora": (DEFENSES["safelora"][0], DEFENSES["safelora"][1] | {"lora": LoRA(rank=2)}),
     "patcher_rounds": (PatcherModule, {"attacker": ATTACKER, **ROUNDS}),
     "patcher_lora": (PatcherModule, {"attacker": LORA_ATTACKER, "lora": LoRA(rank=2), **ROUNDS}),
 }

@@ -109,8 +109,8 @@ DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense i
     "everywhere": (Everywhere, {}),
     "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
     "booster": (BoosterModule, {"harmful_batch_size": 4}),
-    "safe_lora": (BesideBase, {"num_layers": 5}),
-    "sdd": (SDDModule, {"min_words": 8}),
+    "safelora": (BesideBase, {"num_layers": 5}),
+    "sdd": (SDDModule, {"max_overlap": 0.5}),
 }
 ALIGNMENT: dict[str, Any] = {"train_on": "alignment", "alignment_benign": ["sandbox:defender/howto#train[:8]"]}
 DATA = {"sdd": ALIGNMENT}  # what a defense needs of the data
