@@ -388,7 +388,7 @@ def twenty_steps(rank: int, strategy: str, checkpoint: str, folder: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["toy", "sandbox"])
 def test_twenty_steps_of_two_processes_are_those_of_one(checkpoint, tmp_path, model):
-    start = checkpoint if model == "toy" else str(ROOT / "models/sandbox/base")
+    start = checkpoint if model == "toy" else str(ROOT / "models/sandbox/aligned")
     twenty_steps(0, "one", start, tmp_path)
     for strategy in ("ddp", "fsdp2"):
         on_ranks(twenty_steps, tmp_path, strategy, start, tmp_path)
