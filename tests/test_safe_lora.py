@@ -157,7 +157,8 @@ def test_a_base_that_is_the_aligned_model_is_an_error(checkpoint, base, tmp_path
 def test_a_base_of_another_architecture_is_an_error(checkpoint, tmp_path):
     untied = save_toy_checkpoint(tmp_path / "untied", tied=False)
     with pytest.raises(SettingError, match=r"base must be of the defended model's architecture, .* has lm_head\.weight of shape"):
-        toy_trainer(tmp_path).fit(SafeLoRAModule(checkpoint, untied), datamodule=toy_data())
+        toy_trainer(tmp_path).fit(module := SafeLoRAModule(checkpoint, untied), datamodule=toy_data())
+    assert not hasattr(module, "model")  # before weights load
 
 
 @pytest.mark.parametrize(
