@@ -253,7 +253,7 @@ class Attack(L.Callback):
         check_device(self.copy_device)
         self.prepare(data, self._seed(data))
         if self.undefended_checkpoint is not None:
-            module.check_undefended(self.undefended_checkpoint)
+            module.check_other(self.undefended_checkpoint, "undefended_checkpoint")
         attacks = [c for c in trainer.callbacks if isinstance(c, Attack)]  # type: ignore[attr-defined]
         if sum(attack.identity(data) == self.identity(data) for attack in attacks) > 1:
             raise SettingError(

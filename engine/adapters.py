@@ -76,6 +76,11 @@ class Matrix:
         return getattr(self.layer, self.parameter)  # type: ignore[no-any-return]
 
     @property
+    def transposed(self) -> bool:
+        """Whether the weight is ``[in, out]``, as GPT-2 has it, and not ``[out, in]``."""
+        return isinstance(self.layer, Conv1D)
+
+    @property
     def short(self) -> str:
         """The end of the name by which all layers of the decoder have it; a number alone says nothing."""
         last = self.name.split(".")
@@ -202,13 +207,12 @@ def add_adapter(model: PreTrainedModel, settings: LoRA, name: str) -> None:
     """
     chosen, above = targets(model, settings), _above(model)
     for matrix in chosen:  # by hand: peft's own injection renames targets as transformers 4 had them, and doubles some ranks
-        transposed = isinstance(matrix.layer, Conv1D)
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft says int and computes with floats
             use_rslora=settings.rslora,
             lora_dropout=settings.dropout,
-            fan_in_fan_out=transposed,
+            fan_in_fan_out=matrix.transposed,
         )
         inner, (parent, place) = matrix.layer, above[id(matrix.layer)]
         while isinstance(parent, LoraLayer) and getattr(parent, "parameter_name", "weight") != matrix.parameter:
@@ -218,7 +222,7 @@ def add_adapter(model: PreTrainedModel, settings: LoRA, name: str) -> None:
             parent.update_layer(name, rank, lora_alpha=alpha, config=config)  # type: ignore[operator]
             continue
         wrapper = (
-            Linear(inner, name, config, rank, alpha, is_target_conv_1d_layer=transposed)
+            Linear(inner, name, config, rank, alpha, is_target_conv_1d_layer=matrix.transposed)
             if is_linear(matrix.layer)
             else StackWrapper(inner, name, matrix.parameter, config, rank, alpha)
         )

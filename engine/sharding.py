@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from casehard.engine.anatomy import decoder_layers
-from casehard.engine.weights import group_of, local, reshard
+from casehard.engine.weights import group_of, like_parameter, local, reshard
 
 T = TypeVar("T")
 
@@ -151,6 +151,17 @@ def edit(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
     """
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     local(parameter).copy_(shard_of(change(whole.detach()), parameter))
+
+
+def whole_of(part: Tensor, like: Tensor) -> Tensor:
+    """The whole of a tensor that is split as ``like`` is; ``part`` itself where that is not sharded. Undoes ``shard_of``.
+
+    Args:
+        part: this rank's. Where ``like`` is sharded every rank must call this, in the same order, and gets the whole.
+        like: a parameter.
+    """
+    tensor = like_parameter(like, part)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(model: PreTrainedModel, empty: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:

@@ -35,9 +35,9 @@ from casehard.engine.generation import generate
 from casehard.engine.gradients import add_to_grad, loss_and_gradient
 from casehard.engine.kept import load_kept, save_kept
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.sharding import distribute, gathered, sharded
+from casehard.engine.sharding import distribute, gathered, shard_of, sharded
 from casehard.engine.weights import EVERYTHING, Weights, borrowed, group_of, local, reshard, restore, same_modes_after, shifted
-from casehard.lightning_modules.backbone import Backbone, mixed_precision, read_other, shard_mesh
+from casehard.lightning_modules.backbone import Backbone, OtherModel, mixed_precision, read_other, shard_mesh
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.private import trainer_of
 from casehard.metrics.errors import SettingError
@@ -53,14 +53,16 @@ STAGE_OF: dict[str, Stage] = {  # by the method that is overridden
 OF_JOB = "job_"  # before the names of what a job keeps in the shape of the weights
 
 
-def _require_same_shapes(ours: set[tuple[str, torch.Size]], theirs: set[tuple[str, torch.Size]], checkpoint: str) -> None:
+def _require_same_shapes(
+    own: set[tuple[str, torch.Size]], other: set[tuple[str, torch.Size]], checkpoint: str, setting: str
+) -> None:
     """Raise a SettingError where the parameters of ``checkpoint``, by name and shape, are not the defended model's."""
-    if unlike := sorted(ours ^ theirs):
+    if unlike := sorted(own ^ other):
         name, shape = unlike[0]
-        which = "the defended model" if unlike[0] in ours else repr(checkpoint)
+        which = "the defended model" if unlike[0] in own else repr(checkpoint)
         raise SettingError(
-            f"undefended_checkpoint must be of the defended model's architecture, and {which} alone has {name} of "
-            f"shape {list(shape)}. Name the model that the defense started from, or leave it out."
+            f"{setting} must be of the defended model's architecture, and {which} alone has {name} of shape {list(shape)}. "
+            "Name the model that the defended one was made from."
         )
 
 
@@ -217,10 +219,8 @@ class Defense(L.LightningModule):
         with borrowed(self):
             load = partial(load_model, checkpoint, self.backbone.dtype)
             theirs = read_other(load, self._mesh(), with_logits=True)
+            plain = self._names_in(theirs, checkpoint, "undefended_checkpoint")
             own = dict(self.model.named_parameters())
-            plain = {name: name.replace(".base_layer", "") for name in own if "lora_" not in name}
-            ours = {key: own[name].shape for name, key in plain.items()}
-            _require_same_shapes(set(ours.items()), {(key, w.shape) for key, w in theirs.parameters.items()}, checkpoint)
             distribute(self.model, {name: theirs.parameters[key] for name, key in plain.items()})
             for name, buffer in self.model.named_buffers():  # those of a checkpoint: the biases of some routers
                 if (key := name.replace(".base_layer", "")) in theirs.buffers:
@@ -237,8 +237,39 @@ class Defense(L.LightningModule):
                 )
             yield
 
-    def check_undefended(self, checkpoint: str) -> None:
-        """Make sure, from sizes alone, that ``undefended_at`` will find a model of this architecture.
+    def weights_of(self, checkpoint: str, setting: str) -> Weights:
+        """The weights of another model of this architecture, under the names of ``named_parameters``, by shard; no adapters'.
+
+        Memory: one copy of the model, and one more on the first rank while it is read.
+
+        Args:
+            checkpoint: a hub id, a folder or a GGUF file.
+            setting: that named it, for errors.
+
+        Raises:
+            ValueError: ``checkpoint`` is of another architecture.
+        """
+        theirs = read_other(partial(load_model, checkpoint, self.backbone.dtype), self._mesh())
+        plain, own = self._names_in(theirs, checkpoint, setting), dict(self.model.named_parameters())
+        return {
+            f"model.{name}": shard_of(theirs.parameters[key], own[name], source=0).to(own[name].device)
+            for name, key in plain.items()
+        }
+
+    def _names_in(self, theirs: OtherModel, checkpoint: str, setting: str) -> dict[str, str]:
+        """By the name of every parameter here but an adapter's: its name in another model, which must be of this architecture."""
+        own = {name: p.shape for name, p in self.model.named_parameters() if "lora_" not in name}
+        plain = {name: name.replace(".base_layer", "") for name in own}
+        shapes = {(name, w.shape) for name, w in theirs.parameters.items()}
+        _require_same_shapes({(key, own[name]) for name, key in plain.items()}, shapes, checkpoint, setting)
+        return plain
+
+    def check_other(self, checkpoint: str, setting: str) -> None:
+        """Make sure, from sizes alone, that ``undefended_at`` or ``weights_of`` will find a model of this architecture.
+
+        Args:
+            checkpoint: a hub id, a folder or a GGUF file.
+            setting: that names it, for errors.
 
         Raises:
             SettingError: ``checkpoint`` is of another architecture.
@@ -252,11 +283,10 @@ class Defense(L.LightningModule):
             theirs = load_model(checkpoint, random_weights=True)
         if folder.is_dir() and not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
             raise FileNotFoundError(
-                f"undefended_checkpoint must hold weights, and {checkpoint!r} has none. Name the model that the defense started "
-                "from, or leave it out."
+                f"{setting} must hold weights, and {checkpoint!r} has none. Name the model that the defended one was made from."
             )
-        our_shapes, their_shapes = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
-        _require_same_shapes(our_shapes, their_shapes, checkpoint)
+        own, other = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
+        _require_same_shapes(own, other, checkpoint, setting)
 
     # ---- what a defense overrides
 

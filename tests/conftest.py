@@ -33,7 +33,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a model with random weights and the sandbox's tokenizer: two layers of 32, 36 thousand parameters."""
     from toy import save_toy_checkpoint
 
-    return save_toy_checkpoint(tmp_path_factory.mktemp("toy") / "model")
+    folder = tmp_path_factory.mktemp("toy")
+    save_toy_checkpoint(folder / "base", seed=2)  # of defenses that compare the model with that before its alignment
+    return save_toy_checkpoint(folder / "model")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.testing import assert_close
 from toy import (
     ATTACKS,
+    DATA,
     DEFENSES,
     FAST,
     ROOT,
@@ -89,7 +90,7 @@ def fitted(folder: Path, checkpoint: str, callbacks: list[L.Callback], defense: 
     kind, arguments = DEFENSES[defense]
     L.seed_everything(1)
     module = kind(checkpoint, optimizer=Optimizer(learning_rate=1e-3), **arguments)
-    toy_trainer(folder, callbacks=callbacks, **settings).fit(module, datamodule=toy_data())
+    toy_trainer(folder, callbacks=callbacks, **settings).fit(module, datamodule=toy_data(**DATA.get(defense, {})))
     return module
 
 

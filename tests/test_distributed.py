@@ -38,6 +38,7 @@ CASES: dict[str, tuple[type[Defense], dict[str, Any]]] = {
     **DEFENSES,
     "sbr_lora": (SBRModule, DEFENSES["sbr"][1] | {"lora": LoRA(rank=2)}),
     "everywhere_lora": (DEFENSES["everywhere"][0], {"lora": LoRA(rank=2)}),
+    "safelora_lora": (DEFENSES["safelora"][0], DEFENSES["safelora"][1] | {"lora": LoRA(rank=2)}),
     "patcher_rounds": (PatcherModule, {"attacker": ATTACKER, **ROUNDS}),
     "patcher_lora": (PatcherModule, {"attacker": LORA_ATTACKER, "lora": LoRA(rank=2), **ROUNDS}),
 }
@@ -419,7 +420,7 @@ def twenty_steps(rank: int, strategy: str, checkpoint: str, folder: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["toy", "sandbox"])
 def test_twenty_steps_of_two_processes_are_those_of_one(checkpoint, tmp_path, model):
-    start = checkpoint if model == "toy" else str(ROOT / "models/sandbox/base")
+    start = checkpoint if model == "toy" else str(ROOT / "models/sandbox/aligned")
     twenty_steps(0, "one", start, tmp_path)
     for strategy in ("ddp", "fsdp2"):
         on_ranks(twenty_steps, tmp_path, strategy, start, tmp_path)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_sbr import rows_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toy import DEFENSES, ROOT, Everywhere, StatefulJob, bits, looking, same_bits, toy_data, toy_trainer
+from toy import DATA, DEFENSES, ROOT, Everywhere, StatefulJob, bits, csv_rows, looking, same_bits, toy_data, toy_trainer
 from transformers import AutoModelForCausalLM
 
 from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
@@ -129,6 +129,47 @@ def test_a_defense_of_three_stages_acts_in_all_three(checkpoint, tmp_path, train
     aligned = ["harden"] if train_on == "mixture" else []  # read anew from the checkpoint, which is not hardened
     of_fit = ["harden", *steps, *aligned, "recover"] if train_on == "mixture" else ["alignment_loss"] * 3 + ["harden"]
     assert module.acted == [*of_fit, *aligned, "recover", *steps, "recover"]
+
+
+class Marking(Everywhere):
+    """Its repair shows at step 0, too."""
+
+    @torch.no_grad()
+    def recover(self, start) -> None:
+        super().recover(start)
+        self.model.model.norm.weight.mul_(2)
+
+
+@LORAS
+def test_a_defense_of_three_stages_is_scored_in_all_three(checkpoint, tmp_path, lora):
+    """The released model under an attacker who holds it, and what a customer of the service gets, from step 0 on."""
+    seen: dict[str, list[dict[str, Tensor]]] = {"open_weight": [], "finetuning_service": []}
+    attacks = [FullParameterAttack(who, **FAST) for who in seen]
+    for attack in attacks:
+        looking(attack, lambda target, kept=seen[attack.threat_model]: kept.append(weights(merged(target.module.model))))
+    fitted(Marking(checkpoint, ADAMW, lora), tmp_path, callbacks=[Results(str(tmp_path / "run")), *attacks])
+
+    columns = ("defense", "stage", "threat_model", "num_attack_steps", "note")
+    rows = [[row[name] for name in columns] for row in csv_rows(tmp_path / "run/attacks.csv")]
+    stages = ["Marking", "alignment+finetuning+post_finetuning"]
+    assert rows == [
+        *([*stages, "open_weight", step, ""] for step in "03"),  # and no word of a defense that does not act
+        *([who, stage, "finetuning_service", step, ""] for who, stage in (("none", "none"), stages) for step in "03"),
+    ]
+
+    def repaired(model: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: w.lerp(start[name], 0.5) * (2 if name == "model.norm.weight" else 1) for name, w in model.items()}
+
+    unrepaired = type("Unrepaired", (Everywhere,), {"recover": Defense.recover})(checkpoint, ADAMW, lora)
+    fitted(unrepaired, tmp_path)
+    hardened = {name: 1.5 * w for name, w in read(checkpoint).items()}
+    exported = read(tmp_path / "run/model")
+    assert same(exported, repaired(weights(merged(unrepaired.model)), hardened))
+    assert same(seen["open_weight"][0], exported)
+    undefended, _, at_service, attacked = seen["finetuning_service"]
+    assert same(undefended, hardened)
+    assert same(at_service, repaired(hardened, hardened))
+    assert not same(attacked, at_service)
 
 
 @pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
@@ -288,7 +329,8 @@ def test_attacks_in_the_middle_of_fit_leave_no_trace_in_python_state(checkpoint,
     attacks = [
         attack(who, **shape) for attack in (FullParameterAttack, LoRAAttack) for who in ("open_weight", "finetuning_service")
     ]
-    fitted(module, tmp_path, callbacks=[Look(), *attacks, Look()], limit_train_batches=2, max_steps=4)
+    data = toy_data(**DATA.get(defense, {}))
+    fitted(module, tmp_path, data, callbacks=[Look(), *attacks, Look()], limit_train_batches=2, max_steps=4)
     assert (seen[0], seen[2]) == (seen[1], seen[3])
     assert seen[0] != seen[2]  # it is looked at
 

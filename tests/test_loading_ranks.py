@@ -19,6 +19,9 @@ from toy import on_ranks, toy_data, toy_trainer
 
 from casehard import Backbone, Defense, LoRA, Optimizer
 from casehard.engine.anatomy import blocks
+from casehard.engine.checkpoint import load_model
+from casehard.engine.sharding import shard_of, whole_of
+from casehard.engine.weights import local
 
 CELLS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -49,6 +52,19 @@ def trained(checkpoint: str, settings: dict[str, Any], folder: Path, strategy: s
     return module
 
 
+def check_weights_of(module: Defense, checkpoint: str) -> None:
+    """Another model's weights come by shard under the names of this one's, and every rank can put each together."""
+    plain = dict(load_model(checkpoint, module.backbone.dtype).named_parameters())
+    own = {name: p for name, p in module.named_parameters() if "lora_" not in name}
+    theirs = module.weights_of(checkpoint, "base")
+    assert list(theirs) == list(own)
+    for name, p in own.items():
+        whole = plain[name.removeprefix("model.").replace(".base_layer", "")]
+        assert theirs[name].shape == local(p).shape
+        assert torch.equal(whole_of(theirs[name], p), whole)
+        assert torch.equal(shard_of(whole, p), theirs[name])
+
+
 def every_cell(rank: int, checkpoint: str, folder: Path) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     for name in ("ddp", "fsdp2"):
@@ -63,6 +79,7 @@ def every_cell(rank: int, checkpoint: str, folder: Path) -> None:
             parts = blocks(module.model, "attention", "mlp")  # sharded, compiled and inside adapters too
             assert [len(block.writers) for block in parts] == [2, 2]
             assert module._whole.call_count == (name == "ddp" or rank == 0)  # no other rank ever holds all weights
+            check_weights_of(module, checkpoint)
             models = [module.exported()]
             if (name, cell) == ("fsdp2", "adapters, compiled, checkpointed"):
                 models.append(

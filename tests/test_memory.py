@@ -10,7 +10,7 @@ from test_patcher import ATTACKER, data
 from test_sbr import rows_of
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from toy import DEFENSES, save_toy_checkpoint, toy_data, toy_trainer
+from toy import DATA, DEFENSES, save_toy_checkpoint, toy_data, toy_trainer
 
 from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
 from casehard.datamodules.chat import collate
@@ -53,7 +53,7 @@ def test_attacks_on_a_gpu_leave_every_bit(checkpoint, tmp_path, strategy, defens
         callbacks=[spies[0], *attacks, spies[1]],
         inference_mode=False,
     )
-    trainer.fit(module, datamodule=toy_data())
+    trainer.fit(module, datamodule=toy_data(**DATA.get(defense, {})))
     before, after = (spy.seen[0] for spy in spies)
     assert all(torch.equal(before[name], after[name]) for name in before)
 

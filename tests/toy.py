@@ -32,8 +32,10 @@ from casehard import (
     Optimizer,
     PatcherModule,
     RefusalAblation,
+    SafeLoRAModule,
     SandboxJudge,
     SBRModule,
+    SDDModule,
     SFTDataModule,
 )
 from casehard.callbacks.attack import Attack, Target
@@ -94,6 +96,13 @@ class Everywhere(Defense):
             local(p).lerp_(start[name], 0.5)
 
 
+class BesideBase(SafeLoRAModule):
+    """SafeLoRA where the base stands beside the checkpoint, in the folder ``base``."""
+
+    def __init__(self, checkpoint: str, **settings: Any) -> None:
+        super().__init__(checkpoint, base=str(Path(checkpoint).with_name("base")), **settings)
+
+
 ROOT = Path(__file__).parent.parent
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense is tested by adding a row
@@ -102,7 +111,11 @@ DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense i
     "everywhere": (Everywhere, {}),
     "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
     "booster": (BoosterModule, {"harmful_batch_size": 4}),
+    "safelora": (BesideBase, {"num_layers": 5}),
+    "sdd": (SDDModule, {"max_overlap": 0.5}),
 }
+ALIGNMENT: dict[str, Any] = {"train_on": "alignment", "alignment_benign": ["sandbox:defender/howto#train[:8]"]}
+DATA = {"sdd": ALIGNMENT}  # what a defense needs of the data
 
 
 class Halving(Attack):
