@@ -30,9 +30,11 @@ from casehard import (
     LoRAAttack,
     Optimizer,
     PatcherModule,
+    RepNoiseModule,
     SandboxJudge,
     SBRModule,
     SFTDataModule,
+    VaccineModule,
 )
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
@@ -100,6 +102,8 @@ DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense i
     "everywhere": (Everywhere, {}),
     "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
     "booster": (BoosterModule, {"harmful_batch_size": 4}),
+    "vaccine": (VaccineModule, {"radius": 0.5}),
+    "repnoise": (RepNoiseModule, {"refused": "sandbox:defender/refused", "noise_weight": 1.0, "pair_batch_size": 3}),
 }
 
 
