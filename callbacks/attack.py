@@ -254,16 +254,16 @@ class Attack(L.Callback):
         if self.undefended_checkpoint is not None:
             module.check_undefended(self.undefended_checkpoint)
         attacks = [c for c in trainer.callbacks if isinstance(c, Attack)]  # type: ignore[attr-defined]
-        if sum(attack._identity(data) == self._identity(data) for attack in attacks) > 1:
+        if sum(attack.identity(data) == self.identity(data) for attack in attacks) > 1:
             raise SettingError(
                 "attacks must differ in name, threat model, optimizer, learning rate, poison ratio or seed, by which results are "
-                f"told apart, and two are {', '.join(map(str, self._identity(data)))}. Set name for one of them."
+                f"told apart, and two are {', '.join(map(str, self.identity(data)))}. Set name for one of them."
             )
 
     def _seed(self, data: SFTDataModule) -> int:
         return data.seed if self.seed is None else self.seed
 
-    def _identity(self, data: SFTDataModule) -> tuple[Any, ...]:
+    def identity(self, data: SFTDataModule) -> tuple[Any, ...]:
         """Fields that identify this attack among those of its run in result tables (``Results.jobs``)."""
         settings = self.settings()
         return self.name, self.threat_model, *(settings[name] for name in IDENTITY if name in settings), self._seed(data)

@@ -277,6 +277,7 @@ def train(args: list[str]) -> None:
     """
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
+    warnings.filterwarnings("ignore", message=".*overriding `LightningModule.optimizer_")  # so it is meant
     sys.argv[1:] = args  # launchers start further processes by it
     inherited = RUN_FOLDER in os.environ
     try:

@@ -313,6 +313,7 @@ def trainable(
         lora: shape of a new adapter, on top of whatever adapters the model has; None for every parameter of the model itself.
         train_only: patterns of the only parameters of the model that train, where ``lora`` is None; None trains all.
     """
+    reshard(module)  # flags and adapters belong to shards, not to what a pass has put together
     with _without_dropout(model):
         if lora is not None:
             with temporary_adapter(model, lora):

@@ -20,10 +20,10 @@ WRITTEN = "cache"  # how a setting is called that names a file which the run its
 def named_files(config: dict[str, Any]) -> list[str]:
     """Files and checkpoints of this machine that a run rests on: every text of its model, data and trainer that names one.
 
-    So a new setting that names a file needs no entry anywhere; a file that is named in vain costs a hash. Sources of rows (lists
-    under ``data``) are left out: a run notes those as its origins. So is what a run writes: a setting called ``cache``.
+    So a new setting that names a file needs no entry anywhere; a file that is named in vain costs a hash. ``data.sources``
+    are left out: a run notes those as its origins. So is what a run writes: a setting called ``cache``.
     """
-    data = {name: value for name, value in (config.get("data") or {}).items() if not isinstance(value, list)}
+    data = {name: value for name, value in (config.get("data") or {}).items() if name != "sources"}
     texts = [text.partition("#")[0] for text in _texts([config.get("model"), data, config.get("trainer")])]
     return [text for text in dict.fromkeys(texts) if _is_input(text)]
 

@@ -73,8 +73,9 @@ class ResultRow:
     def __getattr__(self, name: str) -> Any:
         """A metric, by the name of its column."""
         try:
-            return self.__dict__["metrics"][name]
-        except KeyError as error:
+            metrics: dict[str, float] = object.__getattribute__(self, "metrics")
+            return metrics[name]
+        except (KeyError, AttributeError) as error:
             raise AttributeError(f"a row has no column {name}") from error
 
     @property

@@ -166,9 +166,12 @@ def test_modules_outputs_and_logits_of_early_layers_are_those_of_rows_one_by_one
 
 
 def test_the_final_norm_is_the_one_before_the_unembedding():
-    assert final_norm(model := build("llama, tied")) is model.model.norm
-    assert final_norm(model := build("gpt2, learned positions")) is model.transformer.ln_f
-    assert final_norm(model := build("bloom, no positions")) is model.transformer.ln_f  # and not that of the embedding
+    model = build("llama, tied")
+    assert final_norm(model) is model.model.norm
+    model = build("gpt2, learned positions")
+    assert final_norm(model) is model.transformer.ln_f
+    model = build("bloom, no positions")
+    assert final_norm(model) is model.transformer.ln_f  # and not that of the embedding
     model.transformer.ln_f = model.transformer.word_embeddings_layernorm = torch.nn.Identity()
     with pytest.raises(ValueError, match="a norm after its layers for a logit lens, and BloomForCausalLM has none"):
         final_norm(model)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from toy import bits, on_ranks, same_bits, toy_trainer
 
-from casehard import BoosterModule, Defense, InnerAttacker, LoRA, Optimizer, RepNoiseModule, VaccineModule
+from casehard import Backbone, BoosterModule, Defense, InnerAttacker, LoRA, Optimizer, RepNoiseModule, VaccineModule
 from casehard.datamodules.chat import collate
 from casehard.engine.gradients import difference, norm, scaled, summed
 from casehard.engine.sharding import shard_of
@@ -53,7 +53,7 @@ def same(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gradient_is_that_of_autograd_and_what_waits_in_grad_stays(checkpoint, lora, dtype):
-    module = loaded(checkpoint, lora=lora, weights_dtype=dtype)
+    module = loaded(checkpoint, lora=lora, backbone=Backbone(weights_dtype=dtype))
     expected = autograd(module, batch_of())
     module.sft_loss(batch_of(1)).backward()
     waiting, before = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}, bits(module)

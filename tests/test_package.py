@@ -26,7 +26,13 @@ UNDERSCORES_TO_MOVE = [  # to the private.py of their rooms
 
 def imports(file: Path) -> Iterator[str]:
     """Every module that a file imports, wherever in it, and every name that it takes from one."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    hints = [
+        part for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" for part in node.body
+    ]
+    for node in ast.walk(tree):
+        if node in hints:  # which no run imports
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
