@@ -166,9 +166,12 @@ def _run(
     def early() -> list[Tensor]:  # here, where the norm's weights are whole if they are sharded
         return [norm(outputs[layer][logits_index]) for layer in under]
 
-    with changed_outputs(model, modules, note) if modules else nullcontext():
-        with _at_unembedding(model, states_index, logits_index, early) as last:
-            out = model(input_ids=packed.input_ids, output_hidden_states=any(l not in (-1, *modules) for l in layers), **more)
+    hidden_states = any(layer != -1 for layer in layers if isinstance(layer, int))
+    with (
+        changed_outputs(model, modules, note) if modules else nullcontext(),
+        _at_unembedding(model, states_index, logits_index, early) as last,
+    ):
+        out = model(input_ids=packed.input_ids, output_hidden_states=hidden_states, **more)
     states = []
     for layer in layers:
         if isinstance(layer, nn.Module):

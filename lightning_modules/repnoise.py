@@ -20,7 +20,7 @@ from casehard.metrics.errors import SettingError
 def mmd(first: Tensor, second: Tensor) -> Tensor:
     """Squared maximum mean discrepancy of two samples, ``[n, dim]`` and ``[m, dim]``; 0 where they are the same.
 
-    The kernel is a sum of five Gaussians of ``distance ** 2``, whose widths are 1/4, 1/2, 1, 2 and 4 times its mean over all pairs.
+    The kernel is a sum of five ``exp(-distance**2 / width)``; widths are 1/4, 1/2, 1, 2 and 4 times the mean ``distance**2``.
     """
     both = torch.cat([first, second])
     squares = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -50,7 +50,7 @@ class RepNoiseModule(Defense):
         settings: the rest of ``Defense``'s.
     """
 
-    # Departures from the authors' code: (1) the safe loss is that of the data's alignment rows, benign ones among them, and not of
+    # Departures from the authors' code: (1) the safe loss is that of the data's alignment rows, benign ones among them, not of
     # the pairs' refusals alone; (2) rows are samples from their first differing token on, without the prompt's zeros before it;
     # (3) the lens is on states 1 to L - 1: theirs norms the last one twice, whose loss is there already; (4) noise is by counter.
 
@@ -87,7 +87,8 @@ class RepNoiseModule(Defense):
                 "refused must answer prompts of data.sources.alignment_harmful with refusals, and "
                 f"{'some answers are the harmful ones' if pairs else 'no prompt stands in both'}. Name refusals to those prompts."
             )
-        self.pair = self.pairs(*map(list, zip(*pairs, strict=True)), self.pair_batch_size, "repnoise")
+        harmful, refusals = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        self.pair = self.pairs(harmful, refusals, self.pair_batch_size, "repnoise")
         blocks(self.model, "mlp")
 
     def alignment_loss(self, batch: Batch, step: int) -> Tensor:

@@ -21,8 +21,8 @@ class VaccineModule(Defense):
     then minimises ``sft_loss`` where ``radius * G / (norm(G) + 1e-7)`` is added to those outputs: the move of that length that
     hurts most. The norm is over all layers and all tokens of the whole batch, so a larger batch moves each token less.
 
-    Two forward and backward passes a step. Memory beyond plain SFT: a copy of the attention's outputs; one of the gradient, during
-    the first pass. Compiled layers run uncompiled.
+    Two forward and backward passes a step. Memory beyond plain SFT: a copy of the attention's outputs, and one of the gradient
+    during the first pass. Compiled layers run uncompiled.
 
     Args:
         checkpoint: the model to start from, as for ``Defense``. Every layer must have an attention.

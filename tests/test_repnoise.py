@@ -69,7 +69,9 @@ def test_repnoises_step_is_the_one_written_by_hand(checkpoint, tmp_path, padding
     for row, (ids, other) in enumerate(zip(*tokens, strict=True)):
         labels = harmful["labels"][row][harmful["attention_mask"][row].bool()]
         outputs = ([], [])
-        hooks = [layer.mlp.register_forward_hook(lambda _, __, out, outputs=outputs: outputs[0].append(out[0])) for layer in layers]
+        hooks = [
+            layer.mlp.register_forward_hook(lambda _, __, out, outputs=outputs: outputs[0].append(out[0])) for layer in layers
+        ]
         hooks += [layers[0].register_forward_hook(lambda _, __, out, outputs=outputs: outputs[1].append(out[0]))]
         logits = start.model(input_ids=torch.tensor([ids])).logits[0]
         for hook in hooks:
