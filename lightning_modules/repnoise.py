@@ -63,16 +63,12 @@ class RepNoiseModule(Defense):
         pair_batch_size: int = 8,
         **settings: Any,
     ) -> None:
-        for name, value, least in (
-            ("noise_weight", noise_weight, 0),
-            ("ascent_weight", ascent_weight, 0),
-            ("pair_batch_size", pair_batch_size, 1),
-        ):
-            if not value >= least:
-                raise SettingError(f"{name} of RepNoise must be >= {least}, got {value}.")
         super().__init__(checkpoint, **settings)
         self.refused, self.pair_batch_size = refused, pair_batch_size
         self.noise_weight, self.ascent_weight = noise_weight, ascent_weight
+        for name, least in (("noise_weight", 0), ("ascent_weight", 0), ("pair_batch_size", 1)):
+            if not getattr(self, name) >= least:
+                raise SettingError(f"{name} of RepNoise must be >= {least}, got {getattr(self, name)}.")
 
     def own_rows(self) -> list[Row]:
         """The refusals, where they are the defense's own and not the data's."""
