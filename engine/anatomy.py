@@ -84,6 +84,24 @@ def residual_parameters(model: PreTrainedModel) -> list[tuple[Tensor, int]]:
     return list({id(p): (p, axis) for p, axis in written}.values())
 
 
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """What normalises the states between the last decoder layer and the unembedding.
+
+    Raises:
+        ValueError: no norm stands beside the layers.
+    """
+    last = decoder_layers(model)[-1]
+    lists = [module for module in model.modules() if any(child is last for child in module.children())]
+    beside = [child for module in model.modules() if lists[0] in module.children() for child in module.children()]
+    norms = [child for child in beside if "Norm" in type(child).__name__]
+    if not norms:
+        raise ValueError(
+            f"checkpoint must be of an architecture with a norm after its layers for a logit lens, and {type(model).__name__} "
+            "has none. Take another checkpoint, or another method."
+        )
+    return norms[-1]
+
+
 def is_linear(layer: nn.Module) -> bool:
     """Whether it does what a linear layer does: a router, which also chooses, may be a subclass of one."""
     return type(layer).forward in (nn.Linear.forward, Conv1D.forward)

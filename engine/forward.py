@@ -5,8 +5,8 @@ positions and drops the rest, so that it works for every architecture, with what
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from casehard.engine.anatomy import decoder_layers, final_norm
+from casehard.engine.outputs import changed_outputs, uncompiled
 from casehard.engine.prefix_tree import Packed, pack, padded
-from casehard.engine.private import attention_takes_masks, runs_compiled
+from casehard.engine.private import attention_takes_masks
 from casehard.engine.weights import reshard, same_modes_after
 
 Batch = dict[str, Tensor]
@@ -27,15 +29,22 @@ divided by."""
 _TAKES_TREES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # found by ``takes_prefix_trees``
 
 
-def uncompiled(model: PreTrainedModel) -> AbstractContextManager[object]:
-    """Run compiled layers eagerly inside the block: generation sees a new shape at every step and would compile for each."""
-    compiled = any(runs_compiled(module) for module in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
 def label_positions(labels: Tensor) -> Tensor:
     """Where a next-token prediction is scored: ``[batch, seq]`` bool, true at ``t`` if ``labels[:, t + 1]`` is learnt."""
     return F.pad(labels[:, 1:] != -100, (0, 1))
+
+
+def differing_positions(batch: Batch, other: Batch) -> Tensor:
+    """Where a token of ``batch`` is another than the one at its place in the same row of ``other``: ``[batch, seq]`` bool.
+
+    Places are counted from a row's first real token, whichever side is padded; where the other row has ended all tokens differ.
+    """
+    places = [b["attention_mask"].cumsum(dim=1) - 1 for b in (batch, other)]
+    real, others = batch["attention_mask"].bool(), other["attention_mask"].bool()
+    ids = torch.full((len(real), max(real.shape[1], others.shape[1])), -1, device=real.device)
+    rows = torch.arange(len(real), device=real.device)[:, None].expand_as(others)
+    ids[rows[others], places[1][others]] = other["input_ids"][others]
+    return real & (batch["input_ids"] != ids.gather(1, places[0].clamp(min=0)))
 
 
 def last_positions(attention_mask: Tensor) -> Tensor:
@@ -49,7 +58,7 @@ class Out(NamedTuple):
     """What ``run`` returns, in the order of the rows and then of the positions."""
 
     states: list[Tensor]  # [num_states, dim], one a layer asked for
-    logits: Tensor  # [num_logits, vocab]
+    logits: Tensor  # [num_logits, vocab]; under a lens [1 + num_lens, num_logits, vocab], those of the model first
 
 
 def run(
@@ -58,7 +67,8 @@ def run(
     *,
     logits_at: Tensor | None = None,
     states_at: Tensor | None = None,
-    layers: Sequence[int] = (-1,),
+    layers: Sequence[int | nn.Module] = (-1,),
+    lens: Sequence[int] = (),
     fold: bool = True,
 ) -> Out:
     """States and logits, each only where they are asked for, from a single pass.
@@ -68,7 +78,10 @@ def run(
         batch: ``input_ids`` and ``attention_mask``, ``[batch, seq]``, padded on either side.
         logits_at: ``[batch, seq]`` bool, the positions whose logits are returned, none of them padding; None for nowhere.
         states_at: the same for states.
-        layers: whose states: -1 for those that enter the unembedding, else an index into transformers' ``hidden_states``.
+        layers: whose states: -1 for those that enter the unembedding, else an index into transformers' ``hidden_states``, or a
+            module of the model, for what it puts out.
+        lens: decoder layers, counted from 0, whose states also go through the final norm and the unembedding (logit lens), at
+            the same positions as the last ones.
         fold: compute shared prefixes once, as a prefix tree, where that is exact and cheaper. False where hooks act on states: a
             token then stands for one row alone, and rows stay in order.
     """
@@ -77,7 +90,7 @@ def run(
     packed = pack(ids, mask, _break_even_length(model)) if tree else padded(ids, mask)
     nowhere = packed.token_index[:0, 0]
     states_index = nowhere if states_at is None else packed.token_index[states_at]
-    return _run(model, packed, states_index, nowhere if logits_at is None else packed.token_index[logits_at], layers)
+    return _run(model, packed, states_index, nowhere if logits_at is None else packed.token_index[logits_at], layers, lens)
 
 
 @torch.no_grad()
@@ -109,14 +122,16 @@ def _break_even_length(model: PreTrainedModel) -> float:
 
 
 @contextmanager
-def _at_unembedding(model: PreTrainedModel, states_index: Tensor, logits_index: Tensor) -> Iterator[list[Tensor]]:
-    """Let the unembedding see only the states at ``logits_index``; those at ``states_index`` land in the list."""
+def _at_unembedding(
+    model: PreTrainedModel, states_index: Tensor, logits_index: Tensor, early: Callable[[], list[Tensor]]
+) -> Iterator[list[Tensor]]:
+    """Let the unembedding see the states at ``logits_index`` and ``early`` ones; those at ``states_index`` land in the list."""
     states: list[Tensor] = []
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         hidden = args[0].flatten(0, 1)
         states.append(hidden[states_index])
-        return (hidden[logits_index][None],)
+        return (torch.cat([hidden[logits_index], *early()])[None],)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -130,17 +145,40 @@ def _run(
     packed: Packed,
     states_index: Tensor,
     logits_index: Tensor,
-    layers: Sequence[int] = (-1,),
+    layers: Sequence[int | nn.Module] = (-1,),
+    lens: Sequence[int] = (),
     cache: DynamicCache | None = None,
 ) -> Out:
     """A pass over packed rows; both indices are of flattened tokens."""
     more: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
     if packed.attention_mask is not None:
         more |= {"attention_mask": additive(packed.attention_mask, model), "position_ids": packed.positions}
-    with _at_unembedding(model, states_index, logits_index) as last:
-        out = model(input_ids=packed.input_ids, output_hidden_states=any(layer != -1 for layer in layers), **more)
-    states = [last[0] if layer == -1 else out.hidden_states[layer].flatten(0, 1)[states_index] for layer in layers]
-    return Out(states, out.logits[0])
+    modules = [layer for layer in layers if isinstance(layer, nn.Module)]
+    outputs: dict[nn.Module, Tensor] = {}
+    under = [decoder_layers(model)[layer] for layer in lens]
+    norm = final_norm(model) if lens else nn.Identity()
+    modules += under
+
+    def note(number: int, output: Tensor) -> Tensor:
+        outputs[modules[number]] = output.reshape(-1, output.shape[-1])
+        return output
+
+    def early() -> list[Tensor]:  # here, where the norm's weights are whole if they are sharded
+        return [norm(outputs[layer][logits_index]) for layer in under]
+
+    hidden_states = any(layer != -1 for layer in layers if isinstance(layer, int))
+    with (
+        changed_outputs(model, modules, note) if modules else nullcontext(),
+        _at_unembedding(model, states_index, logits_index, early) as last,
+    ):
+        out = model(input_ids=packed.input_ids, output_hidden_states=hidden_states, **more)
+    states = []
+    for layer in layers:
+        if isinstance(layer, nn.Module):
+            states.append(outputs[layer][states_index])
+        else:
+            states.append(last[0] if layer == -1 else out.hidden_states[layer].flatten(0, 1)[states_index])
+    return Out(states, out.logits[0].unflatten(0, (1 + len(lens), -1)) if lens else out.logits[0])
 
 
 def additive(attention_mask: Tensor, model: PreTrainedModel) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -12,13 +13,41 @@ from casehard.engine.weights import Weights, group_of, like_parameter, local, re
 BUCKET = 2**25  # entries that are averaged in one call
 
 
-def mean_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Mean of a tensor over the ranks of ``group``, of all where it is None; the tensor itself where there is one rank."""
-    if not (dist.is_available() and dist.is_initialized()) or (size := dist.get_world_size(group)) == 1:
+def _num_ranks(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum of a tensor over the ranks of ``group``, of all where it is None; the tensor itself where there is one rank."""
+    if _num_ranks(group) == 1:
         return value
     value = value.clone()
     dist.all_reduce(value, group=group)
-    return value / size
+    return value
+
+
+def mean_over_ranks(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Mean of a tensor over the ranks of ``group``, of all where it is None; the tensor itself where there is one rank."""
+    return value if (size := _num_ranks(group)) == 1 else sum_over_ranks(value, group) / size
+
+
+def rows_of_all_ranks(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """``[rows, length, dim]`` of every rank as one tensor, rank after rank: for losses that compare rows with each other.
+
+    Ranks may have other numbers of rows, and shorter ones end in zeros. Gradients flow to the rank's own rows alone, times the
+    number of ranks: where every rank takes the loss of all rows, the mean of their gradients is that loss's gradient.
+    """
+    if (size := _num_ranks(group)) == 1:
+        return tensor
+    shape = torch.tensor(tensor.shape[:2], device=tensor.device)
+    shapes = [torch.empty_like(shape) for _ in range(size)]
+    dist.all_gather(shapes, shape, group=group)
+    most = torch.stack(shapes).amax(dim=0).tolist()
+    own = F.pad(tensor, (0, 0, 0, most[1] - tensor.shape[1], 0, most[0] - tensor.shape[0]))
+    parts = [torch.empty_like(own) for _ in range(size)]
+    dist.all_gather(parts, own.detach().contiguous(), group=group)
+    parts[dist.get_rank(group)] = own.detach() + size * (own - own.detach())
+    return torch.cat([part[: int(rows)] for part, (rows, _) in zip(parts, shapes, strict=True)])
 
 
 def average_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup | None = None) -> None:

@@ -389,6 +389,18 @@ class Defense(L.LightningModule):
 
         return pair
 
+    def noise(self, sizes: Sequence[int], dim: int, name: str, step: int) -> list[Tensor]:
+        """Standard normal numbers, ``[sizes[i], dim]`` for row i of a batch, from the data's seed, name, step and row alone.
+
+        Rows are counted over all processes, so that any number of them draws the same.
+        """
+        rank, num_ranks = share_of(self.trainer)
+        draws = []
+        for row, size in enumerate(sizes):
+            seed = counter_seed(self.data.seed, f"{name} row {rank + row * num_ranks}", step)
+            draws.append(torch.randn(size, dim, generator=torch.Generator().manual_seed(seed)).to(self.device))
+        return draws
+
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 

@@ -1,6 +1,7 @@
 import gc
 import random
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from casehard import Defense
 from casehard.datamodules.chat import collate
 from casehard.engine import forward, prefix_tree
-from casehard.engine.forward import Batch, label_positions, last_positions, prefill, run, takes_prefix_trees
+from casehard.engine.anatomy import decoder_layers, final_norm
+from casehard.engine.forward import Batch, differing_positions, label_positions, last_positions, prefill, run, takes_prefix_trees
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
 LLAMA = SIZES | {"num_key_value_heads": 2, "initializer_range": 0.3}
@@ -117,7 +119,62 @@ def test_last_positions_by_hand():
     assert last_positions(mask).int().tolist() == [[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 1, 0]]
 
 
+@pytest.mark.parametrize("sides", [("right", "right"), ("left", "right"), ("right", "left"), ("left", "left")])
+def test_differing_positions_by_hand(sides):
+    ours = [{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7, 8], [5, 6], [0, 4, 0])]
+    others = [{"input_ids": ids, "labels": ids} for ids in ([5, 9, 7], [5, 6, 7, 8, 9], [0, 4])]  # 0 is the padding, too
+    first, second = (collate(rows, 0, side) for rows, side in zip((ours, others), sides, strict=True))
+    expected = {
+        "right": [[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]],
+        "left": [[0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]],
+    }
+    assert differing_positions(first, second).int().tolist() == expected[sides[0]]
+    assert not differing_positions(first, first).any()
+
+
 # ---- the values
+
+
+@torch.no_grad()
+def test_modules_outputs_and_logits_of_early_layers_are_those_of_rows_one_by_one(model):
+    """Folded as a prefix tree too, and in the order that is asked for."""
+    batch, (first, second) = batch_of(3), decoder_layers(model)
+    asked, scored = random_positions(batch, 0), random_positions(batch, 1)
+    outputs: dict[Any, list[Tensor]] = {first: [], second: []}
+    hooks = [
+        layer.register_forward_hook(lambda at, _, out: outputs[at].append(out[0] if isinstance(out, tuple) else out))
+        for layer in outputs
+    ]
+    states, by_hand = one_by_one(model, batch, 1)
+    for hook in hooks:
+        hook.remove()
+    ends, _ = one_by_one(model, batch)
+    early = []
+    for hidden in outputs[first]:
+        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, __, h=hidden: (final_norm(model)(h),))
+        early.append(model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long)).logits[0])
+        hook.remove()
+    before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    (state, output, end), logits = run(
+        model, batch, logits_at=scored, states_at=asked, layers=[1, second, -1], lens=[0, 0]
+    )  # twice, to tell lenses from rows
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == before
+    for ours, theirs in ((state, states), (output, [out[0] for out in outputs[second]]), (end, ends)):
+        assert_close(ours, picked(theirs, batch, asked), rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(logits, (by_hand, early, early), strict=True):
+        assert_close(ours, picked(theirs, batch, scored), rtol=1e-4, atol=1e-4)
+
+
+def test_the_final_norm_is_the_one_before_the_unembedding():
+    model = build("llama, tied")
+    assert final_norm(model) is model.model.norm
+    model = build("gpt2, learned positions")
+    assert final_norm(model) is model.transformer.ln_f
+    model = build("bloom, no positions")
+    assert final_norm(model) is model.transformer.ln_f  # and not that of the embedding
+    model.transformer.ln_f = model.transformer.word_embeddings_layernorm = torch.nn.Identity()
+    with pytest.raises(ValueError, match="a norm after its layers for a logit lens, and BloomForCausalLM has none"):
+        final_norm(model)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

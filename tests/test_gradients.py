@@ -1,6 +1,7 @@
 """Gradients as values: what they are, how they are added to a step, and what a method keeps in the shape of its weights."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from toy import bits, on_ranks, same_bits, toy_trainer
 
-from casehard import Backbone, BoosterModule, Defense, InnerAttacker, LoRA, Optimizer
+from casehard import Backbone, BoosterModule, Defense, InnerAttacker, LoRA, Optimizer, RepNoiseModule, VaccineModule
 from casehard.datamodules.chat import collate
 from casehard.engine.gradients import difference, norm, scaled, summed
 from casehard.engine.sharding import shard_of
@@ -275,7 +276,14 @@ class Remembers(Defense):
         return self.sft_loss(batch)
 
 
-KINDS = {"remembers": (Remembers, 1), "accumulated": (Remembers, 2), "booster": (BoosterModule, 1)}  # batches a step
+Noisy = partial(RepNoiseModule, refused="sandbox:defender/refused", noise_weight=2.0, pair_batch_size=5)  # uneven on two ranks
+KINDS = {  # and batches a step
+    "remembers": (Remembers, 1),
+    "accumulated": (Remembers, 2),
+    "booster": (BoosterModule, 1),
+    "vaccine": (VaccineModule, 1),
+    "repnoise": (Noisy, 1),
+}
 
 
 def fitted(rank: int, strategy: str, checkpoint: str, folder: Path, ckpt_path: Path | None = None) -> None:

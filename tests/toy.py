@@ -32,11 +32,13 @@ from casehard import (
     Optimizer,
     PatcherModule,
     RefusalAblation,
+    RepNoiseModule,
     SafeLoRAModule,
     SandboxJudge,
     SBRModule,
     SDDModule,
     SFTDataModule,
+    VaccineModule,
 )
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
@@ -113,6 +115,8 @@ DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense i
     "booster": (BoosterModule, {"harmful_batch_size": 4}),
     "safelora": (BesideBase, {"num_layers": 5}),
     "sdd": (SDDModule, {"max_overlap": 0.5}),
+    "vaccine": (VaccineModule, {"radius": 0.5}),
+    "repnoise": (RepNoiseModule, {"refused": "sandbox:defender/refused", "noise_weight": 1.0, "pair_batch_size": 3}),
 }
 ALIGNMENT: dict[str, Any] = {"train_on": "alignment", "alignment_benign": ["sandbox:defender/howto#train[:8]"]}
 DATA = {"sdd": ALIGNMENT}  # what a defense needs of the data
