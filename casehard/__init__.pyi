@@ -10,6 +10,7 @@ from casehard.engine.optimizer import Optimizer as Optimizer
 from casehard.lightning_modules.booster import BoosterModule as BoosterModule
 from casehard.lightning_modules.backbone import Backbone as Backbone
 from casehard.lightning_modules.defense import Defense as Defense
+from casehard.lightning_modules.lisa import LisaModule as LisaModule
 from casehard.lightning_modules.attacker import InnerAttacker as InnerAttacker
 from casehard.lightning_modules.patcher import PatcherModule as PatcherModule
 from casehard.lightning_modules.roles import RolesStrategy as RolesStrategy

@@ -26,6 +26,7 @@ from casehard import (
     Defense,
     FullParameterAttack,
     InnerAttacker,
+    LisaModule,
     LoRA,
     LoRAAttack,
     Optimizer,
@@ -100,6 +101,7 @@ DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense i
     "everywhere": (Everywhere, {}),
     "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
     "booster": (BoosterModule, {"harmful_batch_size": 4}),
+    "lisa": (LisaModule, {"num_alignment_steps": 1, "num_task_steps": 2, "alignment_batch_size": 4}),
 }
 
 
