@@ -15,6 +15,7 @@ from casehard.lightning_modules.attacker import InnerAttacker as InnerAttacker
 from casehard.lightning_modules.patcher import PatcherModule as PatcherModule
 from casehard.lightning_modules.roles import RolesStrategy as RolesStrategy
 from casehard.lightning_modules.sbr import SBRModule as SBRModule
+from casehard.lightning_modules.tar import TARModule as TARModule
 from casehard.metrics.errors import SettingError as SettingError
 from casehard.metrics.harmful_score import AttackSuccessRate as AttackSuccessRate
 from casehard.metrics.harmful_score import FinetuneAccuracy as FinetuneAccuracy

@@ -34,6 +34,7 @@ from casehard import (
     SandboxJudge,
     SBRModule,
     SFTDataModule,
+    TARModule,
 )
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
@@ -101,6 +102,7 @@ DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense i
     "everywhere": (Everywhere, {}),
     "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
     "booster": (BoosterModule, {"harmful_batch_size": 4}),
+    "tar": (TARModule, {"attacker": InnerAttacker(2, Optimizer(1e-3, "sgd"), 4), "loss_every": 1, "tamper_batch_size": 4}),
     "lisa": (LisaModule, {"num_alignment_steps": 1, "num_task_steps": 2, "alignment_batch_size": 4}),
 }
 
