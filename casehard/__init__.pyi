@@ -12,6 +12,7 @@ from casehard.engine.optimizer import Optimizer as Optimizer
 from casehard.lightning_modules.booster import BoosterModule as BoosterModule
 from casehard.lightning_modules.backbone import Backbone as Backbone
 from casehard.lightning_modules.defense import Defense as Defense
+from casehard.lightning_modules.lisa import LisaModule as LisaModule
 from casehard.lightning_modules.attacker import InnerAttacker as InnerAttacker
 from casehard.lightning_modules.patcher import PatcherModule as PatcherModule
 from casehard.lightning_modules.repnoise import RepNoiseModule as RepNoiseModule
@@ -20,6 +21,7 @@ from casehard.lightning_modules.safe_lora import SafeLoRAModule as SafeLoRAModul
 from casehard.lightning_modules.sbr import SBRModule as SBRModule
 from casehard.lightning_modules.sdd import SDDModule as SDDModule
 from casehard.lightning_modules.vaccine import VaccineModule as VaccineModule
+from casehard.lightning_modules.tar import TARModule as TARModule
 from casehard.metrics.errors import SettingError as SettingError
 from casehard.metrics.harmful_score import AttackSuccessRate as AttackSuccessRate
 from casehard.metrics.harmful_score import FinetuneAccuracy as FinetuneAccuracy

@@ -27,6 +27,7 @@ from casehard import (
     EmbeddingAttack,
     FullParameterAttack,
     InnerAttacker,
+    LisaModule,
     LoRA,
     LoRAAttack,
     Optimizer,
@@ -38,6 +39,7 @@ from casehard import (
     SBRModule,
     SDDModule,
     SFTDataModule,
+    TARModule,
     VaccineModule,
 )
 from casehard.callbacks.attack import Attack, Target
@@ -117,6 +119,8 @@ DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense i
     "sdd": (SDDModule, {"max_overlap": 0.5}),
     "vaccine": (VaccineModule, {"radius": 0.5}),
     "repnoise": (RepNoiseModule, {"refused": "sandbox:defender/refused", "noise_weight": 1.0, "pair_batch_size": 3}),
+    "tar": (TARModule, {"attacker": InnerAttacker(2, Optimizer(1e-3, "sgd"), 4), "loss_every": 1, "tamper_batch_size": 4}),
+    "lisa": (LisaModule, {"num_alignment_steps": 1, "num_task_steps": 2, "alignment_batch_size": 4}),
 }
 ALIGNMENT: dict[str, Any] = {"train_on": "alignment", "alignment_benign": ["sandbox:defender/howto#train[:8]"]}
 DATA = {"sdd": ALIGNMENT}  # what a defense needs of the data
