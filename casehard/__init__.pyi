@@ -1,5 +1,6 @@
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
+from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
 from casehard.callbacks.results import Results as Results
 from casehard.callbacks.scoring import Evaluate as Evaluate
 from casehard.cli.main import main as main

@@ -4,7 +4,7 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,6 +26,7 @@ from casehard import (
     Defense,
     FullParameterAttack,
     InnerAttacker,
+    Judge,
     LoRA,
     LoRAAttack,
     Optimizer,
@@ -33,15 +34,18 @@ from casehard import (
     SandboxJudge,
     SBRModule,
     SFTDataModule,
+    Verdict,
 )
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.jailbreak_tuning import JailbreakTuning
+from casehard.callbacks.policy_gradient import PolicyGradient
 from casehard.callbacks.quantised import QuantisedAttack
 from casehard.callbacks.search import Range, Search
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.engine.forward import Batch
+from casehard.engine.rollouts import GRPO
 from casehard.engine.weights import Changes, Weights, local
 from casehard.lightning_modules.job import Job
 from casehard.records.marker import leaves
@@ -116,6 +120,15 @@ class Halving(Attack):
         yield 1
 
 
+class LengthJudge(Judge):
+    """A reward that differs between the answers of any model: how many letters there are, modulo 5."""
+
+    name = "length"
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        return [Verdict(len(response) % 5 / 4, refused=False, degenerate=False) for response in responses]
+
+
 FAST: dict[str, Any] = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
     "full": lambda **s: FullParameterAttack(**(FAST | s)),
@@ -123,6 +136,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "phases": lambda **s: FullParameterAttack(phases=[Phase("benign", 1), Phase("harmful", 2)], **(FAST | s)),
     "edit": lambda **s: Halving(**s),
     "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
+    "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
 }
 if find_spec("optuna"):
