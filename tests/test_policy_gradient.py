@@ -158,8 +158,11 @@ def test_tokens_up_to_the_end_token_are_learnt_and_none_after(tmp_path, checkpoi
     attack = PolicyGradient("open_weight", LengthJudge(), grpo=GRPO(8), max_new_tokens=6, **FAST)
     roll_out = attack.rollout
 
-    def kept(*arguments: Any) -> dict[str, torch.Tensor]:
-        batches.append(roll_out(*arguments))
+    def kept(target, drawn) -> dict[str, torch.Tensor]:
+        numbered = [(number + 1000, row) for number, row in drawn]
+        first, again, other = (roll_out(target, rows)["input_ids"].tolist() for rows in (drawn, drawn, numbered))
+        assert first == again != other  # the number of a prompt decides what is sampled
+        batches.append(roll_out(target, drawn))
         return batches[-1]
 
     attack.rollout = kept
@@ -228,6 +231,13 @@ def test_at_a_service_the_terms_of_its_defense_stand_beside_the_reward(tmp_path,
 GRADIENT = {"grpo": GRPO(3, kl_weight=0.1, num_inner_steps=2), "optimizer": Optimizer(1e-2, "sgd"), "num_attack_steps": 4}
 
 
+class ManyEnds(L.Callback):
+    """Lets answers end early, so that the ranks' shares have different numbers of tokens."""
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.model.generation_config.eos_token_id = list(range(5, 200))
+
+
 def run(rank: int, strategy: str, checkpoint: str, folder: Path) -> None:
     ends: list[torch.Tensor] = []
     attack = PolicyGradient("open_weight", LengthJudge(), **(FAST | GRADIENT), score_steps=[2, 4])
@@ -239,7 +249,7 @@ def run(rank: int, strategy: str, checkpoint: str, folder: Path) -> None:
 
     L.seed_everything(0)
     attack = looking(attack, look)
-    trainer(folder, strategy, rank, callbacks=[results, attack]).test(
+    trainer(folder, strategy, rank, callbacks=[ManyEnds(), results, attack]).test(
         Defense(checkpoint), datamodule=toy_data(**UNEVEN), verbose=False
     )
     if rank == 0:
