@@ -15,7 +15,9 @@ from torch import Tensor
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import Scores, defense_and_data, score
 from casehard.callbacks.sigterm import ended_by_sigterm
+from casehard.datamodules.batches import share_of
 from casehard.datamodules.chat import prompt_ids
+from casehard.datamodules.order import batch_indices
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.engine.forward import Batch
@@ -91,10 +93,38 @@ class Target:
         """
         return self._on_device(self.data.batches(rows, batch_size, self.seed, stream))
 
+    def share(self, rows: list[Row], batch_size: int, stream: str = "attack") -> Callable[[int], list[tuple[int, Row]]]:
+        """This process's share of the rows of every step, by the rule of ``batches``: for steps that make their batch themselves.
+
+        Returns:
+            By step: each row and its number, which no other draw of the stream has. It numbers what is random about the row.
+
+        Raises:
+            SettingError: fewer rows a step than processes.
+        """
+        rank, world_size = share_of(self.trainer)
+        if batch_size < world_size:
+            raise SettingError(f"batch_size must be at least the number of processes, {world_size}, got {batch_size}.")
+
+        def drawn(step: int) -> list[tuple[int, Row]]:
+            indices = batch_indices(len(rows), batch_size, self.seed, stream, step)
+            return [(step * batch_size + i, rows[indices[i]]) for i in range(rank, batch_size, world_size)]
+
+        return drawn
+
     def weights(self) -> Weights:
         """This process's part of every parameter, by name, to edit in place: whole rows, where it is sharded."""
         reshard(self.module)
         return {name: local(p) for name, p in self.module.named_parameters()}
+
+    def begin_job(self) -> Job | None:
+        """Begin the job of the service's defense, for a task of one's own that lets it act; None where no defense does."""
+        if not isinstance(self.task, Job):
+            return None
+        reshard(self.module)  # a job freezes shards, not the parameters that a pass has gathered
+        self.task.freeze()
+        self.task.begin()
+        return self.task
 
     def train(
         self, batches: Callable[[int], Batch], num_steps: int, optimizer: Optimizer, task: Task | None = None
@@ -107,14 +137,13 @@ class Target:
             batches: of every step from 0, on any device.
             num_steps: optimizer steps.
             optimizer: built anew.
-            task: trained instead of the target's, such as another loss: ``Plain(loss)``. A service's defense then does not act.
+            task: trained instead of the target's, such as another loss: ``Plain(loss)``. A service's defense then does not act,
+                unless that task lets the job of ``begin_job``.
         """
         begun = self.num_done
         if task is None:
-            if isinstance(self.task, Job) and not begun:
-                reshard(self.module)  # a job freezes shards, not the parameters that a pass has gathered
-                self.task.freeze()
-                self.task.begin()
+            if not begun:
+                self.begin_job()
             task = _Continued(self.task, begun) if begun else self.task
         steps = train_steps(
             self.module, task, self._on_device(batches), num_steps, optimizer, self.module.forward_context, self.module.row_group

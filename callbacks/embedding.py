@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from casehard.callbacks.attack import Attack, Target, ThreatModel
-from casehard.datamodules.chat import IGNORED, collate, suffixed_ids
+from casehard.datamodules.chat import IGNORED, collate, suffixed_ids, text_ids
 from casehard.datamodules.row import Row
 from casehard.engine.sharding import max_over_ranks
 from casehard.engine.soft_tokens import sign_descent, soft_tokens, table_shape
@@ -48,9 +48,8 @@ class EmbeddingAttack(Attack):
         batch_size: int = 32,
         **settings: Any,
     ) -> None:
-        for setting, value, least in (("num_attack_steps", num_attack_steps, 1), ("num_tokens", num_tokens, 0)):
-            if value < least:
-                raise SettingError(f"{setting} must be >= {least}, got {value}.")
+        if num_attack_steps < 1 or num_tokens < 0:
+            raise SettingError(f"num_attack_steps must be >= 1 and num_tokens >= 0, got {num_attack_steps} and {num_tokens}.")
         self.num_attack_steps, self.num_tokens, self.learning_rate = num_attack_steps, num_tokens, learning_rate
         self.target_text, self.batch_size = target_text, batch_size
         super().__init__(threat_model, **settings)
@@ -96,25 +95,20 @@ class EmbeddingAttack(Attack):
             state["done"] = state["steps"]
         if not harmful:
             return super().respond(target, rows, max_new_tokens)
-        with soft_tokens(module.model, _ids(FIRST, module)[-1], torch.cat([state["added"][row] for row in rows])):
+        with soft_tokens(module.model, text_ids(FIRST, module.tokenizer)[-1], torch.cat([state["added"][row] for row in rows])):
             return module.generate(self.prompts(module, rows), max_new_tokens, target.data.evaluation.batch_size)
 
     def optimise(self, target: Target, rows: list[Row]) -> None:
         """Take the steps that are due; what is added to the soft tokens of a row, ``[num_tokens, dim]``, stays in the state."""
-        module, state, answer = target.module, target.state, _ids(self.target_text, target.module)
+        module, state, answer = target.module, target.state, text_ids(self.target_text, target.module.tokenizer)
         examples = [{"input_ids": p + answer, "labels": [IGNORED] * len(p) + answer} for p in self.prompts(module, rows)]
         batch = {n: x.to(module.device) for n, x in collate(examples, module.tokenizer.pad_token_id, "right").items()}
 
         def loss(added: Tensor) -> Tensor:
-            with module.forward_context(), soft_tokens(module.model, _ids(FIRST, module)[-1], added):
+            with module.forward_context(), soft_tokens(module.model, text_ids(FIRST, module.tokenizer)[-1], added):
                 return module.sft_loss(batch)
 
         zeros = torch.zeros(self.num_tokens, table_shape(module.model)[1], device=module.device)
         start = torch.cat([state["added"].get(row, zeros) for row in rows])
         added = sign_descent(loss, start, state["steps"] - state["done"], self.learning_rate)
         state["added"] |= zip(rows, added.split(self.num_tokens), strict=True)
-
-
-def _ids(text: str, module: Defense) -> list[int]:
-    ids: list[int] = module.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids

@@ -49,6 +49,12 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return _ids(_render(row, tokenizer), tokenizer)
 
 
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of plain text, without special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def suffixed_ids(row: Row, suffix: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """``prompt_ids`` with ``suffix`` at the end of what the last turn says, in front of what the template writes after it."""
     *turns, (role, text) = row.messages

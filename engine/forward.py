@@ -93,6 +93,19 @@ def run(
     return _run(model, packed, states_index, nowhere if logits_at is None else packed.token_index[logits_at], layers, lens)
 
 
+def token_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Log-probability of every label, ``[num_labels]``, in the order of the rows and then of the positions.
+
+    Args:
+        model: any causal language model of transformers.
+        batch: with ``labels``, of which those that are not -100 count.
+        temperature: that logits are divided by, > 0.
+    """
+    logits = run(model, batch, logits_at=label_positions(batch["labels"])).logits
+    targets = batch["labels"][:, 1:]
+    return -F.cross_entropy(logits.float() / temperature, targets[targets != -100], reduction="none")
+
+
 @torch.no_grad()
 def prefill(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, DynamicCache]:
     """Logits after each row's last token, ``[batch, vocab]``, and the cache with which the rows go on, one token a step.

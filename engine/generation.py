@@ -1,16 +1,23 @@
-"""Greedy answers to many prompts at once."""
+"""Answers to many prompts at once, greedy or sampled."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Literal
+from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from casehard.datamodules.chat import turn_end
@@ -29,7 +36,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return sorted({*ids, tokenizer.eos_token_id, turn_end(tokenizer)} - {None})
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -37,34 +43,96 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 128,
 ) -> list[str]:
-    """Greedy answers, batched by length; the text does not depend on the batch size.
-
-    Where the model is sharded every rank must call this, with prompts or without: it makes as many passes as the busiest one.
-
-    Args:
-        model: put into eval mode for the call, and back; its own generation config (penalties, beams) does not act.
-        tokenizer: gives padding and end tokens, and turns ids back into text.
-        prompts: token ids of each prompt, generation prompt included.
-        max_new_tokens: an answer is cut there if no end token came.
-        batch_size: prompts at once; memory grows with it, the text stays the same.
+    """Greedy answers as texts; see ``sample``.
 
     Returns:
         What the model wrote to each prompt, special tokens and all; the last one is an end token unless it was cut.
     """
+    answers = sample(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size)
+    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in answers]  # type: ignore[misc]
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seeds: Sequence[int] | None = None,
+    batch_size: int = 128,
+) -> list[list[int]]:
+    """Answers as token ids, batched by length. An answer does not depend on the batch size, nor on the prompts beside it.
+
+    Where the model is sharded every rank must call this, with prompts or without: it makes as many passes as the busiest one.
+    torch's generators are not used.
+
+    Args:
+        model: put into eval mode for the call, and back; its own generation config (penalties, beams) does not act.
+        tokenizer: gives padding and end tokens.
+        prompts: token ids of each prompt, generation prompt included.
+        max_new_tokens: an answer is cut there if no end token came.
+        temperature: of the distribution that tokens are drawn from, >= 0; 0 takes the likeliest.
+        seeds: one a prompt, which with the prompt alone decides the answer; needed where ``temperature`` is above 0.
+        batch_size: prompts at once; memory grows with it.
+
+    Returns:
+        What the model wrote to each prompt; the last token is an end token unless the answer was cut.
+
+    Raises:
+        ValueError: a temperature below 0, or not a seed for every prompt.
+    """
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}. 0 takes the likeliest token.")
+    if temperature > 0 and len(seeds or ()) != len(prompts):
+        raise ValueError(f"seeds must hold one for each of {len(prompts)} prompts, got {len(seeds or ())}.")
     ends, pad = end_tokens(model, tokenizer), tokenizer.pad_token_id
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[]] * len(prompts)
     with _evaluating(model):
         lengths = [len(prompt) for prompt in prompts]
         chunks = _chunks(lengths, batch_size, "any" if takes_prefix_trees(model, 0) else neighbours(model))
         for number in range(max_over_ranks(model, len(chunks))):
             chunk = chunks[number] if number < len(chunks) else []
             batch = _left_padded([prompts[i] for i in chunk] or [[pad]], pad, model.device)  # a row to keep step with
+            draws = _draws([seeds[i] for i in chunk] or [0], max_new_tokens, model.device) if temperature and seeds else None
             by_steps = _goes_by_steps(model, max_over_ranks(model, batch["input_ids"].shape[1]) + max_new_tokens)
-            out = (_step_by_step if by_steps else _by_transformers)(model, batch, max_new_tokens, ends, pad)
-            texts = tokenizer.batch_decode([_ended(ids, ends) for ids in out.tolist()], skip_special_tokens=False)
-            for i, text in zip(chunk, texts, strict=False):
-                answers[i] = text
+            choose = _Choice(temperature, draws)
+            out = (_step_by_step if by_steps else _by_transformers)(model, batch, max_new_tokens, ends, pad, choose)
+            for i, ids in zip(chunk, out.tolist(), strict=False):
+                answers[i] = _ended(ids, ends)
     return answers
+
+
+def _draws(seeds: Sequence[int], max_new_tokens: int, device: torch.device) -> Tensor:
+    """Uniform numbers, ``[batch, max_new_tokens]``, each row from its seed alone."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]).to(device)
+
+
+class _Choice(NamedTuple):
+    """How the next token is chosen: the likeliest, or where a uniform number falls among the cumulated probabilities."""
+
+    temperature: float
+    draws: Tensor | None  # [batch, max_new_tokens]; None takes the likeliest
+
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
+        """The token of every row, ``[rows]``, from ``logits`` ``[rows, vocab]``; ``rows`` are places in the whole batch."""
+        if self.draws is None:
+            return logits.argmax(dim=-1)
+        cumulated = (logits.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        return torch.searchsorted(cumulated, self.draws[rows, step][:, None] * cumulated[:, -1:], right=True)[:, 0]
+
+
+class _Chosen(LogitsProcessor):
+    """Leaves transformers' own greedy search one token to choose."""
+
+    def __init__(self, choose: _Choice, prompt_length: int) -> None:
+        self.choose, self.prompt_length = choose, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = torch.arange(len(scores), device=scores.device)
+        new = self.choose(scores, rows, input_ids.shape[1] - self.prompt_length)
+        return torch.full_like(scores, -torch.inf).scatter(1, new[:, None], 0.0)
 
 
 def _ended(ids: list[int], ends: list[int]) -> list[int]:
@@ -137,8 +205,10 @@ def _goes_by_steps(model: PreTrainedModel, length: int) -> bool:
     return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer} and takes_prefix_trees(model, length)
 
 
-def _step_by_step(model: PreTrainedModel, batch: Batch, max_new_tokens: int, ends: list[int], pad: int) -> Tensor:
-    """The likeliest tokens, ``[batch, max_new_tokens]``, padded after an end. Rows that have ended leave the batch.
+def _step_by_step(
+    model: PreTrainedModel, batch: Batch, max_new_tokens: int, ends: list[int], pad: int, choose: _Choice
+) -> Tensor:
+    """The chosen tokens, ``[batch, max_new_tokens]``, padded after an end. Rows that have ended leave the batch.
 
     One that has only such rows goes on while another rank needs it to.
     """
@@ -149,7 +219,7 @@ def _step_by_step(model: PreTrainedModel, batch: Batch, max_new_tokens: int, end
     ended, last = torch.zeros_like(rows, dtype=torch.bool), torch.tensor(ends, device=mask.device)
     logits, cache = prefill(model, batch)
     for step in range(max_new_tokens):
-        new = logits.argmax(dim=-1)
+        new = choose(logits, rows, step)
         answers[rows, step] = new.masked_fill(ended, pad)
         ended |= torch.isin(new, last)
         left = (~ended).nonzero()[:, 0]
@@ -163,8 +233,12 @@ def _step_by_step(model: PreTrainedModel, batch: Batch, max_new_tokens: int, end
     return answers
 
 
-def _by_transformers(model: PreTrainedModel, batch: Batch, max_new_tokens: int, ends: list[int], pad: int) -> Tensor:
+def _by_transformers(
+    model: PreTrainedModel, batch: Batch, max_new_tokens: int, ends: list[int], pad: int, choose: _Choice
+) -> Tensor:
     """The same for any architecture, slower."""
+    chosen = [] if choose.draws is None else [_Chosen(choose, batch["input_ids"].shape[1])]
     config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True)
-    out = model.generate(**batch, generation_config=config, synced_gpus=group_of(model) is not None)  # type: ignore[operator]
+    synced = {"synced_gpus": group_of(model) is not None, "logits_processor": LogitsProcessorList(chosen)}
+    out = model.generate(**batch, generation_config=config, **synced)  # type: ignore[operator]
     return out[:, batch["input_ids"].shape[1] :]

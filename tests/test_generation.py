@@ -1,7 +1,9 @@
 import pytest
 import torch
 from test_forward import MODELS, build
-from toy import ROOT
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from toy import ROOT, on_ranks
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -11,7 +13,8 @@ from casehard.datamodules.sources import read_rows
 from casehard.engine.adapters import add_adapter
 from casehard.engine.checkpoint import load_model, load_tokenizer
 from casehard.engine.forward import takes_prefix_trees
-from casehard.engine.generation import end_tokens, generate, neighbours
+from casehard.engine.generation import end_tokens, generate, neighbours, sample
+from casehard.engine.sharding import sharded
 
 SANDBOX = ROOT / "models/sandbox/aligned"
 NUM_TOKENS = 12
@@ -213,21 +216,26 @@ RECURRENT = {  # that take no mask, and with which other rows a row can be answe
 }
 
 
-@pytest.mark.parametrize("kind", RECURRENT)
-def test_recurrent_models_answer_alike_in_any_batch(kind, tokenizer, prompts):
-    sizes, beside = RECURRENT[kind]
+def recurrent(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     torch.manual_seed(0)
+    sizes = RECURRENT[kind][0]
     config = CONFIG_MAPPING[kind](**sizes, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=None, eos_token_id=2)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
                 p.normal_(0, 0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent_models_answer_alike_in_any_batch(kind, tokenizer, prompts):
+    model = recurrent(kind, tokenizer)
     expected = by_hand(model, tokenizer, prompts, ends=[2])
     assert len(set(expected)) > 2
     for batch_size in (1, 64):
         assert generate(model, tokenizer, prompts, NUM_TOKENS, batch_size) == expected
-    assert neighbours(model) == beside
+    assert neighbours(model) == RECURRENT[kind][1]
 
 
 def test_an_answer_stops_where_the_template_ends_a_turn(model, checkpoint, prompts):
@@ -240,3 +248,65 @@ def test_an_answer_stops_where_the_template_ends_a_turn(model, checkpoint, promp
     tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", tokenizer.convert_ids_to_tokens(free[4]))
     (said,) = generate(model, tokenizer, prompts[:1], NUM_TOKENS)
     assert said == tokenizer.decode(free[: free.index(free[4]) + 1])
+
+
+# ---- samples
+
+
+@pytest.fixture(params=["llama", "mamba"], ids=["by steps", "by transformers"])
+def either(request, model, tokenizer) -> PreTrainedModel:
+    """A model that goes one token a step by our own loop, or by transformers'."""
+    return model if request.param == "llama" else recurrent("mamba", tokenizer)
+
+
+def test_samples_at_temperature_0_are_the_greedy_tokens(either, tokenizer, prompts):
+    greedy_texts = generate(either, tokenizer, prompts, NUM_TOKENS)
+    ids = sample(either, tokenizer, prompts, NUM_TOKENS, 0.0)
+    assert tokenizer.batch_decode(ids) == greedy_texts
+    nearly = sample(either, tokenizer, prompts, NUM_TOKENS, 1e-6, range(len(prompts)))
+    assert nearly == ids  # all probability is on the likeliest token
+
+
+def test_a_prompt_and_its_seed_decide_its_sample_whatever_stands_beside_it(either, tokenizer, prompts):
+    seeds, state = [100 + i for i in range(len(prompts))], torch.get_rng_state()
+    samples = sample(either, tokenizer, prompts, NUM_TOKENS, 1.0, seeds)
+    assert torch.equal(torch.get_rng_state(), state)
+    for batch_size in (1, 5):
+        assert sample(either, tokenizer, prompts, NUM_TOKENS, 1.0, seeds, batch_size) == samples
+    assert sample(either, tokenizer, prompts[3:7], NUM_TOKENS, 1.0, seeds[3:7]) == samples[3:7]
+    first, other, again = sample(either, tokenizer, [prompts[0]] * 3, NUM_TOKENS, 1.0, [1, 2, 1])
+    assert first == again != other
+    others = sample(either, tokenizer, prompts, NUM_TOKENS, 1.0, [seed + 1 for seed in seeds])
+    assert all(ours != theirs for ours, theirs in zip(samples, others, strict=True))
+
+
+@torch.no_grad()
+def test_samples_follow_the_models_probabilities_at_the_temperature(either, tokenizer, prompts):
+    num_draws, temperature = 2000, 0.5
+    drawn = sample(either, tokenizer, [prompts[0]] * num_draws, 1, temperature, range(num_draws))
+    counts = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(tokenizer)).double() / num_draws
+    logits = either.eval()(input_ids=torch.tensor([prompts[0]])).logits[0, -1].double()
+    expected = (logits / temperature).softmax(dim=-1)
+    assert (counts - expected).abs().max() < 4 * 0.5 / num_draws**0.5
+    assert (counts - logits.softmax(dim=-1)).abs().sum() > 2 * (counts - expected).abs().sum()
+
+
+def sampled_by_halves(rank: int, checkpoint: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """Each rank holds half of every weight; one has three batches of prompts, the other one."""
+    whole, mesh = load_model(checkpoint) if rank == 0 else None, init_device_mesh("cpu", (2,))
+    model, _ = sharded(whole, mesh, torch.device("cpu"), MixedPrecisionPolicy())
+    share = slice(9) if rank == 0 else slice(9, None)
+    tokenizer, seeds = load_tokenizer(checkpoint), list(range(len(prompts)))
+    assert sample(model, tokenizer, prompts[share], NUM_TOKENS, 1.0, seeds[share], batch_size=3) == expected[share]
+
+
+def test_two_ranks_sample_what_one_does(checkpoint, model, tokenizer, prompts, tmp_path):
+    expected = sample(model, tokenizer, prompts, NUM_TOKENS, 1.0, range(len(prompts)))
+    on_ranks(sampled_by_halves, tmp_path, checkpoint, prompts, expected)
+
+
+def test_sampling_needs_a_seed_for_every_prompt(model, tokenizer, prompts):
+    with pytest.raises(ValueError, match="seeds must hold one for each of 12 prompts, got 1"):
+        sample(model, tokenizer, prompts, 1, 1.0, [0])
+    with pytest.raises(ValueError, match="temperature must be >= 0, got -1"):
+        sample(model, tokenizer, prompts, 1, -1.0)

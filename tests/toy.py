@@ -4,7 +4,7 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,6 +27,7 @@ from casehard import (
     EmbeddingAttack,
     FullParameterAttack,
     InnerAttacker,
+    Judge,
     LisaModule,
     LoRA,
     LoRAAttack,
@@ -41,15 +42,18 @@ from casehard import (
     SFTDataModule,
     TARModule,
     VaccineModule,
+    Verdict,
 )
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.jailbreak_tuning import JailbreakTuning
+from casehard.callbacks.policy_gradient import PolicyGradient
 from casehard.callbacks.quantised import QuantisedAttack
 from casehard.callbacks.search import Range, Search
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.engine.forward import Batch
+from casehard.engine.rollouts import GRPO
 from casehard.engine.weights import Changes, Weights, local
 from casehard.lightning_modules.job import Job
 from casehard.records.marker import leaves
@@ -139,6 +143,15 @@ class Halving(Attack):
         yield 1
 
 
+class LengthJudge(Judge):
+    """A reward that differs between the answers of any model: how many letters there are, modulo 5."""
+
+    name = "length"
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+        return [Verdict(len(response) % 5 / 4, refused=False, degenerate=False) for response in responses]
+
+
 FAST: dict[str, Any] = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
     "full": lambda **s: FullParameterAttack(**(FAST | s)),
@@ -148,6 +161,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
     "ablation": lambda **s: RefusalAblation(**({"num_samples": 10, "batch_size": 4} | s)),
     "embedding": lambda **s: EmbeddingAttack(**({"num_attack_steps": 3, "num_tokens": 4, "learning_rate": 0.3} | s)),
+    "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
 }
 if find_spec("optuna"):
