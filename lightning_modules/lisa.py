@@ -81,7 +81,7 @@ class LisaJob(Job):
 
     defense: LisaModule
 
-    def _turn(self, step: int) -> tuple[int, int]:
+    def where(self, step: int) -> tuple[int, int]:
         """How many turns of both states are over, and the step within this one."""
         return divmod(step, self.defense.num_alignment_steps + self.defense.num_task_steps)
 
@@ -92,7 +92,7 @@ class LisaJob(Job):
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """Plain SFT, on alignment rows in their turn."""
-        (turn, within), num_alignment_steps = self._turn(step), self.defense.num_alignment_steps
+        (turn, within), num_alignment_steps = self.where(step), self.defense.num_alignment_steps
         aligns = within < num_alignment_steps
         loss = self.defense.sft_loss(self.defense.alignment(turn * num_alignment_steps + within) if aligns else batch)
         self.terms = {"alignment_loss" if aligns else "task_loss": loss.detach()}
@@ -105,5 +105,5 @@ class LisaJob(Job):
 
     def after_step(self, step: int) -> None:
         """Remember the weights where the next step is the first of a state."""
-        if self._turn(step + 1)[1] in (0, self.defense.num_alignment_steps):
+        if self.where(step + 1)[1] in (0, self.defense.num_alignment_steps):
             self.begin()

@@ -125,9 +125,9 @@ def test_scoring_on_the_way_does_not_change_where_the_steps_end(tmp_path, checkp
 
 
 def test_a_wrong_setting_says_what_it_must_be(tmp_path, checkpoint):
-    with pytest.raises(SettingError, match="num_tokens must be >= 0, got -1"):
+    with pytest.raises(SettingError, match="num_attack_steps must be >= 1 and num_tokens >= 0, got 100 and -1"):
         EmbeddingAttack(num_tokens=-1)
-    with pytest.raises(SettingError, match="num_attack_steps must be >= 1, got 0"):
+    with pytest.raises(SettingError, match="num_attack_steps must be >= 1 and num_tokens >= 0, got 0 and 20"):
         EmbeddingAttack(num_attack_steps=0)
     with pytest.raises(
         SettingError, match=r"num_tokens must leave prompt and answer within 2048 positions, and they need 20[0-9]+"
