@@ -26,6 +26,7 @@ from casehard.engine.training import Plain, Task, train_steps, with_progress_bar
 from casehard.engine.weights import EVERYTHING, Changes, Weights, borrowed, check_device, local, reshard
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.job import Job
+from casehard.lightning_modules.other_models import as_aligned, undefended_at
 from casehard.metrics.errors import SettingError
 from casehard.records.rows import NONE, ResultRow, as_columns
 
@@ -338,9 +339,9 @@ class Attack(L.Callback):
         with ended_by_sigterm(trainer), torch.inference_mode(False), torch.enable_grad():
             plain = Target(module, data, Plain(module.sft_loss), self._seed(data), trainer, self.name, epoch=epoch)
             if self.undefended_checkpoint is not None:
-                with module.undefended_at(self.undefended_checkpoint):
+                with undefended_at(module, self.undefended_checkpoint):
                     self._attack(replace(plain, undefended=True), outcome)
-            with module.as_aligned() if defended else nullcontext():
+            with as_aligned(module) if defended else nullcontext():
                 before = None
                 if defended and self.undefended and self.undefended_checkpoint is None:
                     before = self._attack(replace(plain, undefended=True), outcome)

@@ -28,6 +28,7 @@ from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.fit_checkpoint import numbers_only, read_notes
 from casehard.engine.training import DivergedError
 from casehard.lightning_modules.defense import Defense
+from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
 from casehard.records.files import RUN_FOLDER
 from casehard.shipped import PACKAGE
@@ -171,7 +172,7 @@ class Cli(PrivateCLI):
         config = self.config[self.subcommand]
         dry = bool(config.trainer.fast_dev_run)
         if config.ckpt_path is not None:
-            self.model.check_made_by(read_notes(config.ckpt_path))
+            check_made_by(self.model, read_notes(config.ckpt_path))
         self.folder = self._take_folder(config, dry)
         self.save_config_kwargs = {"folder": self.folder}
         export = config.run.export and self.subcommand == "fit" and not dry

@@ -2,19 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from casehard.engine.adapters import LoRA, add_adapter
 from casehard.engine.anatomy import decoder_layers
 from casehard.engine.checkpoint import load_model, load_tokenizer, require_rows_for_tokens
-from casehard.engine.comparison import logits_of, some_ids
-from casehard.engine.sharding import broadcast
 from casehard.metrics.errors import SettingError
 
 
@@ -92,29 +89,6 @@ class Backbone:
         if self.compile_backend is not None:
             for layer in decoder_layers(model):
                 layer.compile(dynamic=True, backend=self.compile_backend)
-
-
-class OtherModel(NamedTuple):
-    """What is taken from another model of the same architecture: tensors by name, parameters on meta but on rank 0."""
-
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]  # those that a checkpoint holds, such as the biases of some routers
-    logits: Tensor  # of ``some_ids``; empty unless asked for
-    config: PreTrainedConfig
-
-
-def read_other(load: Callable[[], PreTrainedModel], mesh: DeviceMesh | None, with_logits: bool = False) -> OtherModel:
-    """Another model's tensors; where ours is sharded the first rank alone loads it, and the others learn names and sizes."""
-    if mesh is not None and mesh.get_local_rank() != 0:
-        return broadcast(None, mesh)
-    model = load()
-    stored = set(model.state_dict())
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
-    logits = logits_of(model, some_ids(model)) if with_logits else torch.empty(0)
-    other = OtherModel({name: p.detach() for name, p in model.named_parameters()}, buffers, logits, model.config)
-    if mesh is not None:
-        broadcast(other._replace(parameters={name: p.to("meta") for name, p in other.parameters.items()}), mesh)
-    return other
 
 
 def shard_mesh(device_mesh: DeviceMesh | None, num_roles: int) -> DeviceMesh | None:

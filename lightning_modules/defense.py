@@ -3,9 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -14,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,19 +24,19 @@ from casehard.datamodules.order import counter_seed
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import LoRA, fold_adapters, merged, plain_layers, training_adapters_off
-from casehard.engine.checkpoint import WEIGHT_FILES, load_model, num_positions, require_plain_weights
-from casehard.engine.comparison import distance, logits_of, rounding, some_ids
+from casehard.engine.checkpoint import num_positions, require_plain_weights
 from casehard.engine.export import merge_error
 from casehard.engine.forward import Batch, label_positions, run, takes_prefix_trees
 from casehard.engine.generation import generate
 from casehard.engine.gradients import add_to_grad, loss_and_gradient
-from casehard.engine.kept import load_kept, save_kept
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.sharding import distribute, gathered, shard_of, sharded
+from casehard.engine.sharding import gathered, sharded
 from casehard.engine.weights import EVERYTHING, Weights, borrowed, group_of, local, reshard, restore, same_modes_after, shifted
-from casehard.lightning_modules.backbone import Backbone, OtherModel, mixed_precision, read_other, shard_mesh
+from casehard.lightning_modules.backbone import Backbone, mixed_precision, shard_mesh
 from casehard.lightning_modules.job import Job
+from casehard.lightning_modules.other_models import as_aligned, check_other, weights_of
 from casehard.lightning_modules.private import trainer_of
+from casehard.lightning_modules.saved import load_state, made_by, save_state
 from casehard.metrics.errors import SettingError
 
 Stage = Literal["alignment", "finetuning", "post_finetuning"]  # in order of time
@@ -50,20 +47,6 @@ STAGE_OF: dict[str, Stage] = {  # by the method that is overridden
     "job": "finetuning",
     "recover": "post_finetuning",
 }
-OF_JOB = "job_"  # before the names of what a job keeps in the shape of the weights
-
-
-def _require_same_shapes(
-    own: set[tuple[str, torch.Size]], other: set[tuple[str, torch.Size]], checkpoint: str, setting: str
-) -> None:
-    """Raise a SettingError where the parameters of ``checkpoint``, by name and shape, are not the defended model's."""
-    if unlike := sorted(own ^ other):
-        name, shape = unlike[0]
-        which = "the defended model" if unlike[0] in own else repr(checkpoint)
-        raise SettingError(
-            f"{setting} must be of the defended model's architecture, and {which} alone has {name} of shape {list(shape)}. "
-            "Name the model that the defended one was made from."
-        )
 
 
 class Defense(L.LightningModule):
@@ -104,7 +87,7 @@ class Defense(L.LightningModule):
         self.running: Job | None = None  # the job of ``fit``, where it runs one
         self.trained: Literal["", "alignment", "job"] = ""  # what ``fit`` trains, or trained in the checkpoint that was loaded
         self.recovered = False  # whether ``recover`` has repaired what ``fit`` trained
-        self._saved_job: dict[str, Any] | None = None  # the state of a job that goes on
+        self.saved_job: dict[str, Any] | None = None  # the state of a job that goes on
         self.progress: dict[str, int | str] = {}  # what the progress bar shows beside the losses
         self.kept: dict[str, Weights] = {}  # by a name without dots: what a method remembers in the shape of its weights
         self.num_accumulated = 0  # batches of a step of ``fit``; 0 outside of its training steps
@@ -113,10 +96,10 @@ class Defense(L.LightningModule):
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
         if "stages" not in vars(cls):
-            cls.stages |= {stage for method, stage in STAGE_OF.items() if cls._overrides(method)}
+            cls.stages |= {stage for method, stage in STAGE_OF.items() if cls.overrides(method)}
 
     @classmethod
-    def _overrides(cls, method: str) -> bool:
+    def overrides(cls, method: str) -> bool:
         return getattr(cls, method) is not getattr(Defense, method)
 
     # ---- the model
@@ -135,7 +118,7 @@ class Defense(L.LightningModule):
                 "without a scaler of gradients, and small ones would be lost in float16."
             )
         self.drawn_from = torch.get_rng_state()  # to draw random weights once more (``as_aligned``)
-        if (mesh := self._mesh()) is None:
+        if (mesh := self.shard_mesh()) is None:
             self.register_module("model", self._whole())
         else:
             whole = self._whole() if mesh.get_local_rank() == 0 else None
@@ -148,7 +131,7 @@ class Defense(L.LightningModule):
     def _whole(self) -> PreTrainedModel:
         return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer)
 
-    def _mesh(self) -> DeviceMesh | None:
+    def shard_mesh(self) -> DeviceMesh | None:
         return shard_mesh(self.device_mesh, self.num_roles)
 
     @property
@@ -179,114 +162,13 @@ class Defense(L.LightningModule):
                 rank_zero_info(f"Adapters merged in {model.dtype}: logits are {100 * off:.2g}% off those of adapters beside it.")
         return whole
 
-    @contextmanager
-    def as_aligned(self) -> Iterator[None]:
-        """For a block, undo the job that ``fit`` ran: the model where a service's jobs start.
-
-        The identity where ``fit`` ran none. Memory: one copy of what trains; of the whole model where the defense overrides
-        ``harden`` or has recovered.
-        """
-        if self.trained != "job":
-            yield
-            return
-        everything = self.recovered or self._overrides("harden")
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        with borrowed(self, EVERYTHING if everything else trained.__contains__):
-            own = dict(self.model.named_parameters())
-            if everything or self.lora is None:
-                if self.backbone.random_weights:
-                    torch.set_rng_state(self.drawn_from)
-                theirs = read_other(lambda: self.backbone.load(self.checkpoint), self._mesh())
-                moved = [name for name, p in own.items() if (everything or p.requires_grad) and "lora_" not in name]
-                distribute(self.model, {name: theirs.parameters[name.replace(".base_layer", "")] for name in moved})
-                hardens = not self._is_hardened(theirs.config)
-                del theirs  # not held for the block
-            # an adapter whose second factor is zero adds nothing
-            restore(self.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if "lora_B.defense." in name})
-            if everything and hardens:
-                self._harden()
-            yield
-
-    @contextmanager
-    def undefended_at(self, checkpoint: str) -> Iterator[None]:
-        """For a block, hold the weights of another model of this architecture, adapters without effect.
-
-        Memory: one copy of the model, and two while the other's weights are read.
-
-        Raises:
-            SettingError: ``checkpoint`` is of another architecture, in its weights' shapes or in what it computes with them.
-        """
-        with borrowed(self):
-            load = partial(load_model, checkpoint, self.backbone.dtype)
-            theirs = read_other(load, self._mesh(), with_logits=True)
-            plain = self._names_in(theirs, checkpoint, "undefended_checkpoint")
-            own = dict(self.model.named_parameters())
-            distribute(self.model, {name: theirs.parameters[key] for name, key in plain.items()})
-            for name, buffer in self.model.named_buffers():  # those of a checkpoint: the biases of some routers
-                if (key := name.replace(".base_layer", "")) in theirs.buffers:
-                    local(buffer).copy_(theirs.buffers[key])
-            restore(self.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if name not in plain})
-            expected = theirs.logits
-            del theirs  # not held for the block
-            answered = logits_of(self.model, some_ids(self.model))
-            if not (off := distance(answered, expected)) <= rounding(answered.dtype):
-                raise SettingError(
-                    f"undefended_checkpoint must be of the defended model's architecture, and the weights of {checkpoint!r} give "
-                    f"other logits in it ({100 * off:.2g}% off), since its config.json has other settings. Name the model that "
-                    "the defense started from, or leave it out."
-                )
-            yield
+    def check_other(self, checkpoint: str, setting: str) -> None:
+        """Before weights load, make sure that ``checkpoint`` is of this architecture; see ``other_models.check_other``."""
+        check_other(self, checkpoint, setting)
 
     def weights_of(self, checkpoint: str, setting: str) -> Weights:
-        """The weights of another model of this architecture, under the names of ``named_parameters``, by shard; no adapters'.
-
-        Memory: one copy of the model, and one more on the first rank while it is read.
-
-        Args:
-            checkpoint: a hub id, a folder or a GGUF file.
-            setting: that named it, for errors.
-
-        Raises:
-            ValueError: ``checkpoint`` is of another architecture.
-        """
-        theirs = read_other(partial(load_model, checkpoint, self.backbone.dtype), self._mesh())
-        plain, own = self._names_in(theirs, checkpoint, setting), dict(self.model.named_parameters())
-        return {
-            f"model.{name}": shard_of(theirs.parameters[key], own[name], source=0).to(own[name].device)
-            for name, key in plain.items()
-        }
-
-    def _names_in(self, theirs: OtherModel, checkpoint: str, setting: str) -> dict[str, str]:
-        """By the name of every parameter here but an adapter's: its name in another model, which must be of this architecture."""
-        own = {name: p.shape for name, p in self.model.named_parameters() if "lora_" not in name}
-        plain = {name: name.replace(".base_layer", "") for name in own}
-        shapes = {(name, w.shape) for name, w in theirs.parameters.items()}
-        _require_same_shapes({(key, own[name]) for name, key in plain.items()}, shapes, checkpoint, setting)
-        return plain
-
-    def check_other(self, checkpoint: str, setting: str) -> None:
-        """Make sure, from sizes alone, that ``undefended_at`` or ``weights_of`` will find a model of this architecture.
-
-        Args:
-            checkpoint: a hub id, a folder or a GGUF file.
-            setting: that names it, for errors.
-
-        Raises:
-            SettingError: ``checkpoint`` is of another architecture.
-            OSError: it is not there, or has no weights.
-        """
-        folder = Path(checkpoint)
-        if (folder / "adapter_config.json").exists():
-            return  # of the base's sizes, and looked at when it is read
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            ours = load_model(self.checkpoint, random_weights=True, sizes=self.backbone.sizes)
-            theirs = load_model(checkpoint, random_weights=True)
-        if folder.is_dir() and not any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
-            raise FileNotFoundError(
-                f"{setting} must hold weights, and {checkpoint!r} has none. Name the model that the defended one was made from."
-            )
-        own, other = ({(name, p.shape) for name, p in model.named_parameters()} for model in (ours, theirs))
-        _require_same_shapes(own, other, checkpoint, setting)
+        """The weights of another model of this architecture, by shard; see ``other_models.weights_of``."""
+        return weights_of(self, checkpoint, setting)
 
     # ---- what a defense overrides
 
@@ -445,7 +327,7 @@ class Defense(L.LightningModule):
             start: weights where the job started, by name; those that it leaves out have not moved.
             device: where the copies wait; null keeps them beside the model.
         """
-        if not self._overrides("recover"):
+        if not self.overrides("recover"):
             yield
             return
         with borrowed(self, EVERYTHING, device) as now:
@@ -465,26 +347,26 @@ class Defense(L.LightningModule):
     def finish(self) -> None:
         """Make the model the one that is released: hardened, or recovered where ``fit`` ran a service's job. Once."""
         if self.trained != "job":
-            if not self._is_hardened(self.model.config):
-                self._harden()
-        elif not self.recovered and self._overrides("recover"):
-            with self.as_aligned(), plain_layers(self.model):  # adapters add nothing there
+            if not self.is_hardened(self.model.config):
+                self.run_harden()
+        elif not self.recovered and self.overrides("recover"):
+            with as_aligned(self), plain_layers(self.model):  # adapters add nothing there
                 start = self._copy_of([name for name, _ in self.named_parameters()])
             self._recover(start)
             self.recovered = True
 
-    def _is_hardened(self, config: PreTrainedConfig) -> bool:
+    def is_hardened(self, config: PreTrainedConfig) -> bool:
         """Whether ``harden`` has nothing to do on a model: the config.json of an export says so."""
-        return not self._overrides("harden") or self.made_by()["class"] in getattr(config, "hardened_by", [])
+        return not self.overrides("harden") or made_by(self)["class"] in getattr(config, "hardened_by", [])
 
-    def _mark_hardened(self, names: Iterable[str]) -> None:
+    def mark_hardened(self, names: Iterable[str]) -> None:
         self.model.config.hardened_by = list(names)
 
-    def _harden(self) -> None:
+    def run_harden(self) -> None:
         with self._on_plain_matrices():
             self.harden()
-        name = self.made_by()["class"]
-        self._mark_hardened([*(n for n in getattr(self.model.config, "hardened_by", []) if n != name), name])
+        name = made_by(self)["class"]
+        self.mark_hardened([*(n for n in getattr(self.model.config, "hardened_by", []) if n != name), name])
 
     def _recover(self, start: Weights) -> None:
         with self._on_plain_matrices():
@@ -601,19 +483,19 @@ class Defense(L.LightningModule):
         """
         self.recovered = False
         if self._fits_a_job:
-            if not self._is_hardened(self.model.config):
-                self._harden()
+            if not self.is_hardened(self.model.config):
+                self.run_harden()
             self.trained, self.running = "job", self.job()
             self.running.freeze()
             return
-        if self._overrides("rows") and getattr(self.trainer.datamodule, "train_on", "") != "alignment":  # type: ignore[attr-defined]
+        if self.overrides("rows") and getattr(self.trainer.datamodule, "train_on", "") != "alignment":  # type: ignore[attr-defined]
             raise SettingError(
                 f"data.train_on must be alignment for {self.label}, which acts by the rows that alignment trains on, and it is "
                 "not. Set it."
             )
         self.trained, self.running = "alignment", None
-        name = self.made_by()["class"]
-        self._mark_hardened(n for n in getattr(self.model.config, "hardened_by", []) if n != name)  # training undoes it
+        name = made_by(self)["class"]
+        self.mark_hardened(n for n in getattr(self.model.config, "hardened_by", []) if n != name)  # training undoes it
 
     def on_train_start(self) -> None:
         """A job takes its references before the first step, or gets its state from a checkpoint.
@@ -622,7 +504,7 @@ class Defense(L.LightningModule):
             SettingError: a checkpoint of the released model.
         """
         self._check_accumulation()
-        if self.recovered or (self._overrides("harden") and self.trained == "alignment" and self._is_hardened(self.model.config)):
+        if self.recovered or (self.overrides("harden") and self.trained == "alignment" and self.is_hardened(self.model.config)):
             raise SettingError(
                 "ckpt_path must be a checkpoint from before training ended to train on from, and it holds the released model, "
                 f"which {self.label} has {'recovered' if self.recovered else 'hardened'}. Name an earlier one of that run."
@@ -630,11 +512,11 @@ class Defense(L.LightningModule):
         self.zero_grad()
         self.training_state_intact = True
         if self.running is not None:
-            if self._saved_job is None:
+            if self.saved_job is None:
                 self.running.begin()
             else:
-                self.running.state = {key: _to(value, self.device) for key, value in self._saved_job.items()}
-                self._saved_job = None
+                self.running.state = {key: _to(value, self.device) for key, value in self.saved_job.items()}
+                self.saved_job = None
 
     def _check_accumulation(self) -> None:
         """Make sure that every step takes as many batches: Lightning divides by their number, and ``num_labels`` counts on it.
@@ -716,66 +598,11 @@ class Defense(L.LightningModule):
                 "save_checkpoint must be called before the attacks that follow training, and it was called after: they needed "
                 "the room of the optimizer's state. Add a ModelCheckpoint to the trainer's callbacks, or set weights_only=True."
             )
-        checkpoint["num_passes"] = self.num_passes
-        checkpoint["made_by"] = self.made_by()
-        state = {} if self.running is None else self.running.state
-        of_job = {f"{OF_JOB}{key}": value for key, value in state.items() if isinstance(value, dict)}
-        save_kept(self, self.kept | of_job, checkpoint, self.saves_folders(checkpoint))
-        checkpoint["job"] = {key: value for key, value in state.items() if not isinstance(value, dict)}
-        if self.backbone.random_weights:
-            checkpoint["drawn_from"] = self.drawn_from
-        checkpoint["trained"], checkpoint["recovered"] = self.trained, self.recovered
-        checkpoint["hardened_by"] = list(getattr(self.model.config, "hardened_by", []))
-
-    def made_by(self) -> dict[str, Any]:
-        """What decides what the weights of a checkpoint mean: the class, the model it started from, the adapters' shape."""
-        kind = type(self)
-        lora = {} if self.lora is None else asdict(self.lora) | {"dropout": None}  # which scales nothing that is trained
-        return {"class": f"{kind.__module__}.{kind.__qualname__}", "checkpoint": self.checkpoint, "lora": lora}
-
-    def check_made_by(self, checkpoint: dict[str, Any]) -> None:
-        """Make sure that a checkpoint of ``fit`` is one of this defense; another's weights would bear this one's name.
-
-        Raises:
-            SettingError: it is of another class, or of adapters of another shape.
-        """
-        ours, theirs = self.made_by(), checkpoint.get("made_by")
-        if theirs is None:  # of an earlier version
-            rank_zero_warn(f"ckpt_path says not which defense made it: its weights are taken for those of {ours['class']}.")
-            return
-        if theirs["class"] != ours["class"]:
-            raise SettingError(
-                f"ckpt_path must be a checkpoint of the model's class, {ours['class']}, and it is one of {theirs['class']}. "
-                "Name that class as the model, as the config.yaml of its run does."
-            )
-        unlike = [name for name, value in ours["lora"].items() if theirs["lora"].get(name, value) != value]
-        if bool(ours["lora"]) != bool(theirs["lora"]) or unlike:
-            raise SettingError(
-                f"lora must be as in ckpt_path, {theirs['lora'] or None}, got {ours['lora'] or None}. "
-                "Take the settings from the config.yaml of its run."
-            )
-        if theirs["checkpoint"] != ours["checkpoint"]:
-            rank_zero_warn(
-                f"ckpt_path started from checkpoint {theirs['checkpoint']!r}, and checkpoint is {ours['checkpoint']!r} now: "
-                "the tokenizer, and where a service's jobs start, are the latter's."
-            )
+        save_state(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting passes, from the same weights, in the same job, with what was ``kept``."""
-        self.check_made_by(checkpoint)
-        kept = load_kept(self, checkpoint, str(self.trainer.ckpt_path))
-        self.kept = {key: weights for key, weights in kept.items() if not key.startswith(OF_JOB)}
-        self.num_passes = checkpoint.get("num_passes", math.nan)  # of an earlier version
-        if "drawn_from" in checkpoint:
-            self.drawn_from = checkpoint["drawn_from"]
-        self.recovered = checkpoint.get("recovered", False)
-        self._mark_hardened(checkpoint.get("hardened_by", []))
-        if self.running is None:
-            of_earlier_version = "alignment" if "alignment" in self.stages or not self.stages else "job"
-            self.trained = checkpoint.get("trained", of_earlier_version)
-        elif "job" in checkpoint:
-            of_job = {key.removeprefix(OF_JOB): weights for key, weights in kept.items() if key.startswith(OF_JOB)}
-            self._saved_job = checkpoint["job"] | of_job
+        load_state(self, checkpoint)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Plain loss on held-out rows, a mean over their labels."""

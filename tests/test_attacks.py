@@ -44,6 +44,7 @@ from casehard.callbacks.search import Range, Search
 from casehard.engine.training import DivergedError
 from casehard.engine.weights import NOTHING
 from casehard.lightning_modules.job import Job
+from casehard.lightning_modules.other_models import as_aligned
 from casehard.records.outcome import jobs, outcome
 from casehard.records.rows import ResultRow, read_run
 
@@ -338,7 +339,7 @@ def test_the_aligned_model_of_random_weights_is_the_one_that_fit_began_with(tmp_
             self.began = bits(pl_module.model)
 
         def on_fit_end(self, trainer, pl_module):
-            with pl_module.as_aligned():
+            with as_aligned(pl_module):
                 self.aligned = bits(pl_module.model)
 
     kind, settings = DEFENSES["sbr"]

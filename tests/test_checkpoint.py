@@ -34,6 +34,7 @@ from casehard.engine.checkpoint import checkpoint_files, load_model, load_tokeni
 from casehard.engine.comparison import distance, logits_of
 from casehard.engine.export import save_model
 from casehard.engine.generation import generate
+from casehard.lightning_modules.other_models import undefended_at
 
 IDS = torch.arange(5, 37).view(2, 16)
 
@@ -774,7 +775,7 @@ def test_an_undefended_model_lends_its_buffers_too(tmp_path, lora):
     module = Defense(deepseek(tmp_path / "own", 0), lora=lora)
     module.configure_model()
     before, other = bits(module), load_model(deepseek(tmp_path / "other", 1))
-    with module.undefended_at(str(tmp_path / "other")):
+    with undefended_at(module, str(tmp_path / "other")):
         torch.testing.assert_close(logits(module.model), logits(other))
     assert same_bits(bits(module), before)
 
@@ -786,6 +787,6 @@ def test_an_undefended_model_that_computes_otherwise_is_an_error(checkpoint, tmp
     module.configure_model()
     before = bits(module)
     message = r"undefended_checkpoint must be .*architecture, and the weights of '.*' give other logits in it \(.*% off\), since its config"
-    with pytest.raises(ValueError, match=message), module.undefended_at(other):
+    with pytest.raises(ValueError, match=message), undefended_at(module, other):
         pass
     assert same_bits(bits(module), before)
