@@ -54,7 +54,10 @@ class _Continued(Task):
 
 @dataclass
 class Target:
-    """A model under one run of an attack, borrowed: whatever is done to it is undone.
+    """A model under one run of an attack, borrowed: whatever ``Attack.changes`` names comes back afterwards.
+
+    An attack that trains yields from ``train``, on ``batches`` of its rows, inside ``engine.adapters.trainable``, which says what
+    trains and takes a new adapter away again. One that edits weights writes into ``weights()``.
 
     Args:
         module: the model, at the weights where the attack starts.
@@ -166,7 +169,16 @@ class Attack(L.Callback):
     starts from the model that the service aligned, so for a fine-tuning stage defense from ``checkpoint``, whatever ``fit`` made
     of it since. An ``open_weight`` attacker starts from the release.
 
-    A subclass overrides ``steps``, and what else differs of ``changes``, ``rows``, ``evaluation``, ``respond`` and ``settings``.
+    A subclass overrides ``steps``, sets ``num_attack_steps``, its last, before ``super().__init__``, and overrides what else
+    differs. They are called so:
+
+    - before weights load: ``prepare``, which calls ``rows``, so that what is missing shows; once they are there ``check_model``;
+    - for every model that is attacked, defended or not: ``changes``, then ``steps``;
+    - for every scoring, before the first step and at ``score_steps``: ``evaluation``, then ``respond`` on its prompts;
+    - for the rows of the tables: ``settings``, ``what_trains``, ``notes``.
+
+    One object attacks several models: what a run has to remember belongs into ``target.state``. A variant of fine-tuning starts
+    from ``FullParameterAttack`` or ``LoRAAttack``.
 
     Args:
         threat_model: finetuning_service: the provider trains, and a fine-tuning stage defense acts; open_weight: the attacker

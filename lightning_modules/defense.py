@@ -52,10 +52,22 @@ STAGE_OF: dict[str, Stage] = {  # by the method that is overridden
 class Defense(L.LightningModule):
     """Plain supervised fine-tuning: the undefended baseline, and the base class of every defense.
 
-    A defense acts in the stages whose methods it overrides: ``alignment_loss``, ``rows`` or ``harden`` (before release), ``job``
-    (while a service fine-tunes on its customer's rows), ``recover`` (after that); or in those that its class declares as
-    ``stages``. ``fit`` trains what the rows are for: a service's job, then ``recover``, where the defense does not act before
-    release or where it does and ``data.train_on`` is ``mixture``; else ``alignment_loss``, then ``harden``.
+    What a defense overrides says in which stages it acts: alignment (``rows``, ``alignment_loss``, ``harden``), before release;
+    fine-tuning (``job``), while a service trains on a customer's rows; post-fine-tuning (``recover``), after that. A class that
+    acts by one of Lightning's hooks, as TAR does once an optimizer step, declares ``stages``. The methods are called so:
+
+    - ``fit`` of an alignment: ``rows``; ``on_fit_start``, the place to open a ``stream``; ``alignment_loss`` once a batch, and so
+      several times a step where batches are accumulated; ``harden`` at the end.
+    - ``fit`` of a job: ``harden``, unless the checkpoint is hardened; ``job``; the hooks of that ``Job``; ``recover`` at the end.
+      This is what ``fit`` runs where the defense acts after release only, or also then and ``data.train_on`` is ``mixture``.
+    - An attack at a service, which starts from the model as it was aligned: a new ``job``, its hooks, and before every scoring
+      ``recover``, on a loan.
+    - An open-weight attack, which starts from the release: none of them.
+    - A resumed ``fit``: as above, from ``kept`` and the job's ``state`` as the checkpoint brings them, and without the job's
+      ``begin``. All else that a step needs must follow from the settings and the step's number, as a ``stream`` does.
+
+    Processes share out the rows of a batch, and weights may be sharded. Change weights by ``local(p)``, in place, and take the
+    gradients of other losses by ``gradient``: both are right on any number of processes.
 
     Args:
         checkpoint: the model to start from: a hub id, a folder or a GGUF file. Of an adapter (peft), the model that it makes of

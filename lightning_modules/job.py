@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 
 class Job:
-    """A customer's fine-tuning at a service, with all of its state: a Task; by itself it is plain SFT.
+    """A customer's fine-tuning at a service, with all of its state; by itself it is plain SFT.
 
-    A fine-tuning stage defense returns its own subclass from ``Defense.job``. What a job remembers belongs to the job and not to
-    the defense: an attack in the middle of ``fit`` runs another job on the same defense. Hooks run in this order: ``freeze``,
-    ``begin``, then for every optimizer step ``loss`` (once a micro-batch), ``before_step``, ``after_step``.
+    A fine-tuning stage defense returns its own subclass from ``Defense.job``; ``fit`` and every attack at a service then run it.
+    Hooks run in this order: ``freeze``, ``begin``, then for every optimizer step ``loss`` (once a micro-batch), ``before_step``,
+    ``after_step``. A resumed ``fit`` calls ``freeze``, not ``begin``, and goes on.
+
+    What a job remembers belongs into ``state``, not to the defense: an attack in the middle of ``fit`` runs another job on the
+    same defense. Settings are the defense's, ``self.defense.weight``.
 
     Args:
         defense: whose model is trained. It is at the weights where the job starts.
@@ -27,7 +30,7 @@ class Job:
         self.defense = defense
         self.state: dict[
             str, Any
-        ] = {}  # tensors, Weights and numbers: saved with a checkpoint of ``fit``, brought back on resume
+        ] = {}  # tensors, Weights and numbers, which a checkpoint of ``fit`` saves and resuming brings back
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
 
     def freeze(self) -> None:
@@ -37,7 +40,10 @@ class Job:
         """Take references into ``state``, before the first step. Not called on resume: the checkpoint brings ``state``."""
 
     def loss(self, batch: Batch, step: int) -> Tensor:
-        """Loss of a batch, a scalar; ``step`` counts optimizer steps from 0."""
+        """Loss of a batch, a scalar; ``step`` counts optimizer steps from 0.
+
+        A term in the weights alone is right on shards as its gradient, which ``before_step`` adds.
+        """
         return self.defense.sft_loss(batch)
 
     def before_step(self, step: int) -> None:
