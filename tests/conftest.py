@@ -13,6 +13,8 @@ import pytest
 # files of long tests, which are begun first, so that both workers end together
 LONG = [
     "distributed",
+    "distributed_adapters",
+    "roles",
     "attack_ranks",
     "cli",
     "study",
