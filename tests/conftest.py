@@ -13,20 +13,24 @@ import pytest
 # files of long tests, which are begun first, so that both workers end together
 LONG = [
     "distributed",
+    "attacks",
     "distributed_adapters",
-    "roles",
-    "attack_ranks",
     "cli",
+    "attack_ranks",
     "study",
+    "report",
+    "jobs",
     "patcher",
     "sbr",
-    "attacks",
+    "roles",
+    "loading_ranks",
+    "conformance",
     "memory",
     "compile",
     "dashboard",
     "card",
     "adapters",
-    "report",
+    "checkpoint",
 ]
 
 
