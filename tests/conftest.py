@@ -13,18 +13,24 @@ import pytest
 # files of long tests, which are begun first, so that both workers end together
 LONG = [
     "distributed",
-    "attack_ranks",
+    "attacks",
+    "distributed_adapters",
     "cli",
+    "attack_ranks",
     "study",
+    "report",
+    "jobs",
     "patcher",
     "sbr",
-    "attacks",
+    "roles",
+    "loading_ranks",
+    "conformance",
     "memory",
     "compile",
     "dashboard",
     "card",
     "adapters",
-    "report",
+    "checkpoint",
 ]
 
 

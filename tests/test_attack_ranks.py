@@ -10,8 +10,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from ranks import bits_of_shards
 from test_attacks import python_state
-from test_distributed import bits_of_shards
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from toy import ATTACKS, DEFENSES, csv_rows, looking, on_ranks, same_bits, toy_data, toy_trainer

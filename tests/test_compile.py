@@ -33,7 +33,7 @@ def num_compiled() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("defense", ["none", "sbr"])  # Patcher's is compiled in test_distributed
+@pytest.mark.parametrize("defense", ["none", "sbr"])  # Patcher's is compiled in test_distributed_adapters
 def test_a_compiled_model_is_trained_and_attacked_as_it_would_be_otherwise(checkpoint, tmp_path, defense):
     kind, settings = DEFENSES[defense]
     settings = settings | {"optimizer": Optimizer(1e-2, "sgd")}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from test_distributed import trainer
+from ranks import trainer
 from test_patcher import ATTACKER, data
 from test_sbr import rows_of
 from torch.distributed.tensor import DTensor

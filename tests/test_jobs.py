@@ -326,10 +326,8 @@ def test_attacks_in_the_middle_of_fit_leave_no_trace_in_python_state(checkpoint,
     kind, settings = DEFENSES[defense.removesuffix("_lora")]
     module = kind(checkpoint, optimizer=ADAMW, lora=LoRA(rank=2) if defense.endswith("_lora") else None, **settings)
     shape = {**FAST, "num_attack_steps": 1, "every_n_epochs": 1}
-    attacks = [
-        attack(who, **shape) for attack in (FullParameterAttack, LoRAAttack) for who in ("open_weight", "finetuning_service")
-    ]
-    data = toy_data(**DATA.get(defense, {}))
+    attacks = [FullParameterAttack("open_weight", **shape), LoRAAttack("finetuning_service", **shape)]  # others: test_attacks
+    data = toy_data(**DATA.get(defense, {}), harmful_prompts=["sandbox:test/harmful#train[:1]"], benign_prompts=[], task=[])
     fitted(module, tmp_path, data, callbacks=[Look(), *attacks, Look()], limit_train_batches=2, max_steps=4)
     assert (seen[0], seen[2]) == (seen[1], seen[3])
     assert seen[0] != seen[2]  # it is looked at

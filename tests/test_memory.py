@@ -37,7 +37,7 @@ def test_activations_computed_again_give_the_same_gradient(checkpoint, lora):
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
 def test_attacks_on_a_gpu_leave_every_bit(checkpoint, tmp_path, strategy, defense, copy_device):
     from lightning.pytorch.strategies import ModelParallelStrategy
-    from test_distributed import Untouched
+    from ranks import Untouched
 
     kind, settings = DEFENSES[defense]
     settings = settings | ({"copy_device": copy_device} if defense == "patcher" else {})

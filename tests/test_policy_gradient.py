@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from test_distributed import UNEVEN, answers, rows, trainer
+from ranks import UNEVEN, answers, rows, trainer
 from torch.testing import assert_close
 from toy import DEFENSES, FAST, LengthJudge, bits, looking, on_ranks, toy_data, toy_trainer
 
