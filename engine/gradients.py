@@ -56,7 +56,7 @@ def average_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup |
     A parameter that no rank has used gets zeros, because a rank knows its own passes only. Memory: one bucket, no copy of all.
     """
     parameters = [p for p in parameters if not isinstance(p, DTensor)]
-    if not parameters or not (dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1):
+    if not parameters or (size := _num_ranks(group)) == 1:
         return
     for p in parameters:
         if p.grad is None:
@@ -64,7 +64,7 @@ def average_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup |
     for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
         mean = torch.cat([g.flatten() for g in bucket])
         dist.all_reduce(mean, group=group)
-        mean /= dist.get_world_size(group)
+        mean /= size
         for g, part in zip(bucket, mean.split([g.numel() for g in bucket]), strict=True):
             g.copy_(part.view_as(g))
 
