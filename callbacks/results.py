@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from casehard.engine.export import save_model
 from casehard.lightning_modules.defense import Defense
-from casehard.metrics.columns import Answer
+from casehard.metrics.columns import Answer, Column
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import NO_VERDICT
 from casehard.records.answers import ANSWERS
@@ -53,13 +53,13 @@ class Results(L.Callback):
         The evaluation gets its number here.
         """
         if self._evaluation is None:
-            self._evaluation = self._begin(row.epoch)
+            self._evaluation = self._begin(row.epoch, row.own)
         self._evaluation += 1
         row = replace(row, evaluation=self._evaluation)
         append_row(self.folder, row, answers if self.generations else None)
         self.rows.append(row)
         name, rows = self._job()
-        metrics = {f"attack/{name}/{n}": float(row.metrics[n]) for n in logged_metrics() if not math.isnan(row.metrics[n])}
+        metrics = {f"attack/{name}/{n}": float(row.metrics[n]) for n in logged_metrics(row.own) if not math.isnan(row.metrics[n])}
         for logger in trainer.loggers:
             logger.log_metrics(metrics | {"attack_step": float(row.num_attack_steps)}, step=trainer.global_step)
             if isinstance(logger, WandbLogger):
@@ -68,16 +68,17 @@ class Results(L.Callback):
                     columns, data = _wandb_table(row, answers)
                     logger.log_table(f"generations/{name}", columns, data, step=trainer.global_step)
 
-    def _begin(self, epoch: str) -> int:
+    def _begin(self, epoch: str, own: tuple[Column, ...]) -> int:
         """Write the files of results with what they keep; returns the last number of an evaluation.
 
         A run that goes on keeps what was found in earlier epochs of ``fit``; from ``epoch`` on it is found anew.
         """
-        kept = Run(self.folder, [], [])
+        kept = Run(self.folder, [], [], own)
         if self._goes_on and (self.folder / ROWS).exists():
             before = read_run(self.folder, may_be_empty=True)
             earlier = [bool(row.epoch) and (not epoch or int(row.epoch) < int(epoch)) for row in before.rows]
-            kept = Run(self.folder, list(compress(before.rows, earlier)), list(compress(before.answers, earlier)))
+            rows = [row.measured_by(own) for row in compress(before.rows, earlier)]
+            kept = Run(self.folder, rows, list(compress(before.answers, earlier)), own)
         write_run(kept, answers=self.generations or (self.folder / ANSWERS).exists())
         self.rows = list(kept.rows)
         return max((row.evaluation for row in kept.rows), default=0)

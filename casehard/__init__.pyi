@@ -33,7 +33,10 @@ from casehard.metrics.judges import Verdict as Verdict
 from casehard.metrics.local_judges import GuardJudge as GuardJudge
 from casehard.metrics.local_judges import ModerationJudge as ModerationJudge
 from casehard.metrics.local_judges import StrongRejectJudge as StrongRejectJudge
+from casehard.metrics.metric import Metric as Metric
 from casehard.metrics.refusal_phrases import RefusalPhraseJudge as RefusalPhraseJudge
 from casehard.metrics.rubric_judge import RubricJudge as RubricJudge
+from casehard.metrics.task_metrics import RougeL as RougeL
+from casehard.metrics.task_metrics import TaskLoss as TaskLoss
 
 __all__: list[str]

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from casehard.evidence.own_metrics import metrics_of
 from casehard.metrics.columns import Answer, summarise
 from casehard.metrics.conversation import prompt_of
 from casehard.metrics.errors import SettingError
@@ -62,11 +63,12 @@ def rejudged(run: Run, judge: Judge) -> Run:
         [a | verdicts[a["kind"]][_pair(a)]._asdict() if a["kind"] in verdicts and a.get("answered", True) else a for a in block]
         for block in run.answers
     ]
+    own = tuple(metric.column() for metric in metrics_of(run.folder, run.own))
     rows = [
-        replace(row, metrics=summarise(block, judge.success_threshold), judge=judge.label)
+        replace(row, metrics=summarise(block, judge.success_threshold, own), own=own, judge=judge.label)
         for row, block in zip(run.rows, answers, strict=True)
     ]
-    return Run(_folder(run.folder / JUDGED, judge.label), rows, answers)
+    return Run(_folder(run.folder / JUDGED, judge.label), rows, answers, own)
 
 
 def _folder(root: Path, label: str) -> Path:

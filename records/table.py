@@ -1,15 +1,15 @@
 """Result rows as a table for people, in a terminal."""
 
+import math
 from itertools import zip_longest
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from casehard.metrics import columns
 from casehard.metrics.refusal_phrases import error_rates
 from casehard.records.outcome import jobs, steps_to_break
-from casehard.records.rows import ResultRow
+from casehard.records.rows import ResultRow, shared_columns
 
 
 def terminal() -> Console:
@@ -20,7 +20,7 @@ def terminal() -> Console:
 def results_table(rows: list[ResultRow]) -> Table:
     """The rows, each attack headed by the step at which it broke the model."""
     table = Table(title="Results (percent; harmful score: lower is safer)")
-    brief = [column for column in columns.COLUMNS if column.label and column.brief]
+    brief = [column for column in shared_columns(rows) if column.label and column.brief]
     for name in ("attack", "defense"):
         table.add_column(name)
     for name in ("step", *(column.label.lower() for column in brief)):
@@ -29,7 +29,9 @@ def results_table(rows: list[ResultRow]) -> Table:
     for members in jobs(rows).values():
         heads, sides = _heads(members[0]), _sides(members)
         for row, head, side in zip_longest(members, heads, sides):
-            cells = [] if row is None else [str(row.num_attack_steps), *(f"{row.metrics[c.name]:.1f}" for c in brief)]
+            cells = (
+                [] if row is None else [str(row.num_attack_steps), *(c.shown(row.metrics.get(c.name, math.nan)) for c in brief)]
+            )
             if row is not None and row.note:
                 cells[1] += "*" * (notes.index(row.note) + 1)
             table.add_row(*(Text(cell) for cell in (head or "", side or "", *cells)))
