@@ -103,6 +103,7 @@ class Cli(PrivateCLI):
                 seed_everything_default=0,
                 parser_class=TrainingParser,
                 save_config_callback=SaveConfig,
+                auto_configure_optimizers=False,  # a defense has its own
                 parser_kwargs={"prog": "casehard", **dict.fromkeys(("fit", "validate", "test"), defaults)},
                 args=args,
             )
