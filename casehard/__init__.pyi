@@ -37,3 +37,4 @@ from casehard.metrics.refusal_phrases import RefusalPhraseJudge as RefusalPhrase
 from casehard.metrics.rubric_judge import RubricJudge as RubricJudge
 
 __all__: list[str]
+MODULES: dict[str, str]

@@ -28,6 +28,7 @@ to begin:
 Names of experiments are files of yours or those that come with casehard, with or without experiments/ and .yaml.
 `casehard COMMAND --help` lists the settings of a command, `casehard --version` says which casehard this is."""
 HELP = ("-h", "--help")
+CLASSES = (*TRAINING, "judge")  # commands whose settings are classes
 
 
 def main(args: list[str] | None = None) -> None:
@@ -38,6 +39,12 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     name = command(args[:1])
+    if name in CLASSES and any(word in HELP or ".help" in word for word in args[1:]):
+        from casehard.cli.help import asked
+
+        if text := asked(name, (TRAINING | OTHERS)[name], args[1:]):
+            print(text)
+            return
     try:
         if name in TRAINING:
             from casehard.cli.lightning_cli import train

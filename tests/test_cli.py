@@ -702,10 +702,6 @@ def test_sandbox_command_prints_rows_of_every_split(call):
     assert "--num_rows" in call("sandbox", "--help")
 
 
-def test_help_explains_the_settings(call):
-    assert "regularisation strength" in call("fit", "--model.help", "SBRModule")
-
-
 def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
     writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     writer.save_checkpoint({"step": torch.tensor(1)}, path)

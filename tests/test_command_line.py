@@ -1,13 +1,19 @@
 """The commands, their names and helps, and what they say."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 from toy import ROOT
 
+import casehard
+from casehard.cli.help import USELESS, class_help, public
+from casehard.cli.lightning_cli import Cli
 from casehard.cli.main import OTHERS, TRAINING
 from casehard.shipped import experiment
 from casehard.version import revision
@@ -123,3 +129,84 @@ def test_an_earlier_config_with_the_settings_that_never_had_a_use_is_read(call):
     text = "{optimizer: null, lr_scheduler: null, trainer: {max_steps: 7}}"
     assert yaml.safe_load(call("fit", "--config", text, "--print_config"))["trainer"]["max_steps"] == 7
     assert "unrecognized arguments: --optimizer Adam" in call("fit", "--optimizer", "Adam", fails=True)
+
+
+# ---- help
+
+
+class Parsers(Exception):  # noqa: N818  no error: Lightning offers no other way to stop
+    """Those of the commands that train."""
+
+
+class Parsing(Cli):
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        raise Parsers({name: self.parser_of(name) for name in TRAINING})
+
+
+@pytest.fixture(scope="module")
+def parsers() -> dict[str, Any]:
+    with pytest.raises(Parsers) as found:
+        Parsing([])
+    return found.value.args[0]
+
+
+def options(text: str) -> set[str]:
+    """The settings that a help lists, but for heads of groups and classes."""
+    return set(re.findall(r"^  (?:-c, )?(--[\w.]+\w)(?= |$)", text, re.MULTILINE))
+
+
+def words(text: str) -> str:
+    return " ".join(text.replace("``", "`").split())
+
+
+@pytest.mark.parametrize("command", list(TRAINING))
+def test_help_lists_every_setting_that_the_parser_takes_with_what_its_docstring_says(call, parsers, command):
+    shown = call(command, "--help")
+    actions = {name: action for action in parsers[command]._actions for name in action.option_strings if name.startswith("--")}
+    taken = {name for name in actions if not name.endswith((".help", "+", "--help")) and "_" not in actions[name].dest[:1]}
+    groups = {"--trainer", "--data", "--run", "--data.sources", "--data.evaluation", "--data.batching"}
+    useless = {f"--trainer.{name}" for name in USELESS}
+    assert useless < taken
+    assert options(shown) == {
+        *taken - groups - useless - {"--weights_only"},
+        *(o for o in options(shown) if o.startswith("--model.init_args.")),
+    }
+    flat = words(shown)
+    for name in sorted(o for o in options(shown) if o.startswith(("--run.", "--data."))):
+        assert words(actions[name].help or "") in flat
+    order = [shown.index(f"\n{part}") for part in ("what runs", "run:", "model:", "data:", "trainer.callbacks:", "trainer:")]
+    assert order == sorted(order)
+    assert len(shown.splitlines()) < 300
+
+
+@pytest.mark.parametrize("name", sorted({**public("Defense"), **public("Callback"), **public("Judge")}))
+def test_help_of_a_class_lists_what_its_parser_takes(name):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(getattr(casehard, name), fail_untyped=False, sub_configs=True)
+    taken = {action.dest for action in parser._actions} - {"help"}
+    shown = class_help(name)
+    assert shown is not None
+    listed = set(re.findall(r"^  ([a-z][\w.]*)(?: |$|\.\*)", shown.partition("settings (init_args):")[2], re.MULTILINE))
+    assert {setting for setting in listed if "." not in setting} == {setting.partition(".")[0] for setting in taken}
+
+
+def test_help_of_classes_says_what_they_take(call):
+    assert "regularisation strength" in call("fit", "--model.help", "SBRModule")
+    attack = call("fit", "--trainer.callbacks.help=casehard.LoRAAttack")
+    assert "adapter.\n" in attack
+    assert "optimizer.learning_rate" in attack
+    assert "settings see" not in attack
+    judge = call("judge", "--help")
+    assert all(f"  {name} " in judge for name in public("Judge"))
+    assert "concurrency" in call("judge", "--judge.help", "RubricJudge")
+
+
+@pytest.mark.parametrize("args", [["fit", "--help"], ["judge", "--help"], ["fit", "--model.help", "SBRModule"]])
+def test_help_needs_no_torch(args):
+    run = (
+        f"import sys, time\nfrom casehard.cli.main import main\nmain({args})\nprint(time.process_time(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, torch = done.stdout.split()[-2:]
+    assert torch == "False"
+    assert float(seconds) < 2
