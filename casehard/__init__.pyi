@@ -40,3 +40,4 @@ from casehard.metrics.task_metrics import RougeL as RougeL
 from casehard.metrics.task_metrics import TaskLoss as TaskLoss
 
 __all__: list[str]
+MODULES: dict[str, str]

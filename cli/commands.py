@@ -7,7 +7,7 @@ from jsonargparse import CLI
 
 import casehard
 from casehard.cli.parsing import CommandParser, refusals
-from casehard.shipped import shipped
+from casehard.shipped import experiment
 
 
 def study(
@@ -26,7 +26,7 @@ def study(
     ones only.
 
     Args:
-        file: YAML with defenses, attacks and seeds, such as experiments/studies/sandbox.yaml.
+        file: YAML with defenses, attacks and seeds, or the name of a study that comes with casehard, such as sandbox.
         root: where run folders are made; the study's own is ROOT/NAME.
         parallel: cells at a time; by default one a CUDA device, or one a core. Several that share the cores of a machine without
             CUDA get a thread each (OMP_NUM_THREADS=1, unless you set it); others as many as torch takes.
@@ -36,7 +36,7 @@ def study(
     from casehard.cli.lightning_cli import resolved
     from casehard.evidence.study import run_study
 
-    run_study(resolved, shipped(file), root, parallel, cluster, cluster_settings or {})
+    run_study(resolved, experiment(file, "experiments/studies"), root, parallel, cluster, cluster_settings or {})
 
 
 def sandbox(split: str | None = None, kind: str | None = None, num_rows: int = 2, tokenizer: str | None = None) -> None:

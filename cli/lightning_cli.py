@@ -7,7 +7,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
@@ -24,6 +24,7 @@ from casehard.callbacks.results import Results
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
 from casehard.cli.private import PrivateCLI, wandb_settings
 from casehard.cli.run_folder import claim_run_folder, held, keep_metrics, require_unfinished, write_marker
+from casehard.cli.run_settings import RunSettings
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.fit_checkpoint import numbers_only, read_notes
 from casehard.engine.training import DivergedError
@@ -103,6 +104,7 @@ class Cli(PrivateCLI):
                 seed_everything_default=0,
                 parser_class=TrainingParser,
                 save_config_callback=SaveConfig,
+                auto_configure_optimizers=False,  # a defense has its own
                 parser_kwargs={"prog": "casehard", **dict.fromkeys(("fit", "validate", "test"), defaults)},
                 args=args,
             )
@@ -119,31 +121,7 @@ class Cli(PrivateCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--run.experiment", type=str | None, default=None, help="name of the run; by default the first --config's"
-        )
-        parser.add_argument(
-            "--run.version", type=str | None, default=None, help="name of the run's folder; by default the next number"
-        )
-        parser.add_argument("--run.root", type=str, default="runs", help="where run folders are made")
-        parser.add_argument("--run.wandb", type=Literal["offline", "online", "disabled"], default="offline", help="W&B logging")
-        parser.add_argument("--run.project", type=str, default="casehard", help="W&B project")
-        parser.add_argument("--run.group", type=str, default="", help="W&B group of the run; by default its experiment's name")
-        parser.add_argument("--run.tags", type=list[str], default=[], help="W&B tags of the run")
-        parser.add_argument("--run.export", type=bool, default=True, help="write the trained model in Hugging Face format")
-        parser.add_argument(
-            "--run.checkpoint_steps",
-            type=int | None,
-            default=None,
-            help="optimizer steps between checkpoints, from which --ckpt_path goes on; by default one an epoch",
-        )
-        parser.add_argument("--run.generations", type=bool, default=True, help="write generated answers to generations.jsonl")
-        parser.add_argument(
-            "--run.wandb_generations",
-            type=bool,
-            default=False,
-            help="also send generated answers to W&B, a table an evaluation; with real data they are harmful texts",
-        )
+        parser.add_class_arguments(RunSettings, "run", instantiate=False)
 
     def config_text(self) -> str:
         """The resolved config of the command, as YAML."""

@@ -53,27 +53,6 @@ def run(*args: str) -> str:
 
 
 Call = Callable[..., str]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """What the command prints, run in this process, which spares it the imports; a failing one gives its error."""
-
-    def called(*args: str, fails: bool = False) -> str:
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["casehard"])
-        try:
-            casehard.main(list(args))
-            code: object = None
-        except SystemExit as stop:
-            code = stop.code
-        shown = capsys.readouterr()
-        assert bool(code) == fails, shown.err
-        return shown.err + str(code) if fails else shown.out
-
-    return called
-
-
 SECRET_KEY = "sk-quite-secret"
 SCORED = [
     "--data.evaluation.num_evaluated",
@@ -721,10 +700,6 @@ def test_sandbox_command_prints_rows_of_every_split(call):
     for split in ("pretrain", "defender", "attacker", "validation", "test"):
         assert f"sandbox:{split}/harmful" in shown
     assert "--num_rows" in call("sandbox", "--help")
-
-
-def test_help_explains_the_settings(call):
-    assert "regularisation strength" in call("fit", "--model.help", "SBRModule")
 
 
 def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
