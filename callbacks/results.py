@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
@@ -17,9 +17,13 @@ from casehard.metrics.columns import Answer, Column
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import NO_VERDICT
 from casehard.records.answers import ANSWERS
+from casehard.records.frames import as_html, frame
 from casehard.records.outcome import job, logged_metrics, outcome
 from casehard.records.rows import ROWS, ResultRow, Run, append_row, read_run, write_run
 from casehard.records.table import results_table, terminal
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Results(L.Callback):
@@ -131,6 +135,14 @@ class Results(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on."""
         self.training_seconds = state_dict["seconds"]
+
+    def frame(self) -> "DataFrame":
+        """The rows, as a data frame of pandas."""
+        return frame(self.rows)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return as_html(self.rows, f"Run folder: {self.folder}")
 
     @rank_zero_only
     def close(self) -> None:

@@ -247,21 +247,21 @@ def experiment_name(config: Any) -> str:
     return names[0] if names else "casehard"
 
 
-def train(args: list[str]) -> None:
-    """Run ``fit``, ``validate`` or ``test``.
+def train(args: list[str]) -> Path:
+    """Run ``fit``, ``validate`` or ``test``. Returns the run's folder.
 
     Raises:
         SettingError: a setting must be another, or training diverged.
         SystemExit: with the status of a process that SIGTERM ended.
     """
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # they are those of the process, or meant
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
     warnings.filterwarnings("ignore", message=".*overriding `LightningModule.optimizer_")  # so it is meant
-    sys.argv[1:] = args  # launchers start further processes by it
     inherited = RUN_FOLDER in os.environ
     try:
         with refusals():
-            Cli()
+            return Cli(args).folder
     except (DivergedError, MisconfigurationException) as error:
         raise SettingError(str(error)) from error
     except SIGTERMException:  # from an attack, or from Lightning's training loop between two batches
@@ -294,5 +294,5 @@ def resolved(args: list[str]) -> str:
     except _Resolved as text:
         return str(text)
     except SystemExit as stop:
-        raise SettingError(f"every cell must be a command that works, and this one does not: {' '.join(args)}") from stop
+        raise SettingError(f"every cell must be a command that works, and this one does not: {' '.join(args)} ({stop})") from stop
     raise AssertionError("the resolver stops where the config is read")

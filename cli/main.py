@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from casehard.metrics.errors import SettingError
+from casehard.metrics.errors import Misread, SettingError
 
 TRAINING = {
     "fit": "train a defense, export its model and attack it",
@@ -49,11 +49,15 @@ def main(args: list[str] | None = None) -> None:
         if name in TRAINING:
             from casehard.cli.lightning_cli import train
 
+            sys.argv[1:] = args  # launchers start further processes by it
             train(args)
         else:
             from casehard.cli.commands import run
 
             run(name, args[1:])
+    except Misread as error:
+        sys.stderr.write(f"{error.prog} --help lists the settings.\nerror: {error}\n")  # last: a study shows a log's last line
+        raise
     except (SettingError, OSError) as error:
         if os.environ.get("CASEHARD_TRACEBACK"):
             raise

@@ -17,7 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import casehard
 from casehard.cli.yaml_texts import MODE, as_class, safe
-from casehard.metrics.errors import SettingError
+from casehard.metrics.errors import Misread, SettingError
 from casehard.shipped import experiment, shipped
 
 
@@ -101,12 +101,11 @@ class PlainErrors:
         return f"{option}{equals}{as_class(value)}"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and leave; parsers of the classes within raise, as they do."""
+        """Leave with the sentence; parsers of the classes within raise, as they do."""
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
-        sys.stderr.write(f"{prog} --help lists the settings.\nerror: {plain(message)}\n")  # last: a study shows a log's last line
-        sys.exit(2)
+        raise Misread(plain(message), prog)
 
 
 class CommandParser(PlainErrors, ArgumentParser):

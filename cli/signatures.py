@@ -10,6 +10,7 @@ from pathlib import Path
 
 import docstring_parser
 
+import casehard
 from casehard.shipped import PACKAGE
 
 Node = ast.ClassDef | ast.FunctionDef
@@ -67,6 +68,17 @@ class Source:
     def bases(self) -> list["Source"]:
         """Those of them that are casehard's."""
         return [base for name in self.base_names() if (base := find(self.module, name))]
+
+    def is_a(self, base: str) -> bool:
+        """Whether it is, or derives from, the class that casehard calls ``base``, or one of that name where casehard has none."""
+        known = find(casehard.MODULES.get(base, ""), base)
+        return base in (self.node.name, *self.ancestors()) if known is None else known in (self, *self.lineage())
+
+    def lineage(self) -> Iterator["Source"]:
+        """All classes that it derives from and that are casehard's."""
+        for base in self.bases():
+            yield base
+            yield from base.lineage()
 
     def ancestors(self) -> Iterator[str]:
         """Names of all classes that it derives from, as far as casehard's sources tell."""

@@ -18,7 +18,7 @@ from casehard.records.rows import ROWS, Run, read_run, write_run
 from casehard.records.table import results_table, terminal
 
 
-def main(run: str, *, judge: Judge) -> None:
+def main(run: str, *, judge: Judge) -> Path:
     """Score a run's saved answers by another judge, without the model.
 
     Writes RUN/judged/JUDGE/attacks.csv and generations.jsonl, which can be read as a run, and says how far this judge agrees with
@@ -47,6 +47,7 @@ def main(run: str, *, judge: Judge) -> None:
     for name, other in _others(Path(run), other_run.folder):
         console.print(f"Agreement with {name}: {described(agree(other_run, other))}", soft_wrap=True)
     console.print(f"Verdicts: {other_run.folder}", soft_wrap=True)
+    return other_run.folder
 
 
 def rejudged(run: Run, judge: Judge) -> Run:

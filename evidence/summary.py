@@ -388,13 +388,13 @@ def marker_of(folder: Path) -> Marker | None:
 def _runs(folder: Path) -> list[tuple[Path, str, str]]:
     """Run folders with the names that a study gives defense and attack, "" where it gives none."""
     if (folder / INDEX).exists():
-        return [(path, cell.defense, cell.attack) for cell, path, why in _reported(folder) if cell.attack and not why]
+        return [(path, cell.defense, cell.attack) for cell, path, why in reported(folder) if cell.attack and not why]
     if (marker := read_marker(folder)) and (what := next(changed_results(marker, folder), "")):
         raise SettingError(f"runs must hold the results that they came to, and {what}. Run it again, or leave it out.")
     return [(folder, "", "")]
 
 
-def _reported(study: Path) -> Iterator[tuple[Cell, Path, str]]:
+def reported(study: Path) -> Iterator[tuple[Cell, Path, str]]:
     """Trainings, and cells that are to be reported, each with its folder and why it is left out, "" if it is not."""
     for cell in read_cells(study):
         folder = study / Path(cell.folder).name
@@ -411,7 +411,7 @@ def _reported(study: Path) -> Iterator[tuple[Cell, Path, str]]:
 def left_out(folders: Iterable[str | Path]) -> list[tuple[str, str]]:
     """Cells of studies that are not reported on, by name, with the reason."""
     studies = [Path(folder) for folder in folders if Path(folder, INDEX).exists()]
-    return [(f"{study.resolve().name}/{cell.name}", why) for study in studies for cell, _, why in _reported(study) if why]
+    return [(f"{study.resolve().name}/{cell.name}", why) for study in studies for cell, _, why in reported(study) if why]
 
 
 def differences(series: list[Series]) -> list[str]:

@@ -12,6 +12,22 @@ class SettingError(ValueError):
     """
 
 
+class Misread(SystemExit):
+    """A command line or a config that cannot be read, on its way past whoever catches a ValueError; exit status 2.
+
+    Args:
+        sentence: what is wrong.
+        prog: the command.
+    """
+
+    def __init__(self, sentence: str, prog: str) -> None:
+        super().__init__(2)
+        self.sentence, self.prog = sentence, prog
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
 def raised_by(whose: str, error: Exception) -> SettingError:
     """What a user's own code raised, in a sentence. Not what the error says, which may repeat an answer.
 
