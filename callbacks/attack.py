@@ -403,7 +403,7 @@ class Attack(L.Callback):
                     self._record(target, 0, before, 0.0, outcome)
                 if step in self.score_steps:
                     scores = self.scores(target)
-                    target.bar["harmful_score"] = f"{scores.metrics['harmful_score']:.1f}"
+                    target.bar["harmful"] = f"{scores.metrics['harmful_score']:.1f}"
                     self._record(target, step, scores, seconds, outcome)
                 since = time.perf_counter()
             assert step == self.num_attack_steps, f"{self.name} took {step} steps, and its num_attack_steps is not that"

@@ -1,5 +1,6 @@
 """``fit``, ``validate`` and ``test``: Lightning's command line, and what a run leaves in its folder."""
 
+import logging
 import os
 import re
 import signal
@@ -22,21 +23,32 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import casehard
 from casehard.callbacks.results import Results
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
-from casehard.cli.private import PrivateCLI, wandb_settings
+from casehard.cli.private import PrivateCLI, QuietWandbLogger
 from casehard.cli.run_folder import claim_run_folder, held, keep_metrics, require_unfinished, write_marker
 from casehard.cli.run_settings import RunSettings
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.fit_checkpoint import numbers_only, read_notes
-from casehard.engine.training import DivergedError
+from casehard.engine.training import DivergedError, narrow
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
 from casehard.records.files import RUN_FOLDER
+from casehard.records.table import terminal
 from casehard.shipped import PACKAGE
+
+LIGHTNING = Path(L.__file__).parent
 
 
 class ProgressBar(TQDMProgressBar):
     """As the attacks' own bars; also shows where a defense stands, such as its round."""
+
+    def init_train_tqdm(self) -> Any:
+        """Lightning's; on a narrow terminal without the bar itself, so that the losses can be read."""
+        bar = super().init_train_tqdm()
+        bar.set_description(bar.desc, refresh=False)  # with the colon that every later one has
+        if narrow(bar):
+            bar.bar_format = "{desc}{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        return bar
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Lightning's, under their short names."""
@@ -202,7 +214,7 @@ class Cli(PrivateCLI):
             name, group = f"{folder.parent.name}-{folder.name}", config.run.group or folder.parent.name
             where = {"save_dir": folder, "project": config.run.project, "offline": offline}
             place = {"group": group, "job_type": self.subcommand, "tags": config.run.tags}
-            wandb = WandbLogger(name=name, settings=wandb_settings(), **where, **place)
+            wandb = QuietWandbLogger(name=name, **where, **place)
             wandb.experiment.define_metric("attack_step")
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
@@ -220,8 +232,17 @@ class Cli(PrivateCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):
                 callback.close()
+                self._say_where_on_wandb()
                 callback.require_verdicts()
                 self._mark(callback.training_seconds)
+
+    @rank_zero_only
+    def _say_where_on_wandb(self) -> None:
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger) and logger.experiment.offline:
+                terminal().print(
+                    f"To W&B, if you want it there: wandb sync {logger.experiment.settings.sync_dir}", soft_wrap=True
+                )
 
     def _mark(self, seconds: float) -> None:
         """Leave the marker; ``seconds`` are those of training, attacks not counted."""
@@ -247,6 +268,11 @@ def experiment_name(config: Any) -> str:
     return names[0] if names else "casehard"
 
 
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a log record is casehard's own or a warning; the rest are accelerators that are not there, and advertisements."""
+    return record.levelno > logging.INFO or not Path(record.pathname).is_relative_to(LIGHTNING)
+
+
 def train(args: list[str]) -> Path:
     """Run ``fit``, ``validate`` or ``test``. Returns the run's folder.
 
@@ -255,6 +281,9 @@ def train(args: list[str]) -> Path:
         SystemExit: with the status of a process that SIGTERM ended.
     """
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # they are those of the process, or meant
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(is_news)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
     warnings.filterwarnings("ignore", message=".*overriding `LightningModule.optimizer_")  # so it is meant

@@ -28,6 +28,7 @@ to begin:
 Names of experiments are files of yours or those that come with casehard, with or without experiments/ and .yaml.
 `casehard COMMAND --help` lists the settings of a command, `casehard --version` says which casehard this is."""
 HELP = ("-h", "--help")
+AT_ONCE = ("sandbox",)  # commands that need no word before they begin
 CLASSES = (*TRAINING, "judge")  # commands whose settings are classes
 
 
@@ -45,6 +46,8 @@ def main(args: list[str] | None = None) -> None:
         if text := asked(name, (TRAINING | OTHERS)[name], args[1:]):
             print(text)
             return
+    if sys.stderr.isatty() and name not in AT_ONCE:
+        sys.stderr.write(f"casehard {name}: reading the settings, and what they need\n")
     try:
         if name in TRAINING:
             from casehard.cli.lightning_cli import train

@@ -49,9 +49,11 @@ def run(*args: str) -> str:
     command = [sys.executable, "-m", "casehard", *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=env, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert not ADVERTISED.search(done.stderr), done.stderr
     return done.stdout
 
 
+ADVERTISED = re.compile(r"wandb|litlogger|GPU available|TPU|Seed set|stopped:")
 Call = Callable[..., str]
 SECRET_KEY = "sk-quite-secret"
 SCORED = [
@@ -74,7 +76,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shown = run("fit", *shape, "--run.wandb", "offline")
     assert "undefended" in shown
     folder = root / "sbr" / "version_0"
-    assert f"Run folder: {folder}" in shown
+    assert f"Run folder: {folder}\nTo W&B, if you want it there: wandb sync {folder}/wandb/offline-run-" in shown
     return folder
 
 

@@ -1,5 +1,6 @@
 """The commands, their names and helps, and what they say."""
 
+import logging
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from toy import ROOT
 
 import casehard
 from casehard.cli.help import USELESS, class_help, public
-from casehard.cli.lightning_cli import Cli
+from casehard.cli.lightning_cli import LIGHTNING, Cli, is_news
 from casehard.cli.main import OTHERS, TRAINING
 from casehard.shipped import experiment
 from casehard.version import revision
@@ -210,3 +211,25 @@ def test_help_needs_no_torch(args):
     seconds, torch = done.stdout.split()[-2:]
     assert torch == "False"
     assert float(seconds) < 2
+
+
+# ---- what a start prints
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_start_says_at_once_what_goes_on_where_somebody_looks(call, monkeypatch, is_terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    error = call("fit", "--config", "sbrr", fails=True)
+    assert error.startswith("casehard fit: reading the settings, and what they need\n" if is_terminal else "error: ")
+
+
+@pytest.mark.parametrize(
+    ("level", "file", "kept"),
+    [
+        (logging.INFO, f"{LIGHTNING}/pytorch/trainer/setup.py", False),
+        (logging.WARNING, f"{LIGHTNING}/pytorch/trainer/setup.py", True),
+        (logging.INFO, str(ROOT / "engine/adapters.py"), True),
+    ],
+)
+def test_of_what_lightning_says_warnings_are_kept(level, file, kept):
+    assert is_news(logging.LogRecord("lightning.pytorch", level, file, 1, "", (), None)) == kept
