@@ -108,17 +108,32 @@ def dashboard(args: list[str]) -> None:
     print(make_dashboard(settings.runs, settings.project, settings.entity, settings.title, settings.dry_run))
 
 
-ON_RUNS: dict[str, Callable[[list[str]], None]] = {"report": report, "card": card, "dashboard": dashboard}
+def list_all(args: list[str]) -> None:
+    """``casehard list``: what there is to choose from."""
+    parser = CommandParser(
+        prog="casehard list",
+        description="List what there is to choose from: short name, where it acts, whose it is, class path or file, and what it "
+        "is. Classes of other packages are those that they declare as entry points of the group casehard.",
+    )
+    parser.add_argument("kinds", nargs="*", type=str, help="defenses, attacks, judges, metrics, experiments; by default all")
+    parser.add_argument("--package", type=str | None, default=None, help="also list every class of this package, as of your own")
+    settings = parser.parse_args(args)
+    from casehard.cli.listing import listed
+
+    print(listed(settings.kinds, settings.package))
+
+
+OWN_PARSER: dict[str, Callable[[list[str]], None]] = {"report": report, "card": card, "dashboard": dashboard, "list": list_all}
 
 
 def run(name: str, args: list[str]) -> Any:
-    """Run a command: one on any number of run folders has a parser of its own, any other's settings are its function's.
+    """Run a command: one of any number of words has a parser of its own, any other's settings are its function's.
 
     Returns:
         The folder of what it came to, where there is one.
     """
-    if name in ON_RUNS:
-        return ON_RUNS[name](args)
+    if name in OWN_PARSER:
+        return OWN_PARSER[name](args)
     command: Callable[..., Any] = study if name == "study" else sandbox
     if name == "judge":
         from casehard.evidence.rejudge import main as command

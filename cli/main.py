@@ -18,6 +18,7 @@ OTHERS = {
     "card": "write the card of an exported model",
     "dashboard": "save a workspace on W&B",
     "judge": "score a run's answers by another judge",
+    "list": "list defenses, attacks, judges, metrics and experiments",
     "sandbox": "print rows of the embedded data",
 }
 ABOUT = "Hardens open-weight language models and measures how hard they are to break."
@@ -28,7 +29,7 @@ to begin:
 Names of experiments are files of yours or those that come with casehard, with or without experiments/ and .yaml.
 `casehard COMMAND --help` lists the settings of a command, `casehard --version` says which casehard this is."""
 HELP = ("-h", "--help")
-AT_ONCE = ("sandbox",)  # commands that need no word before they begin
+AT_ONCE = ("sandbox", "list")  # commands that need no word before they begin
 CLASSES = (*TRAINING, "judge")  # commands whose settings are classes
 
 

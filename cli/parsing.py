@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import casehard
+from casehard.cli.plugins import known_as, plugins
 from casehard.cli.yaml_texts import MODE, as_class, safe
 from casehard.metrics.errors import Misread, SettingError
 from casehard.shipped import experiment, shipped
@@ -75,6 +76,7 @@ def meant(message: str) -> str:
         known = {} if module is casehard else {public: f"casehard.{public}" for public in casehard.__all__}
         known |= {part.name: part.name for part in pkgutil.iter_modules(getattr(module, "__path__", []))}
         known |= {key: key for key in dir(module) if key[0].isupper()}
+        known |= {} if found[1] else {name: name for name in plugins()}
     elif found := re.search(r"No module named '(\w+)'", message):
         name, known = found[1], {"casehard": "casehard"}
     else:
@@ -98,6 +100,7 @@ class PlainErrors:
     @staticmethod
     def _renamed(word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        known_as(value)
         return f"{option}{equals}{as_class(value)}"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 import casehard
+from casehard.cli.plugins import known_as
 from casehard.metrics.errors import SettingError
 
 MODE = "casehard"  # of jsonargparse's parsers that read so
@@ -89,10 +90,12 @@ def _renamed(value: Any, top: bool = True) -> Any:
         return [_renamed(part, top=False) for part in value]
     if isinstance(value, dict):
         return {
-            key: as_class(part) if key == "class_path" and isinstance(part, str) else _renamed(part, top=False)
+            key: known_as(as_class(part)) if key == "class_path" and isinstance(part, str) else _renamed(part, top=False)
             for key, part in value.items()
             if not (top and key in GONE and part is None)
         }
+    if isinstance(value, str):
+        known_as(value)  # once it is imported, a setting that is a class may bear its short name
     return value
 
 
