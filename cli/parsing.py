@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import casehard
-from casehard.cli.plugins import known_as, plugins
+from casehard.cli.plugins import plugins
 from casehard.cli.yaml_texts import MODE, as_class, safe
 from casehard.metrics.errors import Misread, SettingError
 from casehard.shipped import experiment, shipped
@@ -100,7 +100,6 @@ class PlainErrors:
     @staticmethod
     def _renamed(word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        known_as(value)
         return f"{option}{equals}{as_class(value)}"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -10,6 +10,7 @@ from casehard.cli import plugins
 from casehard.cli.listing import KINDS, listed
 from casehard.cli.parsing import meant
 from casehard.cli.signatures import folder_of
+from casehard.cli.yaml_texts import safe
 from casehard.metrics.errors import SettingError
 
 CODE = '''
@@ -162,7 +163,14 @@ def test_short_names_of_a_package_stand_for_its_classes_wherever_a_class_may(pac
         assert f"class_path: ownlab.{path}\n" in shown
     assert "words: 3" in shown
     assert "experiment: OwnJudge\n" in shown  # a name that is no class stays
-    assert "class_path: ownlab.OwnJudge" in call("fit", "--data.judge=OwnJudge", "--print_config")
+
+
+@pytest.mark.parametrize("text", ["OwnJudge", "data: {judge: OwnJudge}", "metrics: [Exact, OwnJudge]", "{class_path: OwnJudge}"])
+def test_a_package_is_imported_where_one_of_its_names_stands(package, text):
+    safe("a: [LoRAAttack, nobody]")
+    assert "ownlab" not in sys.modules
+    safe(text)
+    assert "ownlab" in sys.modules
 
 
 def test_a_package_that_cannot_be_imported_is_warned_of_once_and_breaks_nothing(package, call):
