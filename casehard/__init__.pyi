@@ -1,3 +1,5 @@
+from casehard.callbacks.attack import Attack as Attack
+from casehard.callbacks.attack import Target as Target
 from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
@@ -16,6 +18,7 @@ from casehard.evidence.found import read as read
 from casehard.lightning_modules.booster import BoosterModule as BoosterModule
 from casehard.lightning_modules.backbone import Backbone as Backbone
 from casehard.lightning_modules.defense import Defense as Defense
+from casehard.lightning_modules.job import Job as Job
 from casehard.lightning_modules.lisa import LisaModule as LisaModule
 from casehard.lightning_modules.attacker import InnerAttacker as InnerAttacker
 from casehard.lightning_modules.patcher import PatcherModule as PatcherModule

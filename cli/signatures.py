@@ -60,7 +60,9 @@ class Source:
     @property
     def is_abstract(self) -> bool:
         """Whether only what derives from it can be made."""
-        return any(name in ABSTRACT for name in self.base_names()) or "@abstractmethod" in ast.unparse(self.node)
+        return any(name in ABSTRACT for name in self.base_names()) or bool(
+            re.search(r"@abstractmethod|raise NotImplementedError", ast.unparse(self.node))
+        )
 
     def base_names(self) -> list[str]:
         """The classes that it derives from, without their modules."""
