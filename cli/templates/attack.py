@@ -24,7 +24,7 @@ def at_length(row):
 
 
 class LastLayer(casehard.Attack):
-    """Trains the last decoder layer alone, by a loss of its own, on harmful rows of its own.
+    """Trains the last decoder layer alone, on harmful rows of its own; with open weights by a loss of its own.
 
     Args:
         threat_model: open_weight, or finetuning_service.
@@ -61,7 +61,9 @@ class LastLayer(casehard.Attack):
     def steps(self, target):
         """Train, and yield 1, 2, ... after each step: the model is scored in between."""
         batches = target.batches(self.rows(target.data, target.seed), self.batch_size)
-        task = Plain(lambda batch: 2 * target.module.sft_loss(batch))  # any loss of a batch
+        task = None  # at a service the provider's defense says what is minimised
+        if self.threat_model == "open_weight":
+            task = Plain(lambda batch: 2 * target.module.sft_loss(batch))  # any loss of a batch
         with trainable(target.module, target.module.model, None, self.patterns(target.module)):
             yield from target.train(batches, self.num_attack_steps, self.optimizer, task)
 
