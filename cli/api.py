@@ -65,9 +65,18 @@ def _word(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Settings as YAML and JSON have them: a class by its path."""
+    """Settings as YAML and JSON have them: a class by its path.
+
+    Raises:
+        SettingError: a class that has none.
+    """
     if inspect.isclass(value):
-        return f"{value.__module__}.{value.__qualname__}"
+        path = f"{value.__module__}.{value.__qualname__}"
+        if getattr(sys.modules.get(value.__module__), value.__qualname__, None) is not value:
+            raise SettingError(
+                f"a class must stand in a module or a notebook's cell by itself, and {path} does not. Move it there."
+            )
+        return path
     if isinstance(value, Mapping):
         return {name: _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

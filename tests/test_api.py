@@ -68,6 +68,10 @@ def test_what_a_user_can_mend_is_an_exception_and_no_exit(tiny, tmp_path, capsys
         ({"data.poison_ratio": 3}, r"poison_ratio must lie in \[0, 1\], got 3"),
         ({"config": "sbrr"}, "Did you mean sbr"),
         ({"data.judge": L.Trainer}, "lightning.pytorch.trainer.trainer.Trainer"),
+        (
+            {"data.judge": type("Local", (), {})},
+            "a class must stand in a module or a notebook's cell by itself, and test_api.Local does not",
+        ),
     ):
         with pytest.raises(casehard.SettingError, match=message):
             casehard.run("fit", **{"config": "sbr"} | tiny | settings)
