@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import casehard
 from casehard.callbacks.results import Results
+from casehard.cli.defaults import default_files
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
 from casehard.cli.private import PrivateCLI, wandb_settings
 from casehard.cli.run_folder import claim_run_folder, held, keep_metrics, require_unfinished, write_marker
@@ -31,7 +32,6 @@ from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
 from casehard.records.files import RUN_FOLDER
-from casehard.shipped import PACKAGE
 
 
 class ProgressBar(TQDMProgressBar):
@@ -94,7 +94,7 @@ class Cli(PrivateCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         for name in casehard.__all__:  # so that they may stand without `casehard.` too, and --help lists them
             getattr(casehard, name)
-        defaults = {"default_config_files": [str(PACKAGE / "experiments" / "default.yaml")]}
+        defaults = {"default_config_files": default_files(sys.argv[1:] if args is None else args)}
         with ExitStack() as self.while_it_runs, numbers_only():
             super().__init__(
                 Defense,

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import casehard
+from casehard.cli.defaults import way_out
 from casehard.metrics.errors import SettingError
 from casehard.shipped import shipped
 
@@ -94,7 +95,8 @@ class PlainErrors:
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
-        sys.stderr.write(f"{prog} --help lists the settings.\nerror: {plain(message)}\n")  # last: a study shows a log's last line
+        said = way_out(plain(message)) or plain(message)
+        sys.stderr.write(f"{prog} --help lists the settings.\nerror: {said}\n")  # last: a study shows a log's last line
         sys.exit(2)
 
 
