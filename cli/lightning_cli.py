@@ -130,6 +130,7 @@ class Cli(PrivateCLI):
         parser.add_argument("--run.project", type=str, default="casehard", help="W&B project")
         parser.add_argument("--run.group", type=str, default="", help="W&B group of the run; by default its experiment's name")
         parser.add_argument("--run.tags", type=list[str], default=[], help="W&B tags of the run")
+        parser.add_argument("--run.score", type=bool, default=True, help="score the model before fit trains it, and after")
         parser.add_argument("--run.export", type=bool, default=True, help="write the trained model in Hugging Face format")
         parser.add_argument(
             "--run.checkpoint_steps",
@@ -176,7 +177,9 @@ class Cli(PrivateCLI):
         self.folder = self._take_folder(config, dry)
         self.save_config_kwargs = {"folder": self.folder}
         export = config.run.export and self.subcommand == "fit" and not dry
-        extra: list[Any] = [Results(str(self.folder), export, config.run.generations, config.run.wandb_generations)]
+        scored = config.run.score and self.subcommand == "fit" and not dry
+        results = Results(str(self.folder), export, config.run.generations, config.run.wandb_generations, scored)
+        extra: list[Any] = [results]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
             steps = config.run.checkpoint_steps
             # `last` is not linked once more where an epoch ends: processes would meet there

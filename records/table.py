@@ -1,5 +1,6 @@
 """Result rows as a table for people, in a terminal."""
 
+import math
 from itertools import zip_longest
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.text import Text
 
 from casehard.metrics import columns
 from casehard.metrics.refusal_phrases import error_rates
+from casehard.records.delivered import STATES, Delivered
 from casehard.records.outcome import jobs, steps_to_break
 from casehard.records.rows import ResultRow
 
@@ -20,7 +22,7 @@ def terminal() -> Console:
 def results_table(rows: list[ResultRow]) -> Table:
     """The rows, each attack headed by the step at which it broke the model."""
     table = Table(title="Results (percent; harmful score: lower is safer)")
-    brief = [column for column in columns.COLUMNS if column.label and column.brief]
+    brief = _brief()
     for name in ("attack", "defense"):
         table.add_column(name)
     for name in ("step", *(column.label.lower() for column in brief)):
@@ -38,6 +40,25 @@ def results_table(rows: list[ResultRow]) -> Table:
     lines = [*(f"{'*' * i} {note}" for i, note in enumerate(notes, start=1)), *rates]
     table.caption = Text("\n".join(lines)) if lines else None
     return table
+
+
+def delivered_table(found: Delivered) -> Table:
+    """The model before and after ``fit``, and on how many prompts."""
+    table = Table(title="The model before and after fit (percent; harmful score: lower is safer)")
+    table.add_column("")
+    for column in _brief():
+        table.add_column(column.label.lower(), justify="right")
+    for state in STATES:
+        values = [getattr(found, state).get(column.name, math.nan) for column in _brief()]
+        table.add_row(state, *("not measured" if math.isnan(value) else f"{value:.1f}" for value in values))
+    names = {"harmful": "harmful prompts", "benign": "benign prompts", "task": "rows of the task"}
+    on = ", ".join(f"{number} {names[kind]}" for kind, number in found.num_prompts.items())
+    table.caption = Text("\n".join(filter(None, [f"on {on}; judge: {found.judge}", *found.notes, error_rates(found.judge)])))
+    return table
+
+
+def _brief() -> list[columns.Column]:
+    return [column for column in columns.COLUMNS if column.label and column.brief]
 
 
 def _heads(row: ResultRow) -> list[str]:
