@@ -44,16 +44,15 @@ def results_table(rows: list[ResultRow]) -> Table:
 
 def delivered_table(found: Delivered) -> Table:
     """The model before and after ``fit``, and on how many prompts."""
-    table = Table(title="The model before and after fit (percent; harmful score: lower is safer)")
+    table = Table(title="Before and after fit (percent; harmful score: lower is safer)")
     table.add_column("")
     for column in _brief():
         table.add_column(column.label.lower(), justify="right")
     for state in STATES:
         values = [getattr(found, state).get(column.name, math.nan) for column in _brief()]
         table.add_row(state, *("not measured" if math.isnan(value) else f"{value:.1f}" for value in values))
-    names = {"harmful": "harmful prompts", "benign": "benign prompts", "task": "rows of the task"}
-    on = ", ".join(f"{number} {names[kind]}" for kind, number in found.num_prompts.items())
-    table.caption = Text("\n".join(filter(None, [f"on {on}; judge: {found.judge}", *found.notes, error_rates(found.judge)])))
+    prompts = "{harmful} harmful, {benign} benign and {task} task prompts".format(**found.num_prompts)
+    table.caption = Text("\n".join(filter(None, [f"{prompts}; judge: {found.judge}", *found.notes, error_rates(found.judge)])))
     return table
 
 

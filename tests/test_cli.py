@@ -260,6 +260,7 @@ def test_misspelt_key_in_yaml_stops_the_run_with_its_name(call, tmp_path):
         (["--data.poison_ratio", "1.2"], "poison_ratio must lie in [0, 1], got 1.2"),
         (["--config", "experiments/data/sandbox.yaml", "--data.sources.benign", "[nowhere.jsonl]"], "'nowhere.jsonl' must name rows, but neither a file, a folder nor a reachable hub id"),
         (["--data.num_samples", "1000000"], "num_samples 1000000 at poison_ratio 0.1 must find 100000 harmful rows, got"),
+        (["--data.sources.harmful", "[]"], "LoRAAttack (finetuning_service): num_samples 1000 at poison_ratio 0.1 must find 100 harmful rows, got 0"),
         (["--data.batching.max_length", "3"], "1200 of which max_length leaves no answer. Raise max_length, lower num_samples"),
         (["--model.init_args.checkpoint", "./nowhere"], "there is no folder './nowhere'"),
         (["--model.init_args.lora.target_modules", "[q_proj, x_proj]"], "target_modules must name linear layers of the model, and it has no"),

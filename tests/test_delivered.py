@@ -119,7 +119,7 @@ def test_what_was_not_measured_is_said_and_never_a_number(checkpoint, tmp_path):
         if " before " in line and "│" in line:
             assert line.split("│")[2].strip() == "not measured"
             assert line.split("│")[3].strip() not in ("not measured", "nan")
-    assert "0 harmful prompts, 0 benign prompts, 6 rows of the task" in shown.get()
+    assert "0 harmful, 0 benign and 6 task prompts" in shown.get()
 
 
 def test_without_held_out_rows_nothing_is_scored_and_the_run_says_so(checkpoint, tmp_path, capsys):
