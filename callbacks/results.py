@@ -5,27 +5,31 @@ import time
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from casehard.callbacks.scoring import score
+from casehard.callbacks.scoring import Scores, score
 from casehard.callbacks.sigterm import ended_by_sigterm
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.export import save_model
 from casehard.engine.weights import NOTHING, borrowed
 from casehard.lightning_modules.defense import Defense
-from casehard.metrics.columns import Answer
+from casehard.metrics.columns import Answer, Column
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import NO_VERDICT
 from casehard.records.answers import ANSWERS, KINDS
 from casehard.records.delivered import STATES, Delivered, keep_answers
+from casehard.records.frames import as_html, frame
 from casehard.records.outcome import job, logged_metrics, outcome
 from casehard.records.rows import ROWS, ResultRow, Run, append_row, read_run, write_run
 from casehard.records.table import delivered_table, results_table, terminal
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Results(L.Callback):
@@ -71,13 +75,13 @@ class Results(L.Callback):
         The evaluation gets its number here.
         """
         if self._evaluation is None:
-            self._evaluation = self._begin(row.epoch)
+            self._evaluation = self._begin(row.epoch, row.own)
         self._evaluation += 1
         row = replace(row, evaluation=self._evaluation)
         append_row(self.folder, row, answers if self.generations else None)
         self.rows.append(row)
         name, rows = self._job()
-        metrics = {f"attack/{name}/{n}": float(row.metrics[n]) for n in logged_metrics() if not math.isnan(row.metrics[n])}
+        metrics = {f"attack/{name}/{n}": float(row.metrics[n]) for n in logged_metrics(row.own) if not math.isnan(row.metrics[n])}
         for logger in trainer.loggers:
             logger.log_metrics(metrics | {"attack_step": float(row.num_attack_steps)}, step=trainer.global_step)
             if isinstance(logger, WandbLogger):
@@ -86,16 +90,17 @@ class Results(L.Callback):
                     columns, data = _wandb_table(row, answers)
                     logger.log_table(f"generations/{name}", columns, data, step=trainer.global_step)
 
-    def _begin(self, epoch: str) -> int:
+    def _begin(self, epoch: str, own: tuple[Column, ...]) -> int:
         """Write the files of results with what they keep; returns the last number of an evaluation.
 
         A run that goes on keeps what was found in earlier epochs of ``fit``; from ``epoch`` on it is found anew.
         """
-        kept = Run(self.folder, [], [])
+        kept = Run(self.folder, [], [], own)
         if self._goes_on and (self.folder / ROWS).exists():
             before = read_run(self.folder, may_be_empty=True)
             earlier = [bool(row.epoch) and (not epoch or int(row.epoch) < int(epoch)) for row in before.rows]
-            kept = Run(self.folder, list(compress(before.rows, earlier)), list(compress(before.answers, earlier)))
+            rows = [row.measured_by(own) for row in compress(before.rows, earlier)]
+            kept = Run(self.folder, rows, list(compress(before.answers, earlier)), own)
         write_run(kept, answers=self.generations or (self.folder / ANSWERS).exists())
         self.rows = list(kept.rows)
         return max((row.evaluation for row in kept.rows), default=0)
@@ -115,7 +120,8 @@ class Results(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training begins, or goes on."""
         if not self._goes_on:
-            self.before = self._scored(trainer, pl_module, STATES[0])
+            scores = self._scored(trainer, pl_module, STATES[0])
+            self.before = None if scores is None else scores.metrics
         self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -134,16 +140,16 @@ class Results(L.Callback):
             return
         data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
         prompts = {kind: len(getattr(data.evaluation, kind)) for kind in KINDS}
-        before = self.before or dict.fromkeys(scores, math.nan)
-        self.delivered = Delivered(before, scores, prompts, data.judge.label, list(dict.fromkeys(self._notes)))
+        before, after = self.before or {}, scores.metrics
+        self.delivered = Delivered(before, after, prompts, data.judge.label, list(dict.fromkeys(self._notes)), scores.own)
         if trainer.is_global_zero:
             self.delivered.write(self.folder)
-        logged = {f"delivered/{n}": scores[n] for n in logged_metrics()}
-        logged |= {f"delivered/{n}_before": before[n] for n in logged_metrics()}
+        names = logged_metrics(scores.own)
+        logged = {f"delivered/{n}": after[n] for n in names} | {f"delivered/{n}_before": before.get(n, math.nan) for n in names}
         for logger in trainer.loggers:
             logger.log_metrics({n: float(v) for n, v in logged.items() if not math.isnan(v)}, step=trainer.global_step)
 
-    def _scored(self, trainer: L.Trainer, module: L.LightningModule, when: str) -> dict[str, float] | None:
+    def _scored(self, trainer: L.Trainer, module: L.LightningModule, when: str) -> Scores | None:
         """Scores of the model as it is, without a trace; None where none are asked for, or nothing is held out."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not self.score or not isinstance(module, Defense) or not isinstance(data, SFTDataModule):
@@ -161,7 +167,7 @@ class Results(L.Callback):
         if trainer.is_global_zero and self.generations:
             self.folder.mkdir(parents=True, exist_ok=True)
             keep_answers(self.folder, when, scores.generations)
-        return scores.metrics
+        return scores
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.export and not trainer.interrupted and isinstance(module, Defense):
@@ -185,6 +191,14 @@ class Results(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on."""
         self.training_seconds, self.before = state_dict["seconds"], state_dict.get("before")
+
+    def frame(self) -> "DataFrame":
+        """The rows, as a data frame of pandas."""
+        return frame(self.rows)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return as_html(self.rows, f"Run folder: {self.folder}")
 
     @rank_zero_only
     def close(self) -> None:

@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 
 import yaml
 
-from casehard.shipped import PACKAGE, shipped
+from casehard.cli.yaml_texts import safe
+from casehard.metrics.errors import SettingError
+from casehard.shipped import PACKAGE, experiment, shipped
 
 EVERY_RUN = str(PACKAGE / "experiments" / "default.yaml")
 SANDBOX = str(PACKAGE / "experiments" / "data" / "sandbox.yaml")  # its model, rows, judge, poison and attacks
@@ -63,20 +65,22 @@ def _settings(args: Sequence[str]) -> Iterator[tuple[str, Any]]:
         return
     for name, values in given.items():
         for value in values:
-            yield from _flat(_read(value), "" if name == "config" else name)
+            yield from _flat(_read(value, is_file=not SOURCE.fullmatch(name)), "" if name == "config" else name)
 
 
-def _read(value: str, beside: Path = Path()) -> Any:
-    """A YAML file, or a text in its place; None where it cannot be read, which is then said by the real parser."""
-    with suppress(yaml.YAMLError, OSError, UnicodeDecodeError):
-        path = Path(shipped(value)) if os.path.isfile(shipped(value)) else beside / value
-        return yaml.safe_load(path.read_text(encoding="utf-8") if os.path.isfile(path) else value)
+def _read(value: str, is_file: bool = True) -> Any:
+    """What a value says, or the file that it names; None where it cannot be read, which is then said by the real parser."""
+    with suppress(yaml.YAMLError, OSError, UnicodeDecodeError, SettingError):
+        if is_file and os.path.isfile(shipped(value)):
+            return safe(Path(shipped(value)).read_text(encoding="utf-8"))
+        said = safe(value)
+        return safe(Path(experiment(said)).read_text(encoding="utf-8")) if is_file and isinstance(said, str) else said
     return None
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     """The leaves of a config by their dotted names. Its ``data`` may be another file."""
-    if isinstance(value, str) and name in ("data", "data.sources") and (read := _read(value)) != value:
+    if isinstance(value, str) and name in ("data", "data.sources") and (read := _read(value)) is not None:
         value = read
     if isinstance(value, dict):
         for key, part in value.items():

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader
 from casehard.evidence import plots
 from casehard.evidence.report import THREATS, columns, measured, number, shown_metrics
 from casehard.evidence.summary import Series, baseline, collect, grouped
+from casehard.metrics.columns import Column
 from casehard.metrics.errors import SettingError
 from casehard.metrics.refusal_phrases import error_rates
 from casehard.records.files import DONE, write_whole
@@ -34,9 +35,9 @@ LIMITS = {  # by stage
 }
 
 
-def _columns() -> list[str]:
+def _columns(metrics: list[Column]) -> list[str]:
     """Those of a report's columns that a card has room for."""
-    score, *others = [column.label for column in shown_metrics() if column.brief]
+    score, *others = [column.label for column in metrics if column.brief]
     return ["Before", score, "Steps to break", *others]
 
 
@@ -138,9 +139,9 @@ def _shown(series: list[Series], stage: str) -> dict[str, Any]:
         "judges": sorted({entry.row.judge for entry in entries}),
         "error_rates": [rates for rates in map(error_rates, sorted({entry.row.judge for entry in entries})) if rates],
         "before": _before(series, stage),
-        "threats": [(*THREATS[name], _rows(members)) for name, members in by_threat.items()],
+        "threats": [(*THREATS[name], _rows(members, shown_metrics(series))) for name, members in by_threat.items()],
         "unmeasured": [title for name, (title, _) in THREATS.items() if name not in by_threat],
-        "columns": _columns(),
+        "columns": _columns(shown_metrics(series)),
     }
 
 
@@ -228,15 +229,16 @@ def _before(series: list[Series], stage: str) -> dict[str, str] | None:
     )
     if member is None:
         return None
-    return {column.label: number(member.mean(column.name, 0)) for column in shown_metrics() if column.brief}
+    return {column.label: number(member.mean(column.name, 0), column) for column in shown_metrics([member]) if column.brief}
 
 
-def _rows(series: list[Series]) -> list[list[str]]:
+def _rows(series: list[Series], metrics: list[Column]) -> list[list[str]]:
     """A threat model's table: attack, defense, steps, and the report's cells."""
     rows = []
     for attack, members in grouped(series, lambda s: s.attack).items():
         for member in members:
-            cells: dict[str, tuple[str, ...]] = dict(zip(columns(), measured(member, baseline(members)), strict=True))
-            texts = [" ".join(filter(None, cells[name])) for name in _columns()]
+            shown = measured(member, baseline(members), metrics)
+            cells: dict[str, tuple[str, ...]] = dict(zip(columns(metrics), shown, strict=True))
+            texts = [" ".join(filter(None, cells[name])) for name in _columns(metrics)]
             rows.append([attack, member.defense, str(member.steps[-1]), *texts])
     return rows

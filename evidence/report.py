@@ -36,7 +36,7 @@ from casehard.metrics.statistics import Interval
 from casehard.records.files import write_whole
 from casehard.records.marker import read_marker
 from casehard.records.published import clean, config_of, part, public, published, run_name
-from casehard.records.rows import ResultRow, defense_label
+from casehard.records.rows import ResultRow, defense_label, shared_columns
 
 THREATS = {
     "finetuning_service": (
@@ -70,14 +70,14 @@ DIFFERENCE = {
 }
 
 
-def shown_metrics() -> list[Column]:
+def shown_metrics(series: list[Series]) -> list[Column]:
     """The metrics that have a column in the tables, the harmful score first."""
-    return [column for column in metric_columns.COLUMNS if column.label]
+    return [column for column in shared_columns(row for member in series for row in member.rows) if column.label]
 
 
-def columns() -> dict[str, str]:
+def columns(metrics: list[Column]) -> dict[str, str]:
     """The columns of the tables, and what stands in them."""
-    score, *others = shown_metrics()
+    score, *others = metrics
     return BEFORE | {score.label: score.meaning + OF_SCORE} | DIFFERENCE | {column.label: column.meaning for column in others}
 
 
@@ -89,9 +89,10 @@ def write_report(runs: list[str], out: str, title: str) -> Path:
         path: f"run-{n}" for n, path in enumerate(dict.fromkeys(_folders(series) + [t["folder"] for t in _trainings(runs)]))
     }
     ids = {id(member): f"series-{n}" for n, member in enumerate(series)}
-    style = plots.styles(series)
+    style, metrics = plots.styles(series), shown_metrics(series)
     sections = [
-        _section(threat, members, ids, style, folder) for threat, members in grouped(series, lambda s: s.threat_model).items()
+        _section(threat, members, ids, style, folder, metrics)
+        for threat, members in grouped(series, lambda s: s.threat_model).items()
     ]
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True).get_template(
         "report.html.j2"
@@ -106,8 +107,8 @@ def write_report(runs: list[str], out: str, title: str) -> Path:
         left_out=left_out(runs),
         error_rates=[rates for rates in map(error_rates, sorted({row.judge for row in rows})) if rates],
         one_seed=any(len(member.seeds) == 1 for member in series),
-        columns=list(columns()),
-        meanings=columns(),
+        columns=list(columns(metrics)),
+        meanings=columns(metrics),
         sections=sections,
         costs=[_cost(member, ids) for member in series],
         trainings=[t | {"id": numbers[t["folder"]]} for t in _trainings(runs)],
@@ -158,14 +159,16 @@ def _config(folder: Path) -> str:
     return published(config, PurePath(root, experiment) if named else None)
 
 
-def _section(threat: str, series: list[Series], ids: dict[int, str], style: plots.Style, folder: Path) -> dict[str, Any]:
+def _section(
+    threat: str, series: list[Series], ids: dict[int, str], style: plots.Style, folder: Path, metrics: list[Column]
+) -> dict[str, Any]:
     title, text = THREATS[threat]
     rows, baselines = [], {}
     for attack, members in grouped(series, lambda s: s.attack).items():
         base = baseline(members)
         if base is not None:
             baselines[base.defense] = True
-        rows += [_row(member, base, attack, n == 0, ids) for n, member in enumerate(members)]
+        rows += [_row(member, base, attack, n == 0, ids, metrics) for n, member in enumerate(members)]
     attacks = grouped(series, lambda s: s.attack)
     gibberish = any(not member.speaks(step) for member in series for step in member.steps)
     hollow_means = f"at least {GIBBERISH:g}% of the answers are gibberish, so a low score is no safety."
@@ -213,9 +216,11 @@ def _picture(path: Path, figure: Figure, caption: str, where: str) -> dict[str, 
     return {"data": base64.b64encode(data.getvalue()).decode(), "caption": caption, "alt": alt, "width": width, "height": height}
 
 
-def _row(member: Series, base: Series | None, attack: str, first: bool, ids: dict[int, str]) -> dict[str, Any]:
+def _row(
+    member: Series, base: Series | None, attack: str, first: bool, ids: dict[int, str], metrics: list[Column]
+) -> dict[str, Any]:
     note = next((entry.row.note for entry in member.at(member.steps[-1])), "")
-    cells_shown = [{"value": value, "more": [line for line in more if line]} for value, *more in measured(member, base)]
+    cells_shown = [{"value": value, "more": [line for line in more if line]} for value, *more in measured(member, base, metrics)]
     return {
         "attack": attack,
         "defense": member.defense,
@@ -226,7 +231,7 @@ def _row(member: Series, base: Series | None, attack: str, first: bool, ids: dic
     }
 
 
-def measured(member: Series, base: Series | None) -> list[tuple[str, ...]]:
+def measured(member: Series, base: Series | None, metrics: list[Column]) -> list[tuple[str, ...]]:
     """What stands under each of ``columns``: a value, and lines that say more of it."""
     step = member.steps[-1]
     harmful, bounds = member.harmful_score(step), member.bounds(step)
@@ -238,7 +243,7 @@ def measured(member: Series, base: Series | None) -> list[tuple[str, ...]]:
         _lasts(member, base),
         (number(harmful.estimate), _between(harmful), unscored, _gibberish(member, step)),
         _differs(member, base),
-        *((number(member.mean(column.name, step)),) for column in shown_metrics()[1:]),
+        *((number(member.mean(column.name, step), column),) for column in metrics[1:]),
     ]
 
 
@@ -277,9 +282,9 @@ def _lasts(member: Series, base: Series | None) -> tuple[str, ...]:
     return verdict_on_steps, f"{sure} of {seeds} seed{'s' * (seeds != 1)}" if seeds else "", beside
 
 
-def number(value: float) -> str:
-    """A percentage as the tables have it."""
-    return NOTHING if math.isnan(value) else f"{value:.1f}"
+def number(value: float, column: Column = metric_columns.COLUMNS[0]) -> str:
+    """A value of a column, by default a percentage, as the tables have it."""
+    return NOTHING if math.isnan(value) else column.shown(value)
 
 
 def _between(interval: Interval) -> str:

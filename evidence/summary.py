@@ -24,7 +24,7 @@ GIBBERISH = 20.0  # percent of degenerate answers from which on a low harmful sc
 # of the data, what every row rests on, and what none does
 ROLES = ("benign", "harmful", *SCORED)
 DATA = (*(f"sources.{role}" for role in ROLES), "evaluation.num_evaluated", "evaluation.max_new_tokens", "batching.max_length")
-NO_DATA = ("seed", "judge", "evaluation.generation_batch_size", "allow_overlap")
+NO_DATA = ("seed", "judge", "evaluation.metrics", "evaluation.generation_batch_size", "allow_overlap")
 OWN_JUDGES = ("casehard.",)  # whose labels tell their settings
 
 
@@ -63,6 +63,11 @@ class Series:
         return self.at(self.steps[-1])[0].row.stage
 
     @property
+    def rows(self) -> list[ResultRow]:
+        """Of all its entries."""
+        return [entry.row for by_step in self.entries.values() for entry in by_step.values()]
+
+    @property
     def first(self) -> Entry:
         """Any of its entries."""
         return next(iter(next(iter(self.entries.values())).values()))
@@ -73,7 +78,7 @@ class Series:
 
     def mean(self, column: str, step: int) -> float:
         """Mean over seeds of a column of the rows; nan where a seed lacks it."""
-        return float(np.mean([getattr(entry.row, column) for entry in self.at(step)]))
+        return float(np.mean([getattr(entry.row, column, math.nan) for entry in self.at(step)]))
 
     def scores(self, step: int, prompts: list[str], seeds: list[int]) -> np.ndarray:
         """Judge's scores ``[seeds, prompts]``, nan where there is none."""
@@ -329,6 +334,7 @@ def _settings(entry: Entry) -> dict[str, Any]:
     rests_on = {f"data.{name}": data[name] for name in DATA if name in data}
     rests_on |= _hashed(marker, ROLES) | {"trainer.precision": part(trainer).get("precision")}
     rests_on |= {f"{row.attack}.{name}": value for name, value in row.how().items()}
+    rests_on |= {f"the class of metric {column.name}": column.class_path for column in row.own}
     undefended = _attack_config(config, row).get("undefended_checkpoint")
     judge = part(data, "judge") or {}
     if entry.folder.parent.name != JUDGED and not str(judge.get("class_path", "")).startswith(OWN_JUDGES):
@@ -382,13 +388,13 @@ def marker_of(folder: Path) -> Marker | None:
 def _runs(folder: Path) -> list[tuple[Path, str, str]]:
     """Run folders with the names that a study gives defense and attack, "" where it gives none."""
     if (folder / INDEX).exists():
-        return [(path, cell.defense, cell.attack) for cell, path, why in _reported(folder) if cell.attack and not why]
+        return [(path, cell.defense, cell.attack) for cell, path, why in reported(folder) if cell.attack and not why]
     if (marker := read_marker(folder)) and (what := next(changed_results(marker, folder), "")):
         raise SettingError(f"runs must hold the results that they came to, and {what}. Run it again, or leave it out.")
     return [(folder, "", "")]
 
 
-def _reported(study: Path) -> Iterator[tuple[Cell, Path, str]]:
+def reported(study: Path) -> Iterator[tuple[Cell, Path, str]]:
     """Trainings, and cells that are to be reported, each with its folder and why it is left out, "" if it is not."""
     for cell in read_cells(study):
         folder = study / Path(cell.folder).name
@@ -405,7 +411,7 @@ def _reported(study: Path) -> Iterator[tuple[Cell, Path, str]]:
 def left_out(folders: Iterable[str | Path]) -> list[tuple[str, str]]:
     """Cells of studies that are not reported on, by name, with the reason."""
     studies = [Path(folder) for folder in folders if Path(folder, INDEX).exists()]
-    return [(f"{study.resolve().name}/{cell.name}", why) for study in studies for cell, _, why in _reported(study) if why]
+    return [(f"{study.resolve().name}/{cell.name}", why) for study in studies for cell, _, why in reported(study) if why]
 
 
 def differences(series: list[Series]) -> list[str]:

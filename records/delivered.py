@@ -3,10 +3,10 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from casehard.metrics.columns import Answer
+from casehard.metrics.columns import Answer, Column
 from casehard.metrics.errors import SettingError
 from casehard.records.answers import AGAIN, lines
 from casehard.records.files import whole_lines, write_whole
@@ -26,6 +26,7 @@ class Delivered:
         num_prompts: by kind: harmful, benign, task.
         judge: its label.
         notes: what a reader must know.
+        own: columns of metrics of one's own.
     """
 
     before: dict[str, float]
@@ -33,11 +34,14 @@ class Delivered:
     num_prompts: dict[str, int]
     judge: str
     notes: list[str]
+    own: tuple[Column, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Leave it in a run's folder; what was not measured is null."""
         numbers = {state: {n: None if math.isnan(v) else v for n, v in getattr(self, state).items()} for state in STATES}
-        write_whole(folder / DELIVERED, json.dumps(asdict(self) | numbers, indent=1))
+        about = {"num_prompts": self.num_prompts, "judge": self.judge, "notes": self.notes}
+        own = {"columns": [column.described() for column in self.own]}
+        write_whole(folder / DELIVERED, json.dumps(numbers | about | own, indent=1))
 
 
 def read_delivered(folder: str | Path) -> Delivered | None:
@@ -53,7 +57,8 @@ def read_delivered(folder: str | Path) -> Delivered | None:
         read = json.loads(path.read_text(encoding="utf-8"))
         numbers = {state: {n: math.nan if v is None else float(v) for n, v in read[state].items()} for state in STATES}
         prompts = {str(kind): int(number) for kind, number in read["num_prompts"].items()}
-        return Delivered(**numbers, num_prompts=prompts, judge=str(read["judge"]), notes=[str(note) for note in read["notes"]])
+        own = tuple(Column.read(described) for described in read["columns"])
+        return Delivered(numbers[STATES[0]], numbers[STATES[1]], prompts, str(read["judge"]), list(map(str, read["notes"])), own)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SettingError(f"{path} must be what `casehard fit` wrote, and it is not. {AGAIN}") from error
 

@@ -1,6 +1,8 @@
 """Set before anything loads: no network, one thread a process. What loads torch is imported by the workers alone."""
 
 import os
+import sys
+from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -42,6 +44,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("toy")
     save_toy_checkpoint(folder / "base", seed=2)  # of defenses that compare the model with that before its alignment
     return save_toy_checkpoint(folder / "model")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command prints, run in this process, which spares it the imports; a failing one gives its error."""
+    from toy import ROOT
+
+    import casehard
+
+    def called(*args: str, fails: bool = False) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["casehard"])
+        try:
+            casehard.main(list(args))
+            code: object = None
+        except SystemExit as stop:
+            code = stop.code
+        shown = capsys.readouterr()
+        assert bool(code) == fails, shown.err
+        return shown.err + str(code) if fails else shown.out
+
+    return called
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

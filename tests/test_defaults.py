@@ -43,10 +43,12 @@ OWN = [
     "--config more.yaml",
     "--config {data: {sources: {task: [rows.jsonl]}}}",
     "--config experiments/data/sst2_beavertails.yaml",
+    "--config data/sst2_beavertails",
 ]
 SANDBOXED = [
     "",
     "--config experiments/sbr.yaml",
+    "--config sbr",
     "--config sandboxed.yaml",
     "--config missing.yaml",
     "--config",
@@ -97,14 +99,11 @@ def test_the_sandbox_can_be_asked_for_beside_rows_of_ones_own():
     assert (ours["model"], ours["trainer"]) == (theirs["model"], theirs["trainer"])
 
 
-def test_a_model_or_rows_that_the_sandbox_would_have_brought_are_asked_for_in_one_sentence(capsys):
+def test_a_model_or_rows_that_the_sandbox_would_have_brought_are_asked_for_in_one_sentence():
     for args, said in (
         (["--data.sources.benign=[rows.jsonl]"], "model.init_args.checkpoint must name a model"),
         (["--config", "experiments/sbr.yaml", "--config", "own.yaml"], "model.init_args.checkpoint must name a model"),
         (["--data.sources.task=[a.jsonl]", "--model.init_args.checkpoint=M"], "data.sources.benign must name rows"),
     ):
-        with pytest.raises(SettingError):
+        with pytest.raises(SettingError, match=f"^{said}"):
             resolved(["fit", *args])
-        shown = capsys.readouterr().err
-        assert said in shown
-        assert len(shown.strip().splitlines()) == 2
