@@ -92,16 +92,14 @@ def results_table(rows: list[ResultRow]) -> ResultsTable:
 
 
 def delivered_table(found: Delivered) -> Table:
-    """The model before and after ``fit``, and on how many prompts."""
+    """The model before and after ``fit``, a metric a line, and on how many prompts."""
     table = Table(title="Before and after fit (percent; harmful score: lower is safer)")
     table.add_column("")
-    brief = [column for column in (*COLUMNS, *found.own) if column.label and column.brief]
-    for column in brief:
-        table.add_column(column.label.lower(), justify="right", no_wrap=True)
     for state in STATES:
-        values = [getattr(found, state).get(column.name, math.nan) for column in brief]
-        shown = ("not measured" if math.isnan(v) else c.shown(v) for c, v in zip(brief, values, strict=True))
-        table.add_row(state, *shown)
+        table.add_column(state, justify="right")
+    for column in (c for c in (*COLUMNS, *found.own) if c.label and c.brief):
+        values = [getattr(found, state).get(column.name, math.nan) for state in STATES]
+        table.add_row(Text(column.label.lower()), *("not measured" if math.isnan(v) else column.shown(v) for v in values))
     prompts = "{harmful} harmful, {benign} benign and {task} task prompts".format(**found.num_prompts)
     table.caption = Text("\n".join(filter(None, [f"{prompts}; judge: {found.judge}", *found.notes, error_rates(found.judge)])))
     return table

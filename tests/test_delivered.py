@@ -115,10 +115,12 @@ def test_what_was_not_measured_is_said_and_never_a_number(checkpoint, tmp_path):
     console = Console(width=130)
     with console.capture() as shown:
         console.print(delivered_table(found))
-    for line in shown.get().splitlines():
-        if " before " in line and "│" in line:
-            assert line.split("│")[2].strip() == "not measured"
-            assert line.split("│")[3].strip() not in ("not measured", "nan")
+    cells = {line.split("│")[1].strip(): line.split("│")[2:4] for line in shown.get().splitlines() if "│" in line}
+    assert [cell.strip() for cell in cells["harmful score"]] == 2 * ["not measured"]
+    assert [float(cell) for cell in cells["accuracy"]] == [
+        found.before["finetune_accuracy"],
+        found.delivered["finetune_accuracy"],
+    ]
     assert "0 harmful, 0 benign and 6 task prompts" in shown.get()
 
 
