@@ -93,7 +93,7 @@ def results_table(rows: list[ResultRow]) -> ResultsTable:
 
 def delivered_table(found: Delivered) -> Table:
     """The model before and after ``fit``, a metric a line, and on how many prompts."""
-    table = Table(title="Before and after fit (percent; harmful score: lower is safer)")
+    table = Table(title="Before and after fit (percent; harmful score: lower is safer)", min_width=76)  # of its caption, too
     table.add_column("")
     for state in STATES:
         table.add_column(state, justify="right")
