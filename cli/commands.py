@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import CLI
 
@@ -123,7 +123,50 @@ def list_all(args: list[str]) -> None:
     print(listed(settings.kinds, settings.package))
 
 
-OWN_PARSER: dict[str, Callable[[list[str]], None]] = {"report": report, "card": card, "dashboard": dashboard, "list": list_all}
+def init(args: list[str]) -> None:
+    """``casehard init KIND``: a commented file to begin from."""
+    from casehard.cli.init import Given, templates, write
+
+    parser = CommandParser(
+        prog="casehard init",
+        description="Write a commented file to begin from: service (a customer's fine-tuning job), harden (align your own model "
+        "before release), study (defenses x attacks x seeds), or a class of your own. Rows that you name are read, and parts of "
+        "them held out; what you do not name is a name to be replaced, or is not measured, and the file says so.",
+    )
+    parser.add_argument("kind", type=Literal[tuple(templates())], help="what to write")
+    parser.add_argument("--out", type=str | None, default=None, help="the new file; by default my_job.yaml and the like")
+    parser.add_argument("--model", type=str | None, default=None, help="your model: a folder, a hub id or a GGUF file")
+    parser.add_argument("--rows", type=str, nargs="+", default=[], help="the customer's rows, or benign rows: one or more files")
+    parser.add_argument(
+        "--harmful_prompts",
+        type=str | None,
+        default=None,
+        help="prompts to refuse; without --anchors half of them become anchors",
+    )
+    parser.add_argument("--anchors", type=str | None, default=None, help="harmful prompts that SBR holds in place")
+    parser.add_argument("--harmful_rows", type=str | None, default=None, help="harmful prompts with harmful answers, for attacks")
+    parser.add_argument("--benign_prompts", type=str | None, default=None, help="harmless prompts that look harmful")
+    settings = vars(parser.parse_args(args))
+    given = Given(**{name: settings[name] for name in Given._fields} | {"rows": tuple(settings["rows"])})
+    path = write(settings["kind"], settings["out"], given)
+    print(f"Written: {path}. It says on top what to do next.")
+
+
+def preview(args: list[str]) -> None:
+    """``casehard preview ...``: the rows of a run as its model reads them."""
+    from casehard.cli.preview import main
+
+    main(args)
+
+
+OWN_PARSER: dict[str, Callable[[list[str]], None]] = {
+    "report": report,
+    "card": card,
+    "dashboard": dashboard,
+    "list": list_all,
+    "init": init,
+    "preview": preview,
+}
 
 
 def run(name: str, args: list[str]) -> Any:

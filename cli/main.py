@@ -13,6 +13,8 @@ TRAINING = {
     "test": "attack the model as it is",
 }
 OTHERS = {
+    "init": "write a commented file to begin from: service, harden, study",
+    "preview": "show rows as the model reads them, and what is learnt",
     "study": "run defenses x attacks x seeds",
     "report": "write a page on runs",
     "card": "write the card of an exported model",
@@ -25,6 +27,8 @@ ABOUT = "Hardens open-weight language models and measures how hard they are to b
 START = """\
 to begin:
   casehard fit --config sbr
+with your own model and rows:
+  casehard init service --model FOLDER --rows customer.jsonl
 
 Names of experiments are files of yours or those that come with casehard, with or without experiments/ and .yaml.
 `casehard COMMAND --help` lists the settings of a command, `casehard --version` says which casehard this is."""

@@ -10,8 +10,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from casehard.metrics.columns import Column
+from casehard.metrics.columns import COLUMNS, Column
 from casehard.metrics.refusal_phrases import error_rates
+from casehard.records.delivered import STATES, Delivered
 from casehard.records.outcome import jobs, steps_to_break
 from casehard.records.rows import ResultRow, shared_columns
 
@@ -88,6 +89,20 @@ class ResultsTable:
 def results_table(rows: list[ResultRow]) -> ResultsTable:
     """The rows, for rich to print."""
     return ResultsTable(rows)
+
+
+def delivered_table(found: Delivered) -> Table:
+    """The model before and after ``fit``, a metric a line, and on how many prompts."""
+    table = Table(title="Before and after fit (percent; harmful score: lower is safer)", min_width=76)  # of its caption, too
+    table.add_column("")
+    for state in STATES:
+        table.add_column(state, justify="right")
+    for column in (c for c in (*COLUMNS, *found.own) if c.label and c.brief):
+        values = [getattr(found, state).get(column.name, math.nan) for state in STATES]
+        table.add_row(Text(column.label.lower()), *("not measured" if math.isnan(v) else column.shown(v) for v in values))
+    prompts = "{harmful} harmful, {benign} benign and {task} task prompts".format(**found.num_prompts)
+    table.caption = Text("\n".join(filter(None, [f"{prompts}; judge: {found.judge}", *found.notes, error_rates(found.judge)])))
+    return table
 
 
 def _heads(row: ResultRow) -> list[str]:
