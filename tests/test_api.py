@@ -57,6 +57,8 @@ def test_runs_of_one_process_give_their_results_and_leave_nothing_behind(tiny, t
     assert len(first.answers()) == 2 * 3 * 2
     assert "words" not in second.frame()
     assert "<th>words</th>" in first._repr_html_()
+    assert first._repr_html_().index("<td>delivered</td>") < first._repr_html_().index("<td>open_weight</td>")
+    assert second.delivered is None
     assert repr(second) == f"2 evaluations of 1 run: {second.folder}"
 
 
