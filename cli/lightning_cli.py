@@ -275,8 +275,8 @@ def is_news(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO or not Path(record.pathname).is_relative_to(LIGHTNING)
 
 
-def train(args: list[str]) -> Path:
-    """Run ``fit``, ``validate`` or ``test``. Returns the run's folder.
+def train(args: list[str]) -> Cli:
+    """Run ``fit``, ``validate`` or ``test``. Returns the command line, with the run's ``folder`` and ``trainer``.
 
     Raises:
         SettingError: a setting must be another, or training diverged.
@@ -292,7 +292,7 @@ def train(args: list[str]) -> Path:
     inherited = RUN_FOLDER in os.environ
     try:
         with refusals():
-            return Cli(args).folder
+            return Cli(args)
     except (DivergedError, MisconfigurationException) as error:
         raise SettingError(str(error)) from error
     except SIGTERMException:  # from an attack, or from Lightning's training loop between two batches

@@ -2,6 +2,7 @@ import os
 import signal
 import sys
 import warnings
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -86,6 +87,18 @@ def test_what_a_user_can_mend_is_an_exception_and_no_exit(tiny, tmp_path, capsys
         casehard.run("study", tmp_path / "broken.yaml", root=tmp_path)
     assert "error:" not in capsys.readouterr().err
     assert process() == before
+
+
+def test_a_script_makes_one_run_on_several_processes(tiny, monkeypatch):
+    shared = SimpleNamespace(folder="nowhere", trainer=SimpleNamespace(world_size=2))
+    monkeypatch.setattr("casehard.cli.lightning_cli.train", lambda _: shared)
+    monkeypatch.setattr("casehard.cli.api._shared", False)
+    with pytest.raises(casehard.SettingError, match=r"folder must be a run's"):
+        casehard.run("fit", "sbr", **tiny)
+    with pytest.raises(
+        casehard.SettingError, match="a script must make at most one run on several processes, and it has made one"
+    ):
+        casehard.run("fit", "sbr", **tiny)
 
 
 class Stopped(L.Callback):
