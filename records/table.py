@@ -8,8 +8,10 @@ from rich.text import Text
 
 from casehard.metrics import columns
 from casehard.metrics.refusal_phrases import error_rates
-from casehard.records.outcome import jobs, steps_to_break
+from casehard.records.outcome import GIBBERISH, gibberish_from, is_gibberish, jobs, steps_to_break
 from casehard.records.rows import ResultRow
+
+DOUBT = f"? at least {GIBBERISH:g}% of the answers are gibberish: a low score is no safety"
 
 
 def terminal() -> Console:
@@ -32,10 +34,13 @@ def results_table(rows: list[ResultRow]) -> Table:
             cells = [] if row is None else [str(row.num_attack_steps), *(f"{row.metrics[c.name]:.1f}" for c in brief)]
             if row is not None and row.note:
                 cells[1] += "*" * (notes.index(row.note) + 1)
+            if row is not None and is_gibberish(row):
+                cells[1] += "?"
             table.add_row(*(Text(cell) for cell in (head or "", side or "", *cells)))
         table.add_section()
     rates = filter(None, map(error_rates, sorted({row.judge for row in rows})))
-    lines = [*(f"{'*' * i} {note}" for i, note in enumerate(notes, start=1)), *rates]
+    doubts = [DOUBT] if any(map(is_gibberish, rows)) else []
+    lines = [*(f"{'*' * i} {note}" for i, note in enumerate(notes, start=1)), *doubts, *rates]
     table.caption = Text("\n".join(lines)) if lines else None
     return table
 
@@ -56,4 +61,5 @@ def _sides(rows: list[ResultRow]) -> list[str]:
     steps = steps_to_break(rows)
     number = steps.removeprefix("> ")
     taken = [f"({int(number) * row.batch_size:,} rows)"] if number.isdigit() and row.batch_size is not None else []
-    return [row.label, f"to break: {steps}", *taken]
+    since = gibberish_from(rows)
+    return [row.label, f"to break: {steps}", *taken, *([] if since is None else [f"gibberish from {since}"])]
