@@ -1,13 +1,17 @@
 """The commands that train nothing; each imports what it needs when it runs."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import CLI
 
 import casehard
 from casehard.cli.parsing import CommandParser, refusals
+from casehard.metrics.errors import needs
 from casehard.shipped import shipped
+
+PLOT = ("jinja2", "matplotlib")  # of the extra plot
 
 
 def study(
@@ -69,10 +73,31 @@ def report(args: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=str, help="run folders (also RUN/judged/JUDGE), or a study's")
     parser.add_argument("--out", type=str, default="report", help="folder of the report")
     parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
+    parser.add_argument("--answers", type=bool, default=False, help="put a page of all answers beside it: casehard answers")
     settings = parser.parse_args(args)
-    from casehard.evidence.report import write_report  # with matplotlib and jinja2, an extra
+    for package in PLOT:
+        needs("casehard report", package, "plot")
+    from casehard.evidence.report import write_report
 
-    print(f"Report: {write_report(settings.runs, settings.out, settings.title)}")
+    print(f"Report: {write_report(settings.runs, settings.out, settings.title, settings.answers)}")
+
+
+def answers(args: list[str]) -> None:
+    """``casehard answers RUN ...``: one self-contained page on which a person reads what the models said."""
+    parser = CommandParser(
+        prog="casehard answers",
+        description="Write one page on which to read what models answered, by attack, defense, seed, step and verdict. Answers "
+        "that were judged harmful, or not judged, stay closed until they are opened. With real data it holds harmful texts.",
+    )
+    parser.add_argument("runs", nargs="+", type=str, help="run folders (also RUN/judged/JUDGE), or a study's")
+    parser.add_argument("--out", type=str, default="answers.html", help="the page")
+    parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
+    settings = parser.parse_args(args)
+    needs("casehard answers", "jinja2", "plot")
+    from casehard.evidence.summary import collect
+    from casehard.evidence.viewer import write_viewer
+
+    print(f"Answers: {write_viewer(collect(settings.runs), Path(settings.out), settings.title)}")
 
 
 def card(args: list[str]) -> None:
@@ -83,7 +108,9 @@ def card(args: list[str]) -> None:
     parser.add_argument("run", type=str, help="folder of a finished `fit` that exported its model")
     parser.add_argument("tests", nargs="*", type=str, help="folders of more runs that attacked this model, such as a study's")
     settings = parser.parse_args(args)
-    from casehard.evidence.card import write_card  # with matplotlib and jinja2, an extra
+    for package in PLOT:
+        needs("casehard card", package, "plot")
+    from casehard.evidence.card import write_card
 
     print(f"Card: {write_card(settings.run, settings.tests)}")
 
@@ -107,7 +134,7 @@ def dashboard(args: list[str]) -> None:
     print(make_dashboard(settings.runs, settings.project, settings.entity, settings.title, settings.dry_run))
 
 
-ON_RUNS: dict[str, Callable[[list[str]], None]] = {"report": report, "card": card, "dashboard": dashboard}
+ON_RUNS: dict[str, Callable[[list[str]], None]] = {"report": report, "answers": answers, "card": card, "dashboard": dashboard}
 
 
 def run(name: str, args: list[str]) -> None:

@@ -15,6 +15,7 @@ TRAINING = {
 OTHERS = {
     "study": "run defenses x attacks x seeds",
     "report": "write a page on runs",
+    "answers": "write a page to read runs' answers on",
     "card": "write the card of an exported model",
     "dashboard": "save a workspace on W&B",
     "judge": "score a run's answers by another judge",

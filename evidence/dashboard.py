@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from casehard.evidence.private import as_sent, refusals_of_wandb
 from casehard.evidence.study_plan import INDEX, read_cells
 from casehard.metrics import columns
-from casehard.metrics.errors import SettingError
+from casehard.metrics.errors import SettingError, needs
 from casehard.records.outcome import logged_metrics
 from casehard.records.published import config_of, part
 
@@ -141,12 +141,7 @@ def make_dashboard(runs: list[str], project: str, entity: str | None, title: str
         SettingError: the runs logged nothing, W&B's library is not there, or W&B does not take the workspace.
     """
     logged = read_logged(runs)
-    try:
-        import wandb_workspaces  # noqa: F401  an extra
-    except ModuleNotFoundError as error:
-        raise SettingError(
-            "casehard dashboard needs wandb-workspaces, an extra: pip install -c constraints.txt -e '.[dashboard]'"
-        ) from error
+    needs("casehard dashboard", "wandb_workspaces", "dashboard")
     if dry_run:
         return as_sent(workspace(logged, project, entity or "", title))
     return f"Dashboard: {_save(logged, project, entity, title)}"

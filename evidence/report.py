@@ -20,6 +20,7 @@ from casehard.evidence.study_plan import INDEX, read_cells, slug
 from casehard.evidence.summary import Series, baseline, collect, differences, grouped, lasting, left_out, marker_of, unlike
 from casehard.evidence.tables import NOTHING, columns, look, measured, shown_metrics
 from casehard.evidence.verdicts import verdicts
+from casehard.evidence.viewer import write_viewer
 from casehard.metrics.columns import Column
 from casehard.metrics.refusal_phrases import error_rates
 from casehard.records.files import write_whole
@@ -43,8 +44,15 @@ UNKNOWN = "not known: no run says so"
 DULL = f"at least {GIBBERISH:g}% of the answers are gibberish, so a low score is no safety."
 
 
-def write_report(runs: list[str], out: str, title: str) -> Path:
-    """Write the report on ``runs`` into the folder ``out``, as a page and as Markdown; returns the page."""
+def write_report(runs: list[str], out: str, title: str, answers: bool = False) -> Path:
+    """Write the report on ``runs`` into the folder ``out``, as a page and as Markdown; returns the page.
+
+    Args:
+        runs: run folders, or studies'.
+        out: folder.
+        title: of the page.
+        answers: whether a page of the answers goes beside it.
+    """
     series, folder = collect(runs), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     trainings = _trainings(runs)
@@ -56,6 +64,7 @@ def write_report(runs: list[str], out: str, title: str) -> Path:
         "title": title,
         "command": " ".join(["casehard report", *(_called(Path(run)) for run in runs)]),
         "num_rows": len(rows),
+        "answers": write_viewer(series, folder / "answers.html", title).name if answers else "",
         "about": _about(series),
         "differences": differences(series),
         "left_out": left_out(runs),

@@ -270,7 +270,7 @@ def test_a_wandb_that_cannot_be_reached_ends_soon_and_in_one_sentence(runs, acco
 
 def test_without_the_extra_it_says_what_to_install(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    with pytest.raises(ValueError, match=r"needs wandb-workspaces, an extra: pip install -c constraints.txt -e '.\[dashboard\]'"):
+    with pytest.raises(ValueError, match=r"casehard dashboard needs wandb_workspaces, .* pip install 'casehard\[dashboard\]'"):
         make_dashboard([str(runs["sbr"])], "p", None, "A title", dry_run=True)
 
 

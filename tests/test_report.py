@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -18,7 +17,6 @@ import yaml
 from axe_playwright_python.sync_playwright import Axe
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
-from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 from test_results import ROW, replace
 from toy import ROOT, csv_rows, mark
@@ -45,7 +43,6 @@ from casehard.records.rows import ResultRow, read_run
 from casehard.records.table import results_table
 
 STEPS, NUM_PROMPTS = (0, 10, 50), 20
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
 def record(folder: Path, row: ResultRow, harmful: dict[int, int], unscored: int = 0) -> None:
@@ -807,17 +804,6 @@ def test_bad_input_is_told_so(tmp_path):
     (tmp_path / "empty" / INDEX).write_text("[]")
     with pytest.raises(ValueError, match="runs must hold results, and there are none"):
         collect([tmp_path / "empty"])
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Chromium as this machine has it."""
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]  # axe's, by their tags
