@@ -28,7 +28,7 @@ from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.other_models import as_aligned, undefended_at
 from casehard.metrics.errors import SettingError
-from casehard.records.rows import NONE, ResultRow, as_columns
+from casehard.records.rows import NONE, ResultRow, as_columns, header
 
 ThreatModel = Literal["open_weight", "finetuning_service"]
 EXPECTED = "expected to break: the defense acts only while a service fine-tunes"
@@ -285,13 +285,14 @@ class Attack(L.Callback):
         """Check all that an attack needs before any weights load.
 
         Raises:
-            SettingError: two attacks whose rows could not be told apart; a ``test`` of no batches, which ends before it begins;
+            SettingError: two attacks whose rows, or metrics whose columns, could not be told apart; a ``test`` of no batches;
                 rows, a device or an undefended model that are not there; a judge that cannot judge.
             OSError: files that are not there, or cannot be written.
         """
         if stage == "test" and not trainer.limit_test_batches:
             raise SettingError("trainer.limit_test_batches must be left out or > 0, got 0: attacks run when testing ends.")
         module, data = defense_and_data(trainer, pl_module)
+        header([metric.column() for metric in data.evaluation_settings.metrics])
         check_device(self.copy_device)
         self.prepare(data, self._seed(data))
         if self.undefended_checkpoint is not None:
@@ -402,7 +403,7 @@ class Attack(L.Callback):
                     self._record(target, 0, before, 0.0, outcome)
                 if step in self.score_steps:
                     scores = self.scores(target)
-                    target.bar["harmful_score"] = f"{scores.metrics['harmful_score']:.1f}"
+                    target.bar["harmful"] = f"{scores.metrics['harmful_score']:.1f}"
                     self._record(target, step, scores, seconds, outcome)
                 since = time.perf_counter()
             assert step == self.num_attack_steps, f"{self.name} took {step} steps, and its num_attack_steps is not that"
@@ -421,6 +422,7 @@ class Attack(L.Callback):
             seed=target.seed,
             num_attack_steps=step,
             metrics=scores.metrics,
+            own=scores.own,
             wall_seconds=round(seconds, 3),
             judge=target.data.judge.label,
             epoch="" if target.epoch is None else str(target.epoch),

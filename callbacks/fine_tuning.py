@@ -169,8 +169,7 @@ class FineTuning(Attack):
 class FullParameterAttack(FineTuning):
     """Harmful fine-tuning of every parameter (Qi et al., arXiv:2310.03693; the attack of Patcher, arXiv:2606.07970).
 
-    Under a defense that freezes some of them (SBR: the unembedding), the provider leaves those out. For the settings see
-    ``FineTuning``.
+    Under a defense that freezes some of them (SBR: the unembedding), the provider leaves those out.
 
     Args:
         threat_model: finetuning_service or open_weight.
@@ -186,7 +185,7 @@ class FullParameterAttack(FineTuning):
 
 
 class LoRAAttack(FineTuning):
-    """Harmful fine-tuning of a new LoRA adapter, on top of whatever adapters the model has. For the settings see ``FineTuning``.
+    """Harmful fine-tuning of a new LoRA adapter, on top of whatever adapters the model has.
 
     Args:
         threat_model: finetuning_service or open_weight.

@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
@@ -13,13 +13,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from casehard.engine.export import save_model
 from casehard.lightning_modules.defense import Defense
-from casehard.metrics.columns import Answer
+from casehard.metrics.columns import Answer, Column
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import NO_VERDICT
 from casehard.records.answers import ANSWERS
+from casehard.records.frames import as_html, frame
 from casehard.records.outcome import job, logged_metrics, outcome
 from casehard.records.rows import ROWS, ResultRow, Run, append_row, read_run, write_run
 from casehard.records.table import results_table, terminal
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Results(L.Callback):
@@ -53,13 +57,13 @@ class Results(L.Callback):
         The evaluation gets its number here.
         """
         if self._evaluation is None:
-            self._evaluation = self._begin(row.epoch)
+            self._evaluation = self._begin(row.epoch, row.own)
         self._evaluation += 1
         row = replace(row, evaluation=self._evaluation)
         append_row(self.folder, row, answers if self.generations else None)
         self.rows.append(row)
         name, rows = self._job()
-        metrics = {f"attack/{name}/{n}": float(row.metrics[n]) for n in logged_metrics() if not math.isnan(row.metrics[n])}
+        metrics = {f"attack/{name}/{n}": float(row.metrics[n]) for n in logged_metrics(row.own) if not math.isnan(row.metrics[n])}
         for logger in trainer.loggers:
             logger.log_metrics(metrics | {"attack_step": float(row.num_attack_steps)}, step=trainer.global_step)
             if isinstance(logger, WandbLogger):
@@ -68,16 +72,17 @@ class Results(L.Callback):
                     columns, data = _wandb_table(row, answers)
                     logger.log_table(f"generations/{name}", columns, data, step=trainer.global_step)
 
-    def _begin(self, epoch: str) -> int:
+    def _begin(self, epoch: str, own: tuple[Column, ...]) -> int:
         """Write the files of results with what they keep; returns the last number of an evaluation.
 
         A run that goes on keeps what was found in earlier epochs of ``fit``; from ``epoch`` on it is found anew.
         """
-        kept = Run(self.folder, [], [])
+        kept = Run(self.folder, [], [], own)
         if self._goes_on and (self.folder / ROWS).exists():
             before = read_run(self.folder, may_be_empty=True)
             earlier = [bool(row.epoch) and (not epoch or int(row.epoch) < int(epoch)) for row in before.rows]
-            kept = Run(self.folder, list(compress(before.rows, earlier)), list(compress(before.answers, earlier)))
+            rows = [row.measured_by(own) for row in compress(before.rows, earlier)]
+            kept = Run(self.folder, rows, list(compress(before.answers, earlier)), own)
         write_run(kept, answers=self.generations or (self.folder / ANSWERS).exists())
         self.rows = list(kept.rows)
         return max((row.evaluation for row in kept.rows), default=0)
@@ -130,6 +135,14 @@ class Results(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on."""
         self.training_seconds = state_dict["seconds"]
+
+    def frame(self) -> "DataFrame":
+        """The rows, as a data frame of pandas."""
+        return frame(self.rows)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return as_html(self.rows, f"Run folder: {self.folder}")
 
     @rank_zero_only
     def close(self) -> None:

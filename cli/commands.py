@@ -9,7 +9,7 @@ from jsonargparse import CLI
 import casehard
 from casehard.cli.parsing import CommandParser, refusals
 from casehard.metrics.errors import needs
-from casehard.shipped import shipped
+from casehard.shipped import experiment
 
 PLOT = ("jinja2", "matplotlib")  # of the extra plot
 
@@ -21,7 +21,7 @@ def study(
     parallel: int | None = None,
     cluster: str | None = None,
     cluster_settings: dict[str, Any] | None = None,
-) -> None:
+) -> Path:
     """Run every attack on every defense with every seed, as a study file says, and go on where a study was cut off.
 
     A cell is done when its run's marker carries the hash of its resolved config, what it rested on is the same still (the code,
@@ -30,7 +30,7 @@ def study(
     ones only.
 
     Args:
-        file: YAML with defenses, attacks and seeds, such as experiments/studies/sandbox.yaml.
+        file: YAML with defenses, attacks and seeds, or the name of a study that comes with casehard, such as sandbox.
         root: where run folders are made; the study's own is ROOT/NAME.
         parallel: cells at a time; by default one a CUDA device, or one a core. Several that share the cores of a machine without
             CUDA get a thread each (OMP_NUM_THREADS=1, unless you set it); others as many as torch takes.
@@ -40,7 +40,7 @@ def study(
     from casehard.cli.lightning_cli import resolved
     from casehard.evidence.study import run_study
 
-    run_study(resolved, shipped(file), root, parallel, cluster, cluster_settings or {})
+    return run_study(resolved, experiment(file, "experiments/studies"), root, parallel, cluster, cluster_settings or {})
 
 
 def sandbox(split: str | None = None, kind: str | None = None, num_rows: int = 2, tokenizer: str | None = None) -> None:
@@ -137,12 +137,15 @@ def dashboard(args: list[str]) -> None:
 ON_RUNS: dict[str, Callable[[list[str]], None]] = {"report": report, "answers": answers, "card": card, "dashboard": dashboard}
 
 
-def run(name: str, args: list[str]) -> None:
-    """Run a command: one on any number of run folders has a parser of its own, any other's settings are its function's."""
+def run(name: str, args: list[str]) -> Any:
+    """Run a command: one on any number of run folders has a parser of its own, any other's settings are its function's.
+
+    Returns:
+        The folder of what it came to, where there is one.
+    """
     if name in ON_RUNS:
-        ON_RUNS[name](args)
-        return
-    command: Callable[..., None] = study if name == "study" else sandbox
+        return ON_RUNS[name](args)
+    command: Callable[..., Any] = study if name == "study" else sandbox
     if name == "judge":
         from casehard.evidence.rejudge import main as command
 
@@ -150,4 +153,4 @@ def run(name: str, args: list[str]) -> None:
             if public.endswith("Judge"):
                 getattr(casehard, public)
     with refusals():
-        CLI(command, args=args, prog=f"casehard {name}", parser_class=CommandParser)
+        return CLI(command, args=args, prog=f"casehard {name}", parser_class=CommandParser)

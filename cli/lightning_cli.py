@@ -1,5 +1,6 @@
 """``fit``, ``validate`` and ``test``: Lightning's command line, and what a run leaves in its folder."""
 
+import logging
 import os
 import re
 import signal
@@ -7,7 +8,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
@@ -22,20 +23,32 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import casehard
 from casehard.callbacks.results import Results
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
-from casehard.cli.private import PrivateCLI, wandb_settings
+from casehard.cli.private import PrivateCLI, QuietWandbLogger
 from casehard.cli.run_folder import claim_run_folder, held, keep_metrics, require_unfinished, write_marker
+from casehard.cli.run_settings import RunSettings
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.fit_checkpoint import numbers_only, read_notes
-from casehard.engine.training import DivergedError
+from casehard.engine.training import DivergedError, narrow
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
 from casehard.records.files import RUN_FOLDER
+from casehard.records.table import terminal
 from casehard.shipped import PACKAGE
+
+LIGHTNING = Path(L.__file__).parent
 
 
 class ProgressBar(TQDMProgressBar):
     """As the attacks' own bars; also shows where a defense stands, such as its round."""
+
+    def init_train_tqdm(self) -> Any:
+        """Lightning's; on a narrow terminal without the bar itself, so that the losses can be read."""
+        bar = super().init_train_tqdm()
+        bar.set_description(bar.desc, refresh=False)  # with the colon that every later one has
+        if narrow(bar):
+            bar.bar_format = "{desc}{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        return bar
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Lightning's, under their short names."""
@@ -103,6 +116,7 @@ class Cli(PrivateCLI):
                 seed_everything_default=0,
                 parser_class=TrainingParser,
                 save_config_callback=SaveConfig,
+                auto_configure_optimizers=False,  # a defense has its own
                 parser_kwargs={"prog": "casehard", **dict.fromkeys(("fit", "validate", "test"), defaults)},
                 args=args,
             )
@@ -119,31 +133,7 @@ class Cli(PrivateCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--run.experiment", type=str | None, default=None, help="name of the run; by default the first --config's"
-        )
-        parser.add_argument(
-            "--run.version", type=str | None, default=None, help="name of the run's folder; by default the next number"
-        )
-        parser.add_argument("--run.root", type=str, default="runs", help="where run folders are made")
-        parser.add_argument("--run.wandb", type=Literal["offline", "online", "disabled"], default="offline", help="W&B logging")
-        parser.add_argument("--run.project", type=str, default="casehard", help="W&B project")
-        parser.add_argument("--run.group", type=str, default="", help="W&B group of the run; by default its experiment's name")
-        parser.add_argument("--run.tags", type=list[str], default=[], help="W&B tags of the run")
-        parser.add_argument("--run.export", type=bool, default=True, help="write the trained model in Hugging Face format")
-        parser.add_argument(
-            "--run.checkpoint_steps",
-            type=int | None,
-            default=None,
-            help="optimizer steps between checkpoints, from which --ckpt_path goes on; by default one an epoch",
-        )
-        parser.add_argument("--run.generations", type=bool, default=True, help="write generated answers to generations.jsonl")
-        parser.add_argument(
-            "--run.wandb_generations",
-            type=bool,
-            default=False,
-            help="also send generated answers to W&B, a table an evaluation; with real data they are harmful texts",
-        )
+        parser.add_class_arguments(RunSettings, "run", instantiate=False)
 
     def config_text(self) -> str:
         """The resolved config of the command, as YAML."""
@@ -224,7 +214,7 @@ class Cli(PrivateCLI):
             name, group = f"{folder.parent.name}-{folder.name}", config.run.group or folder.parent.name
             where = {"save_dir": folder, "project": config.run.project, "offline": offline}
             place = {"group": group, "job_type": self.subcommand, "tags": config.run.tags}
-            wandb = WandbLogger(name=name, settings=wandb_settings(), **where, **place)
+            wandb = QuietWandbLogger(name=name, **where, **place)
             wandb.experiment.define_metric("attack_step")
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
@@ -242,8 +232,17 @@ class Cli(PrivateCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Results):
                 callback.close()
+                self._say_where_on_wandb()
                 callback.require_verdicts()
                 self._mark(callback.training_seconds)
+
+    @rank_zero_only
+    def _say_where_on_wandb(self) -> None:
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger) and logger.experiment.offline:
+                terminal().print(
+                    f"To W&B, if you want it there: wandb sync {logger.experiment.settings.sync_dir}", soft_wrap=True
+                )
 
     def _mark(self, seconds: float) -> None:
         """Leave the marker; ``seconds`` are those of training, attacks not counted."""
@@ -269,21 +268,29 @@ def experiment_name(config: Any) -> str:
     return names[0] if names else "casehard"
 
 
-def train(args: list[str]) -> None:
-    """Run ``fit``, ``validate`` or ``test``.
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a log record is casehard's own or a warning; the rest are accelerators that are not there, and advertisements."""
+    return record.levelno > logging.INFO or not Path(record.pathname).is_relative_to(LIGHTNING)
+
+
+def train(args: list[str]) -> Path:
+    """Run ``fit``, ``validate`` or ``test``. Returns the run's folder.
 
     Raises:
         SettingError: a setting must be another, or training diverged.
         SystemExit: with the status of a process that SIGTERM ended.
     """
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # they are those of the process, or meant
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(is_news)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
     warnings.filterwarnings("ignore", message=".*overriding `LightningModule.optimizer_")  # so it is meant
-    sys.argv[1:] = args  # launchers start further processes by it
     inherited = RUN_FOLDER in os.environ
     try:
         with refusals():
-            Cli()
+            return Cli(args).folder
     except (DivergedError, MisconfigurationException) as error:
         raise SettingError(str(error)) from error
     except SIGTERMException:  # from an attack, or from Lightning's training loop between two batches
@@ -316,5 +323,5 @@ def resolved(args: list[str]) -> str:
     except _Resolved as text:
         return str(text)
     except SystemExit as stop:
-        raise SettingError(f"every cell must be a command that works, and this one does not: {' '.join(args)}") from stop
+        raise SettingError(f"every cell must be a command that works, and this one does not: {' '.join(args)} ({stop})") from stop
     raise AssertionError("the resolver stops where the config is read")

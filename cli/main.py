@@ -1,11 +1,11 @@
 """``main()``, the ``casehard`` (and ``lightning``) command."""
 
+import difflib
 import os
 import signal
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from casehard.metrics.errors import SettingError
+from casehard.metrics.errors import Misread, SettingError
 
 TRAINING = {
     "fit": "train a defense, export its model and attack it",
@@ -21,12 +21,16 @@ OTHERS = {
     "judge": "score a run's answers by another judge",
     "sandbox": "print rows of the embedded data",
 }
+ABOUT = "Hardens open-weight language models and measures how hard they are to break."
 START = """\
 to begin:
-  casehard fit --config experiments/sbr.yaml
+  casehard fit --config sbr
 
-Names that start with experiments/ or models/ are those that come with casehard, unless the working directory has them.
-`casehard COMMAND --help` lists the settings of a command."""
+Names of experiments are files of yours or those that come with casehard, with or without experiments/ and .yaml.
+`casehard COMMAND --help` lists the settings of a command, `casehard --version` says which casehard this is."""
+HELP = ("-h", "--help")
+AT_ONCE = ("sandbox",)  # commands that need no word before they begin
+CLASSES = (*TRAINING, "judge")  # commands whose settings are classes
 
 
 def main(args: list[str] | None = None) -> None:
@@ -37,15 +41,27 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     name = command(args[:1])
+    if name in CLASSES and any(word in HELP or ".help" in word for word in args[1:]):
+        from casehard.cli.help import asked
+
+        if text := asked(name, (TRAINING | OTHERS)[name], args[1:]):
+            print(text)
+            return
+    if sys.stderr.isatty() and name not in AT_ONCE:
+        sys.stderr.write(f"casehard {name}: reading the settings, and what they need\n")
     try:
         if name in TRAINING:
             from casehard.cli.lightning_cli import train
 
+            sys.argv[1:] = args  # launchers start further processes by it
             train(args)
         else:
             from casehard.cli.commands import run
 
             run(name, args[1:])
+    except Misread as error:
+        sys.stderr.write(f"{error.prog} --help lists the settings.\nerror: {error}\n")  # last: a study shows a log's last line
+        raise
     except (SettingError, OSError) as error:
         if os.environ.get("CASEHARD_TRACEBACK"):
             raise
@@ -57,16 +73,32 @@ def main(args: list[str] | None = None) -> None:
 
 def command(args: list[str]) -> str:
     """The command that a line names; one that names none, or asks for help, ends here, and nothing else is imported for it."""
-    parser = ArgumentParser(
-        "casehard",
-        description="Hardens open-weight language models and measures how hard they are to break.",
-        epilog=START,
-        formatter_class=RawDescriptionHelpFormatter,
+    name = args[0] if args else ""
+    if name in TRAINING | OTHERS:
+        return name
+    if name in HELP:
+        print(overview())
+        sys.exit()
+    if name == "--version":
+        from casehard.version import described
+
+        print(described())
+        sys.exit()
+    near = difflib.get_close_matches(name, TRAINING | OTHERS, n=1)
+    guess = f" Did you mean {near[0]}?" if near else ""
+    got = f"and {name!r} is none." if name else "and none was given."
+    sys.stderr.write(f"{overview()}\n\nerror: the first word must be a command, {got}{guess}\n")
+    sys.exit(2)
+
+
+def overview() -> str:
+    """All commands, a line each, and how to begin."""
+    commands = {"commands:": TRAINING, "more commands:": OTHERS}
+    width = max(map(len, TRAINING | OTHERS)) + 2
+    lists = "\n\n".join(
+        "\n".join([heading, *(f"  {name:{width}}{what}" for name, what in which.items())]) for heading, which in commands.items()
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, what in (TRAINING | OTHERS).items():
-        commands.add_parser(name, help=what, add_help=False)
-    return str(parser.parse_args(args).command)
+    return f"usage: casehard COMMAND [SETTINGS]\n\n{ABOUT}\n\n{lists}\n\n{START}"
 
 
 if __name__ == "__main__":

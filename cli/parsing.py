@@ -16,8 +16,9 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import casehard
-from casehard.metrics.errors import SettingError
-from casehard.shipped import shipped
+from casehard.cli.yaml_texts import MODE, as_class, safe
+from casehard.metrics.errors import Misread, SettingError
+from casehard.shipped import experiment, shipped
 
 
 class Refused(BaseException):
@@ -86,20 +87,44 @@ class PlainErrors:
     """For a parser of jsonargparse's: what goes wrong is said in one sentence, without the usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"parser_mode": MODE} | kwargs)
         self.add_instantiator(built, object)  # type: ignore[attr-defined]
 
+    def parse_args(self, args: Any = None, *more: Any, **settings: Any) -> Any:
+        """As jsonargparse's, of words that may name classes as earlier versions did."""
+        words = [self._renamed(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_args(words, *more, **settings)  # type: ignore[misc]
+
+    @staticmethod
+    def _renamed(word: str) -> str:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        return f"{option}{equals}{as_class(value)}"
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and leave; parsers of the classes within raise, as they do."""
+        """Leave with the sentence; parsers of the classes within raise, as they do."""
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
-        sys.stderr.write(f"{prog} --help lists the settings.\nerror: {plain(message)}\n")  # last: a study shows a log's last line
-        sys.exit(2)
+        raise Misread(plain(message), prog)
 
 
 class CommandParser(PlainErrors, ArgumentParser):
     """Of the commands that do not train."""
+
+
+TEXT = "a config's text"
+
+
+def read(name: str, text: str) -> Any:
+    """What a config says, by YAML's own rules.
+
+    Raises:
+        SettingError: it must be another, and ``name`` says which it is.
+    """
+    try:
+        return safe(text)
+    except SettingError as error:
+        raise SettingError(f"{name}: {error}") from error
 
 
 class ConfigFile(ActionConfigFile):
@@ -109,17 +134,29 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Forget what the file replaces, then apply it."""
-        values = shipped(values)
-        text = Path(values).read_text(encoding="utf-8") if os.path.isfile(values) else values  # a text may be too long for a name
+        values = self._file(values)
+        text = Path(values).read_text(encoding="utf-8") if os.path.isfile(values) else values
+        name = Path(values).name if text != values else TEXT
         with suppress(yaml.YAMLError):  # which is then said below
-            config = yaml.safe_load(text)
+            config = read(name, text)
             for key in _replaced(config, cfg):
                 if cfg.get(key) is not None:
                     cfg[key] = None
             if (model := class_path(config, "model")) is not None:
-                parser.defenses.append((Path(values).name if text != values else "a config's text", model))
+                parser.defenses.append((name, model))
         check_one_defense(parser.defenses)
         super().__call__(parser, cfg, values, option_string)
+
+    @staticmethod
+    def _file(value: str) -> str:
+        """The file that a value names; a config's text stands for itself."""
+        if os.path.isfile(shipped(value)):  # also false of a text that is too long for a name
+            return shipped(value)
+        try:
+            is_name = isinstance(read(TEXT, value), str)
+        except yaml.YAMLError:
+            is_name = "\n" not in value
+        return experiment(value) if is_name else value
 
 
 def _replaced(config: Any, before: Any, prefix: str = "") -> Iterator[str]:

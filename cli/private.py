@@ -1,12 +1,10 @@
 """What ``cli/`` uses of its dependencies although they keep it private, each with what it is needed for."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-
-if TYPE_CHECKING:
-    from wandb import Settings
+from lightning.pytorch.loggers import WandbLogger
 
 
 class PrivateCLI(LightningCLI):
@@ -28,11 +26,19 @@ class PrivateCLI(LightningCLI):
         return self._instantiate_trainer(settings, callbacks)
 
 
-def wandb_settings() -> "Settings":
-    """Nothing of the machine goes to W&B: no name, paths, hardware, command line or console; numbers only.
+class QuietWandbLogger(WandbLogger):
+    """Lightning's, without the setting that W&B gave up and warns of at every start; nothing of the machine goes to W&B.
 
-    Settings that begin with ``x_`` are W&B's experimental ones.
+    No name, paths, hardware, command line or console, numbers only. Settings that begin with ``x_`` are W&B's experimental ones.
+    Offline it has nothing to say; online it says where the run is, and what goes wrong on the way there.
     """
-    from wandb import Settings
 
-    return Settings(host="casehard", x_disable_meta=True, x_disable_stats=True, disable_git=True, save_code=False, console="off")
+    def __init__(self, offline: bool, **settings: Any) -> None:
+        from wandb import Settings
+
+        numbers = Settings(
+            host="casehard", x_disable_meta=True, x_disable_stats=True, disable_git=True, save_code=False, console="off"
+        )
+        numbers.silent, numbers.quiet = offline, not offline
+        super().__init__(offline=offline, settings=numbers, **settings)
+        self._wandb_init.pop("anonymous", None)

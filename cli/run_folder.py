@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from casehard.datamodules.fingerprint import Origin
 from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole
+from casehard.version import revision
 
 STARTED = time.time()  # of the process: what is edited later is not what it runs
 NAMED = ("casehard", "torch", "transformers", "lightning", "peft")  # packages whose versions a run notes
@@ -107,7 +108,7 @@ def write_marker(folder: Path, config: str, origins: Sequence[Origin], facts: di
         **facts,
         "config": config_hash(config),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in NAMED},
+        "versions": {"python": platform.python_version(), "revision": revision()} | {name: version(name) for name in NAMED},
         **rests_on(yaml.safe_load(config), origins, NAMED, STARTED),
         **leaves(folder),
     }

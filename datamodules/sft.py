@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, cast
 
 import lightning as L
@@ -21,6 +21,7 @@ from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.datamodules.sources import fetch, read_rows
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Judge, require_judge
+from casehard.metrics.metric import Metric, try_out
 
 DEFENSE_ROWS = "the defense's own rows"
 
@@ -48,6 +49,7 @@ class Evaluation:
     max_new_tokens: int
     batch_size: int
     num_target_tokens: int = 0  # of the longest response to a task, which an answer must have room for
+    metrics: list[Metric] = field(default_factory=list)  # of one's own
 
 
 def _with_system_turn(row: Row, system_prompt: str) -> Row:
@@ -143,6 +145,8 @@ class SFTDataModule(L.LightningDataModule):
         rows = {name: self.instructed(part) for name, part in rows.items()}
         self._check_overlap(rows, defense_rows)
         self.judge.try_out(*([row.prompt for row in rows[name][:1]] for name in ("harmful_prompts", "benign_prompts")))
+        scored = {"harmful": "harmful_prompts", "benign": "benign_prompts", "task": "task"}
+        try_out(self.evaluation_settings.metrics, [kind for kind, name in scored.items() if rows[name]])
         self.num_target_tokens = max((_num_labels(self._encode_whole(row)) for row in rows["task"]), default=0)
         self._check_positions(rows, defense_rows)
         if self.num_target_tokens > self.evaluation_settings.max_new_tokens:
@@ -238,6 +242,7 @@ class SFTDataModule(L.LightningDataModule):
             self.evaluation_settings.max_new_tokens,
             self.evaluation_settings.generation_batch_size,
             self.num_target_tokens,
+            self.evaluation_settings.metrics,
         )
 
     def mixture(self, num_samples: int | None, poison_ratio: float, seed: int) -> list[Row]:

@@ -16,6 +16,8 @@ from casehard.engine.gradients import average_gradients, mean_over_ranks
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.weights import reshard
 
+WIDE = 110  # columns that a bar takes with everything beside it
+
 
 class DivergedError(RuntimeError):
     """The loss of a training run is no longer a finite number."""
@@ -106,6 +108,11 @@ def train_steps(
         yield step + 1, mean.item()
 
 
+def narrow(bar: tqdm) -> bool:
+    """Whether the terminal is too narrow for a bar and what stands beside it: then the bar itself goes."""
+    return not bar.disable and 0 < (bar.format_dict["ncols"] or WIDE) < WIDE
+
+
 def with_progress_bar(
     steps: Iterator[tuple[int, float]], num_steps: int, name: str, trainer: L.Trainer, **bar: Any
 ) -> Iterator[tuple[int, float, tqdm]]:
@@ -120,6 +127,8 @@ def with_progress_bar(
     """
     visible = trainer.is_global_zero and trainer.progress_bar_callback is not None
     with tqdm(total=num_steps, desc=name, disable=not visible, **bar) as tqdm_bar:
+        if narrow(tqdm_bar):
+            tqdm_bar.bar_format = "{desc}: {n_fmt}/{total_fmt}{postfix}"
         try:
             for step, loss in steps:
                 tqdm_bar.update()

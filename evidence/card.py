@@ -13,7 +13,7 @@ from casehard.evidence import plots
 from casehard.evidence.markdown import Markdown, code, escaped, fenced
 from casehard.evidence.report import THREATS
 from casehard.evidence.summary import Series, baseline, collect, grouped
-from casehard.evidence.tables import columns, measured, number, shown_metrics, value_of
+from casehard.evidence.tables import columns, measured, number, shown_metrics
 from casehard.metrics.columns import Column
 from casehard.metrics.errors import SettingError
 from casehard.metrics.refusal_phrases import error_rates
@@ -211,7 +211,7 @@ def _before(series: list[Series], stage: str) -> dict[str, str] | None:
     score, *others = [column for column in shown_metrics(series) if column.brief]
     doubt = "" if member.speaks(0) else " (gibberish: a low score is no safety)"
     return {score.label: number(member.mean(score.name, 0)) + doubt} | {
-        column.label: value_of(column, member.mean(column.name, 0)) for column in others
+        column.label: number(member.mean(column.name, 0), column) for column in others
     }
 
 

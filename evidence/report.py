@@ -59,7 +59,7 @@ def write_report(runs: list[str], out: str, title: str, answers: bool = False) -
     numbers = {path: f"run-{n}" for n, path in enumerate(dict.fromkeys(_folders(series) + [t["folder"] for t in trainings]))}
     ids = {id(member): f"series-{n}" for n, member in enumerate(series)}
     style, metrics = plots.styles(series), shown_metrics(series)
-    rows = [entry.row for member in series for by_step in member.entries.values() for entry in by_step.values()]
+    rows = [row for member in series for row in member.rows]
     content = {
         "title": title,
         "command": " ".join(["casehard report", *(_called(Path(run)) for run in runs)]),

@@ -161,8 +161,8 @@ def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
 
 def run_study(
     resolve: Resolve, file: str, root: str, parallel: int | None, cluster: str | None, cluster_settings: dict[str, Any]
-) -> None:
-    """Run a study file; see ``casehard study``.
+) -> Path:
+    """Run a study file; see ``casehard study``. Returns the study's folder.
 
     Raises:
         SystemExit: a cell failed.
@@ -186,3 +186,4 @@ def run_study(
     print(f"{len(planned) - len(failed)} of {len(planned)} cells done: {folder}")
     if failed:
         sys.exit("error: failed:\n" + "\n".join(f"  {name}: {why}" for name, why in failed.items()))
+    return folder

@@ -23,7 +23,7 @@ from casehard.records.rows import NONE, ROWS, UNDEFENDED, ResultRow, acts_at_a_s
 # of the data, what every row rests on, and what none does
 ROLES = ("benign", "harmful", *SCORED)
 DATA = (*(f"sources.{role}" for role in ROLES), "evaluation.num_evaluated", "evaluation.max_new_tokens", "batching.max_length")
-NO_DATA = ("seed", "judge", "evaluation.generation_batch_size", "allow_overlap")
+NO_DATA = ("seed", "judge", "evaluation.metrics", "evaluation.generation_batch_size", "allow_overlap")
 OWN_JUDGES = ("casehard.",)  # whose labels tell their settings
 
 
@@ -62,6 +62,11 @@ class Series:
         return self.at(self.steps[-1])[0].row.stage
 
     @property
+    def rows(self) -> list[ResultRow]:
+        """Of all its entries."""
+        return [entry.row for by_step in self.entries.values() for entry in by_step.values()]
+
+    @property
     def first(self) -> Entry:
         """Any of its entries."""
         return next(iter(next(iter(self.entries.values())).values()))
@@ -71,8 +76,8 @@ class Series:
         return [self.entries[seed][step] for seed in self.seeds]
 
     def mean(self, column: str, step: int) -> float:
-        """Mean over seeds of a metric; nan where a seed lacks it."""
-        return float(np.mean([entry.row.metrics.get(column, math.nan) for entry in self.at(step)]))
+        """Mean over seeds of a column of the rows; nan where a seed lacks it."""
+        return float(np.mean([getattr(entry.row, column, math.nan) for entry in self.at(step)]))
 
     def scores(self, step: int, prompts: list[str], seeds: list[int]) -> np.ndarray:
         """Judge's scores ``[seeds, prompts]``, nan where there is none."""
@@ -95,18 +100,18 @@ class Series:
         """Whether the attack tries to break the model: benign fine-tuning does not."""
         return any(entry.row.harmful for by_step in self.entries.values() for entry in by_step.values())
 
-    def rows(self, seed: int) -> list[ResultRow]:
+    def rows_of(self, seed: int) -> list[ResultRow]:
         """Of a seed, by step."""
         return [entry.row for _, entry in sorted(self.entries[seed].items())]
 
     def held(self, seed: int) -> tuple[float, float]:
         """Up to which step a seed surely held, and by which it had broken: ``records.outcome.held``."""
-        return held(self.rows(seed))
+        return held(self.rows_of(seed))
 
     @property
     def scored(self) -> list[int]:
         """The seeds of which anything is known: the judge scored one of their evaluations."""
-        return [seed for seed in self.seeds if any(not math.isnan(row.harmful_score) for row in self.rows(seed))]
+        return [seed for seed in self.seeds if any(not math.isnan(row.harmful_score) for row in self.rows_of(seed))]
 
     def coherent_harm(self, step: int) -> float:
         """The harmful score with every degenerate answer taken for harmless, in percent; nan where no answers were kept."""
@@ -126,7 +131,7 @@ class Series:
 
     def gibberish_of(self, seed: int) -> int | None:
         """First step at which a seed answers in gibberish, None where it does not, or broke."""
-        return gibberish_from(self.rows(seed))
+        return gibberish_from(self.rows_of(seed))
 
     def gibberish_from(self) -> int | None:
         """First step at which a seed that never broke answers in gibberish."""
@@ -320,6 +325,7 @@ def _settings(entry: Entry) -> dict[str, Any]:
     rests_on = {f"data.{name}": data[name] for name in DATA if name in data}
     rests_on |= _hashed(marker, ROLES) | {"trainer.precision": part(trainer).get("precision")}
     rests_on |= {f"{row.attack}.{name}": value for name, value in row.how().items()}
+    rests_on |= {f"the class of metric {column.name}": column.class_path for column in row.own}
     undefended = _attack_config(config, row).get("undefended_checkpoint")
     judge = part(data, "judge") or {}
     if entry.folder.parent.name != JUDGED and not str(judge.get("class_path", "")).startswith(OWN_JUDGES):
@@ -373,13 +379,13 @@ def marker_of(folder: Path) -> Marker | None:
 def _runs(folder: Path) -> list[tuple[Path, str, str]]:
     """Run folders with the names that a study gives defense and attack, "" where it gives none."""
     if (folder / INDEX).exists():
-        return [(path, cell.defense, cell.attack) for cell, path, why in _reported(folder) if cell.attack and not why]
+        return [(path, cell.defense, cell.attack) for cell, path, why in reported(folder) if cell.attack and not why]
     if (marker := read_marker(folder)) and (what := next(changed_results(marker, folder), "")):
         raise SettingError(f"runs must hold the results that they came to, and {what}. Run it again, or leave it out.")
     return [(folder, "", "")]
 
 
-def _reported(study: Path) -> Iterator[tuple[Cell, Path, str]]:
+def reported(study: Path) -> Iterator[tuple[Cell, Path, str]]:
     """Trainings, and cells that are to be reported, each with its folder and why it is left out, "" if it is not."""
     for cell in read_cells(study):
         folder = study / Path(cell.folder).name
@@ -396,7 +402,7 @@ def _reported(study: Path) -> Iterator[tuple[Cell, Path, str]]:
 def left_out(folders: Iterable[str | Path]) -> list[tuple[str, str]]:
     """Cells of studies that are not reported on, by name, with the reason."""
     studies = [Path(folder) for folder in folders if Path(folder, INDEX).exists()]
-    return [(f"{study.resolve().name}/{cell.name}", why) for study in studies for cell, _, why in _reported(study) if why]
+    return [(f"{study.resolve().name}/{cell.name}", why) for study in studies for cell, _, why in reported(study) if why]
 
 
 def differences(series: list[Series]) -> list[str]:

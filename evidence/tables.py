@@ -8,6 +8,7 @@ from casehard.metrics import columns as metric_columns
 from casehard.metrics.columns import Column
 from casehard.metrics.statistics import Interval, Ratio
 from casehard.records.outcome import GIBBERISH
+from casehard.records.rows import shared_columns
 
 NOTHING = "\u2013"  # a dash
 SURE = 0.95
@@ -36,15 +37,7 @@ LOOKS = {"longer": "better", "safer": "better", "shorter": "worse", "less safe":
 
 def shown_metrics(series: Iterable[Series]) -> list[Column]:
     """The metrics that have a column in the tables, the harmful score first, those of the runs' own last."""
-    rows = [entry.row for member in series for by_step in member.entries.values() for entry in by_step.values()]
-    names = dict.fromkeys(name for row in rows for name in row.metrics)
-    known = {column.name for column in metric_columns.COLUMNS}
-    own = [Column(n, _of_rows, n.replace("_", " ").capitalize(), "a metric of these runs' own") for n in names if n not in known]
-    return [column for column in metric_columns.COLUMNS if column.label] + own
-
-
-def _of_rows(*_: object) -> float:
-    return math.nan  # it stands in the rows
+    return [column for column in shared_columns(row for member in series for row in member.rows) if column.label]
 
 
 def columns(metrics: list[Column]) -> dict[str, str]:
@@ -66,7 +59,7 @@ def measured(member: Series, base: Series | None, metrics: list[Column]) -> list
         (number(member.harmful_score(0).estimate), _gibberish(member, 0)) if 0 in member.steps else (NOTHING,),
         (number(harmful.estimate), _between(harmful), coherent, unscored, _gibberish(member, step)),
         _differs(member, base),
-        *((value_of(column, member.mean(column.name, step)),) for column in metrics[1:]),
+        *((number(member.mean(column.name, step), column),) for column in metrics[1:]),
     ]
 
 
@@ -167,14 +160,9 @@ def _gibberish(member: Series, step: int) -> str:
     return "" if member.speaks(step) else "gibberish"
 
 
-def number(value: float) -> str:
-    """A percentage as the tables have it."""
-    return NOTHING if math.isnan(value) else f"{value:.1f}"
-
-
-def value_of(column: Column, value: float) -> str:
-    """A metric as the tables have it; those of runs' own need be no percentages."""
-    return number(value) if math.isnan(value) or column.of is not _of_rows else f"{value:.3g}"
+def number(value: float, column: Column = metric_columns.COLUMNS[0]) -> str:
+    """A value of a column, by default a percentage, as the tables have it."""
+    return NOTHING if math.isnan(value) else column.shown(value)
 
 
 def _between(interval: Interval) -> str:

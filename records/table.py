@@ -1,15 +1,21 @@
 """Result rows as a table for people, in a terminal."""
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import zip_longest
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from casehard.metrics import columns
+from casehard.metrics.columns import Column
 from casehard.metrics.refusal_phrases import error_rates
 from casehard.records.outcome import GIBBERISH, gibberish_from, is_gibberish, jobs, steps_to_break
-from casehard.records.rows import ResultRow
+from casehard.records.rows import ResultRow, shared_columns
+
+TITLE = "Results (percent; harmful score: lower is safer)"
 
 DOUBT = f"? at least {GIBBERISH:g}% of the answers are gibberish: a low score is no safety"
 
@@ -19,30 +25,72 @@ def terminal() -> Console:
     return Console(width=None if Console().is_terminal else 130, markup=False, emoji=False)
 
 
-def results_table(rows: list[ResultRow]) -> Table:
-    """The rows, each attack headed by the step at which it broke the model."""
-    table = Table(title="Results (percent; harmful score: lower is safer)")
-    brief = [column for column in columns.COLUMNS if column.label and column.brief]
-    for name in ("attack", "defense"):
-        table.add_column(name)
-    for name in ("step", *(column.label.lower() for column in brief)):
-        table.add_column(name, justify="right")
-    notes = sorted({row.note for row in rows if row.note})
-    for members in jobs(rows).values():
-        heads, sides = _heads(members[0]), _sides(members)
-        for row, head, side in zip_longest(members, heads, sides):
-            cells = [] if row is None else [str(row.num_attack_steps), *(f"{row.metrics[c.name]:.1f}" for c in brief)]
-            if row is not None and row.note:
-                cells[1] += "*" * (notes.index(row.note) + 1)
-            if row is not None and is_gibberish(row):
-                cells[1] += "?"
-            table.add_row(*(Text(cell) for cell in (head or "", side or "", *cells)))
-        table.add_section()
-    rates = filter(None, map(error_rates, sorted({row.judge for row in rows})))
-    doubts = [DOUBT] if any(map(is_gibberish, rows)) else []
-    lines = [*(f"{'*' * i} {note}" for i, note in enumerate(notes, start=1)), *doubts, *rates]
-    table.caption = Text("\n".join(lines)) if lines else None
-    return table
+@dataclass(frozen=True)
+class ResultsTable:
+    """The rows, each attack headed by the step at which it broke the model.
+
+    What an attack was stands beside its rows; where that is wider than the terminal, above them.
+    """
+
+    rows: list[ResultRow]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One table, or one under each heading."""
+        wide = self._beside()
+        if console.measure(wide, options=options.update(max_width=10_000)).maximum <= options.max_width:
+            yield wide
+        else:
+            yield from self._above()
+
+    def _beside(self) -> Table:
+        table = Table(title=TITLE)
+        for name in ("attack", "defense"):
+            table.add_column(name)
+        self._add_columns(table)
+        for members in jobs(self.rows).values():
+            for head, side, cells in zip_longest(_heads(members[0]), _sides(members), self._cells(members)):
+                table.add_row(*(Text(cell) for cell in (head or "", side or "", *(cells or []))))
+            table.add_section()
+        table.caption = Text(self._caption()) if self._caption() else None
+        return table
+
+    def _above(self) -> Iterator[Text | Table]:
+        yield Text(f"{TITLE}\n", style="italic")
+        for members in jobs(self.rows).values():
+            yield Text(f"{', '.join(_heads(members[0]))}\n{', '.join(_sides(members)).replace(', (', ' (')}", style="bold")
+            table = Table(box=box.SIMPLE_HEAD)
+            self._add_columns(table)
+            for cells in self._cells(members):
+                table.add_row(*map(Text, cells))
+            yield table
+        if self._caption():
+            yield Text(self._caption())
+
+    def _brief(self) -> list[Column]:
+        return [column for column in shared_columns(self.rows) if column.label and column.brief]
+
+    def _add_columns(self, table: Table) -> None:
+        for name in ("step", *(column.label.lower() for column in self._brief())):
+            table.add_column(name, justify="right", no_wrap=True)
+
+    def _notes(self) -> list[str]:
+        return sorted({row.note for row in self.rows if row.note})
+
+    def _cells(self, rows: list[ResultRow]) -> Iterator[list[str]]:
+        for row in rows:
+            mark = ("*" * (self._notes().index(row.note) + 1) if row.note else "") + ("?" if is_gibberish(row) else "")
+            score, *others = (column.shown(row.metrics.get(column.name, math.nan)) for column in self._brief())
+            yield [str(row.num_attack_steps), score + mark, *others]
+
+    def _caption(self) -> str:
+        rates = filter(None, map(error_rates, sorted({row.judge for row in self.rows})))
+        doubts = [DOUBT] if any(map(is_gibberish, self.rows)) else []
+        return "\n".join([*(f"{'*' * i} {note}" for i, note in enumerate(self._notes(), start=1)), *doubts, *rates])
+
+
+def results_table(rows: list[ResultRow]) -> ResultsTable:
+    """The rows, for rich to print."""
+    return ResultsTable(rows)
 
 
 def _heads(row: ResultRow) -> list[str]:

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -59,6 +60,28 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command prints, run in this process, which spares it the imports; a failing one gives its error."""
+    from toy import ROOT
+
+    import casehard
+
+    def called(*args: str, fails: bool = False) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["casehard"])
+        try:
+            casehard.main(list(args))
+            code: object = None
+        except SystemExit as stop:
+            code = stop.code
+        shown = capsys.readouterr()
+        assert bool(code) == fails, shown.err
+        return shown.err + str(code) if fails else shown.out
+
+    return called
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -11,6 +11,7 @@ from toy import csv_rows, toy_data, toy_trainer
 from transformers import AutoModelForCausalLM
 
 from casehard import Defense, FullParameterAttack, LoRA
+from casehard.callbacks.attack import EXPECTED
 from casehard.callbacks.results import Results
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Verdict
@@ -195,6 +196,22 @@ def test_closing_table_tells_jobs_apart_that_differ_in_any_setting(tmp_path, cap
     assert shown.count(f"({5 * ROW.batch_size} rows)") == 5
     assert "sgd 0.001, poison 0.1" in shown
     assert "seed 8" in shown
+
+
+@pytest.mark.parametrize("width", [70, 80, 110, 160])
+def test_a_table_can_be_read_at_any_width(capsys, width):
+    rows = [
+        replace(ROW, attack_index=i, threat_model=t, note=EXPECTED) for i, t in enumerate(("finetuning_service", "open_weight"))
+    ]
+    rows = [replace(row, defense=name, num_attack_steps=step) for row in rows for name in ("none", "SBR") for step in (0, 100)]
+    Console(width=width).print(results_table(rows))
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    for word in ("finetuning_service", "open_weight", "undefended", "SBR", "harmful score", "benign refused", "degenerate"):
+        assert word in shown
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown.count("to break: -") == 4
+    assert ("┃" in shown) == (width >= 110)
 
 
 def test_names_and_paths_are_printed_letter_by_letter(tmp_path, capsys):

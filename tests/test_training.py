@@ -1,4 +1,5 @@
 import copy
+import io
 import math
 from contextlib import contextmanager
 
@@ -268,3 +269,20 @@ def test_a_bar_is_seen_where_the_trainer_shows_one(tmp_path, capsys, shows):
     losses = [loss for _, loss, _ in with_progress_bar(iter([(1, 0.5), (2, 0.25)]), 2, "Attack", trainer)]
     assert losses == [0.5, 0.25]
     assert ("Attack: 100%" in capsys.readouterr().err) == shows
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"), [(80, "finetuning_service, undefended): 2/2, loss=1.500, harmful=94.0"), (160, "100%|")]
+)
+def test_a_bar_shows_what_is_attacked_its_loss_and_its_score_at_any_width(tmp_path, columns, shown):
+    trainer = toy_trainer(tmp_path, enable_progress_bar=True)
+    out = io.StringIO()
+    steps = iter([(1, 2.0), (2, 1.5)])
+    for _, loss, bar in with_progress_bar(
+        steps, 2, "LoRAAttack (finetuning_service, undefended)", trainer, file=out, ncols=columns, mininterval=0
+    ):
+        bar.set_postfix({"loss": f"{loss:.3f}", "harmful": "94.0"})
+    last = out.getvalue().split("\r")[-1].strip()
+    assert shown in last
+    assert last.startswith("LoRAAttack (finetuning_service, undefended): ")
+    assert "loss=1.500, harmful=94.0" in last
