@@ -294,7 +294,10 @@ class Attack(L.Callback):
         module, data = defense_and_data(trainer, pl_module)
         header([metric.column() for metric in data.evaluation_settings.metrics])
         check_device(self.copy_device)
-        self.prepare(data, self._seed(data))
+        try:
+            self.prepare(data, self._seed(data))
+        except SettingError as error:  # which may be of a setting that the data has, too
+            raise SettingError(f"{self.name} ({self.threat_model}): {error}") from error
         if self.undefended_checkpoint is not None:
             module.check_other(self.undefended_checkpoint, "undefended_checkpoint")
         attacks = [c for c in trainer.callbacks if isinstance(c, Attack)]  # type: ignore[attr-defined]

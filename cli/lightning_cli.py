@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import casehard
 from casehard.callbacks.results import Results
+from casehard.cli.defaults import default_files
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
 from casehard.cli.private import PrivateCLI, QuietWandbLogger
 from casehard.cli.run_folder import claim_run_folder, held, keep_metrics, require_unfinished, write_marker
@@ -34,7 +35,6 @@ from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
 from casehard.records.files import RUN_FOLDER
 from casehard.records.table import terminal
-from casehard.shipped import PACKAGE
 
 LIGHTNING = Path(L.__file__).parent
 
@@ -107,7 +107,7 @@ class Cli(PrivateCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         for name in casehard.__all__:  # so that they may stand without `casehard.` too, and --help lists them
             getattr(casehard, name)
-        defaults = {"default_config_files": [str(PACKAGE / "experiments" / "default.yaml")]}
+        defaults = {"default_config_files": default_files(sys.argv[1:] if args is None else args)}
         with ExitStack() as self.while_it_runs, numbers_only():
             super().__init__(
                 Defense,
@@ -166,7 +166,9 @@ class Cli(PrivateCLI):
         self.folder = self._take_folder(config, dry)
         self.save_config_kwargs = {"folder": self.folder}
         export = config.run.export and self.subcommand == "fit" and not dry
-        extra: list[Any] = [Results(str(self.folder), export, config.run.generations, config.run.wandb_generations)]
+        scored = config.run.score and self.subcommand == "fit" and not dry
+        results = Results(str(self.folder), export, config.run.generations, config.run.wandb_generations, scored)
+        extra: list[Any] = [results]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
             steps = config.run.checkpoint_steps
             # `last` is not linked once more where an epoch ends: processes would meet there

@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import casehard
+from casehard.cli.defaults import way_out
 from casehard.cli.yaml_texts import MODE, as_class, safe
 from casehard.metrics.errors import Misread, SettingError
 from casehard.shipped import experiment, shipped
@@ -105,7 +106,7 @@ class PlainErrors:
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
-        raise Misread(plain(message), prog)
+        raise Misread(way_out(plain(message)) or plain(message), prog)
 
 
 class CommandParser(PlainErrors, ArgumentParser):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from casehard.datamodules import control_tokens
 from casehard.datamodules.batches import Batch, Batches, Example, StepLoader, share_of
 from casehard.datamodules.chat import IGNORED, collate, encode, encode_together, prompt_ids, require_chat_template
 from casehard.datamodules.fingerprint import Origin, origin
@@ -137,11 +138,14 @@ class SFTDataModule(L.LightningDataModule):
         rows = {name: [row for _, part in parts for row in part] for name, parts in read.items()}
         refusal_texts = self.sources.refusal_texts
         rows["refusals"] = [
-            row if row.response else Row(row.messages, refusal_texts[i % len(refusal_texts)])
+            row if row.response else replace(row, response=refusal_texts[i % len(refusal_texts)])
             for i, row in enumerate(rows["refusals"])
         ]
         for name in ("harmful_prompts", "benign_prompts", "task"):
             rows[name] = rows[name][: self.evaluation_settings.num_evaluated]
+        for name, part in {**rows, DEFENSE_ROWS: defense_rows}.items():
+            if said := control_tokens.report(name, part, self.tokenizer):
+                rank_zero_warn(said)
         rows = {name: self.instructed(part) for name, part in rows.items()}
         self._check_overlap(rows, defense_rows)
         self.judge.try_out(*([row.prompt for row in rows[name][:1]] for name in ("harmful_prompts", "benign_prompts")))

@@ -140,4 +140,4 @@ def _row(record: Any, where: str, needs_response: bool, uses_response: bool) -> 
     for role, content in turns:
         if got := flaw(content):
             raise SettingError(f"{where} must have text in every turn, got {got} from the {role}. Mend the turn, or take it out.")
-    return Row(tuple(turns), response)
+    return Row(tuple(turns), response, where)

@@ -33,7 +33,8 @@ def run(command: str, root: Path, *args: str) -> Path:
     """A run's folder."""
     (root / "attack.yaml").write_text(ATTACK)
     shared = [f"--run.root={root}", "--run.experiment=toy", "--config", str(root / "attack.yaml"), *TINY]
-    casehard.main([command, "--config", "experiments/patcher.yaml", *shared, *args])
+    files = ["--config=experiments/data/sandbox.yaml", "--config=experiments/patcher.yaml"]  # with one source in another place
+    casehard.main([command, *files, *shared, *args])
     return max((root / "toy").iterdir())
 
 

@@ -1,0 +1,72 @@
+"""What ``fit`` delivered: the scores of the model before training and of the one that it leaves, as a run's folder keeps them."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from casehard.metrics.columns import Answer, Column
+from casehard.metrics.errors import SettingError
+from casehard.records.answers import AGAIN, lines
+from casehard.records.files import whole_lines, write_whole
+
+DELIVERED = "delivered.json"
+DELIVERED_ANSWERS = "delivered.jsonl"  # a line an answer, ``when`` it was given being one of STATES
+STATES = ("before", "delivered")
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """Two evaluations of one model on the same prompts.
+
+    Args:
+        before: metrics by the name of their column, before the first step of ``fit``; nan where not measured.
+        delivered: those of the model that ``fit`` left, hardened or recovered, before any attack.
+        num_prompts: by kind: harmful, benign, task.
+        judge: its label.
+        notes: what a reader must know.
+        own: columns of metrics of one's own.
+    """
+
+    before: dict[str, float]
+    delivered: dict[str, float]
+    num_prompts: dict[str, int]
+    judge: str
+    notes: list[str]
+    own: tuple[Column, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Leave it in a run's folder; what was not measured is null."""
+        numbers = {state: {n: None if math.isnan(v) else v for n, v in getattr(self, state).items()} for state in STATES}
+        about = {"num_prompts": self.num_prompts, "judge": self.judge, "notes": self.notes}
+        own = {"columns": [column.described() for column in self.own]}
+        write_whole(folder / DELIVERED, json.dumps(numbers | about | own, indent=1))
+
+
+def read_delivered(folder: str | Path) -> Delivered | None:
+    """What a run left; None where it scored nothing.
+
+    Raises:
+        SettingError: the file is there, and no run wrote it.
+    """
+    path = Path(folder, DELIVERED)
+    if not path.exists():
+        return None
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        numbers = {state: {n: math.nan if v is None else float(v) for n, v in read[state].items()} for state in STATES}
+        prompts = {str(kind): int(number) for kind, number in read["num_prompts"].items()}
+        own = tuple(Column.read(described) for described in read["columns"])
+        return Delivered(numbers[STATES[0]], numbers[STATES[1]], prompts, str(read["judge"]), list(map(str, read["notes"])), own)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SettingError(f"{path} must be what `casehard fit` wrote, and it is not. {AGAIN}") from error
+
+
+def keep_answers(folder: Path, when: str, answers: Iterable[Answer]) -> None:
+    """Write the answers of one state beside those of the other that are there already."""
+    path = folder / DELIVERED_ANSWERS
+    others = (
+        [line for line in whole_lines(path).decode().splitlines() if json.loads(line)["when"] != when] if path.exists() else []
+    )
+    write_whole(path, "".join(f"{line}\n" for line in others) + lines({"when": when} | answer for answer in answers))
