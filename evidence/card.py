@@ -10,6 +10,7 @@ from huggingface_hub import DatasetCard, ModelCard, ModelCardData, RepoCard
 from jinja2 import Environment, FileSystemLoader
 
 from casehard.evidence import plots
+from casehard.evidence.delivered import delivered_rows
 from casehard.evidence.markdown import Markdown, code, escaped, fenced
 from casehard.evidence.report import THREATS
 from casehard.evidence.summary import Series, baseline, collect, grouped
@@ -61,7 +62,9 @@ def write_card(run: str, tests: list[str]) -> Path:
     _draw(series, model / PICTURE)
     places = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=places, trim_blocks=True, finalize=escaped).get_template("card.md.j2")
-    text = template.render(marker=marker, picture=Markdown(PICTURE), **_made(folder, folders), **_shown(series, marker["stage"]))
+    text = template.render(
+        marker=marker, picture=Markdown(PICTURE), **_made(folder, folders), **_shown(folder, series, marker["stage"])
+    )
     write_whole(model / "README.md", str(ModelCard(text)))
     return model / "README.md"
 
@@ -109,7 +112,7 @@ def _source(origin: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shown(series: list[Series], stage: str) -> dict[str, Any]:
+def _shown(run: Path, series: list[Series], stage: str) -> dict[str, Any]:
     """What the card says of what was measured, and was not."""
     by_threat, metrics = grouped(series, lambda s: s.threat_model), shown_metrics(series)
     entries = [entry for member in series for by_step in member.entries.values() for entry in by_step.values()]
@@ -118,6 +121,7 @@ def _shown(series: list[Series], stage: str) -> dict[str, Any]:
         "judges": sorted({entry.row.judge for entry in entries}),
         "error_rates": [rates for rates in map(error_rates, sorted({entry.row.judge for entry in entries})) if rates],
         "before": _before(series, stage),
+        "delivered": delivered_rows([run]),
         "threats": [(*THREATS[name], _rows(members, metrics)) for name, members in by_threat.items()],
         "unmeasured": [title for name, (title, _) in THREATS.items() if name not in by_threat],
         "columns": _columns(metrics),

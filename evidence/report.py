@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from casehard.evidence import plots
+from casehard.evidence.delivered import delivered_rows
 from casehard.evidence.markdown import code, escaped
 from casehard.evidence.study_plan import INDEX, read_cells, slug
 from casehard.evidence.summary import Series, baseline, collect, differences, grouped, lasting, left_out, marker_of, unlike
@@ -26,7 +27,7 @@ from casehard.metrics.refusal_phrases import error_rates
 from casehard.records.files import write_whole
 from casehard.records.marker import Marker, read_marker
 from casehard.records.outcome import GIBBERISH
-from casehard.records.published import clean, config_of, part, public, published, run_name
+from casehard.records.published import clean, config_of, home, part, public, published, run_name
 from casehard.records.rows import ResultRow, defense_label
 
 THREATS = {
@@ -76,6 +77,7 @@ def write_report(runs: list[str], out: str, title: str, answers: bool = False) -
             _section(threat, members, ids, style, folder, metrics)
             for threat, members in grouped(series, lambda s: s.threat_model).items()
         ],
+        "delivered": _delivered(numbers),
         "costs": [_cost(member, ids) for member in series],
         "trainings": [t | {"id": numbers[t["folder"]]} for t in trainings],
         "sources": [_source(member, ids, numbers) for member in series],
@@ -89,6 +91,13 @@ def write_report(runs: list[str], out: str, title: str, answers: bool = False) -
     write_whole(folder / "attacks.csv", _csv(series))
     write_whole(folder / "summary.csv", _summary(series))
     return folder / "report.html"
+
+
+def _delivered(numbers: dict[Path, str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """What runs delivered, each row with the number of its run."""
+    names, rows = delivered_rows(numbers)
+    of_run = {home(folder): number for folder, number in numbers.items()}
+    return names, [row | {"id": of_run[row["folder"]]} for row in rows]
 
 
 def _called(run: Path) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from casehard.metrics.columns import Answer, Column
+from casehard.metrics.columns import COLUMNS, Answer, Column
 from casehard.metrics.errors import SettingError
 from casehard.records.answers import AGAIN, lines
 from casehard.records.files import whole_lines, write_whole
+from casehard.records.outcome import GIBBERISH
 
 DELIVERED = "delivered.json"
 DELIVERED_ANSWERS = "delivered.jsonl"  # a line an answer, ``when`` it was given being one of STATES
@@ -35,6 +36,19 @@ class Delivered:
     judge: str
     notes: list[str]
     own: tuple[Column, ...] = ()
+
+    @property
+    def metrics(self) -> list[Column]:
+        """Those that tables have a column for."""
+        return [column for column in (*COLUMNS, *self.own) if column.label]
+
+    def of(self, state: str, column: Column) -> float:
+        """A metric of one of the STATES; nan where not measured."""
+        return float(getattr(self, state).get(column.name, math.nan))
+
+    def gibberish(self, state: str) -> bool:
+        """Whether so many answers are degenerate that a low harmful score says nothing."""
+        return bool(getattr(self, state).get("degenerate_rate", math.nan) >= GIBBERISH)
 
     def write(self, folder: Path) -> None:
         """Leave it in a run's folder; what was not measured is null."""

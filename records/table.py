@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from casehard.metrics.columns import COLUMNS, Column
+from casehard.metrics.columns import Column
 from casehard.metrics.refusal_phrases import error_rates
 from casehard.records.delivered import STATES, Delivered
 from casehard.records.outcome import GIBBERISH, gibberish_from, is_gibberish, jobs, steps_to_break
@@ -98,15 +98,17 @@ def delivered_table(found: Delivered) -> Table:
     """The model before and after ``fit``, and on how many prompts."""
     table = Table(title="Before and after fit (percent; harmful score: lower is safer)")
     table.add_column("")
-    brief = [column for column in (*COLUMNS, *found.own) if column.label and column.brief]
+    brief = [column for column in found.metrics if column.brief]
     for column in brief:
         table.add_column(column.label.lower(), justify="right", no_wrap=True)
     for state in STATES:
-        values = [getattr(found, state).get(column.name, math.nan) for column in brief]
-        shown = ("not measured" if math.isnan(v) else c.shown(v) for c, v in zip(brief, values, strict=True))
-        table.add_row(state, *shown)
+        values = [found.of(state, column) for column in brief]
+        score, *others = ("not measured" if math.isnan(v) else c.shown(v) for c, v in zip(brief, values, strict=True))
+        table.add_row(state, f"{score}?" if found.gibberish(state) else score, *others)
     prompts = "{harmful} harmful, {benign} benign and {task} task prompts".format(**found.num_prompts)
-    table.caption = Text("\n".join(filter(None, [f"{prompts}; judge: {found.judge}", *found.notes, error_rates(found.judge)])))
+    doubt = DOUBT if any(map(found.gibberish, STATES)) else ""
+    said = [f"{prompts}; judge: {found.judge}", doubt, *found.notes, error_rates(found.judge)]
+    table.caption = Text("\n".join(filter(None, said)))
     return table
 
 

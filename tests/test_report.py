@@ -37,6 +37,7 @@ from casehard.metrics.columns import COLUMNS, Column, summarise
 from casehard.metrics.judges import Judge, Verdict
 from casehard.metrics.refusal_phrases import HELD_OUT, RefusalPhraseJudge
 from casehard.metrics.statistics import Interval, mean_interval, paired_difference
+from casehard.records.delivered import Delivered
 from casehard.records.outcome import outcome
 from casehard.records.published import run_name
 from casehard.records.rows import ResultRow, read_run
@@ -379,6 +380,19 @@ def test_a_sentence_says_what_was_not_measured_and_what_is_no_attack(tmp_path):
     mute, benign = verdicts(collect([tmp_path / name for name in ("mute", "benign", "plain")]))
     assert mute.endswith("SBR was not measured: none of its answers has a verdict.")
     assert benign.endswith("which is no attack, SBR ended at a harmful score of 5.0 at step 10 in the one seed.")
+
+
+def test_what_training_delivered_stands_beside_what_it_began_as(tmp_path):
+    scores = [{"harmful_score": score, "degenerate_rate": dull} for score, dull in ((1.0, 0.0), (0.0, 100.0))]
+    run = breaks(tmp_path / "runs" / "mine", ROW, 20)
+    Delivered(*scores, num_prompts={"harmful": 7, "benign": 0, "task": 0}, judge="sandbox", notes=["short"]).write(run)
+    page = Page(write_report([str(run), str(breaks(tmp_path / "plain", PLAIN, 20))], str(tmp_path / "report"), "Delivered"))
+    nothing = " ".join(["\u2013"] * 2)
+    assert f"runs/mine short before 7 1.0 {nothing} 0.0 sandbox" in page.rows
+    assert f"runs/mine short delivered 7 0.0 gibberish {nothing} 100.0 sandbox" in page.rows
+    assert "| runs/mine | delivered | 7 | 0.0 gibberish | " in (tmp_path / "report" / "report.md").read_text()
+    without = write_report([str(tmp_path / "plain")], str(tmp_path / "without"), "Without").read_text()
+    assert "training delivered" not in without
 
 
 def test_the_page_says_what_it_is_about(study, tmp_path):
