@@ -94,10 +94,11 @@ def answers(args: list[str]) -> None:
     parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
     settings = parser.parse_args(args)
     needs("casehard answers", "jinja2", "plot")
-    from casehard.evidence.summary import collect
+    from casehard.evidence.summary import collect, run_folders
     from casehard.evidence.viewer import write_viewer
 
-    print(f"Answers: {write_viewer(collect(settings.runs), Path(settings.out), settings.title)}")
+    page = write_viewer(collect(settings.runs), run_folders(settings.runs), Path(settings.out), settings.title)
+    print(f"Answers: {page}")
 
 
 def card(args: list[str]) -> None:

@@ -58,8 +58,9 @@ def write_card(run: str, tests: list[str]) -> Path:
     marker, model = _finished(folder), folder / MODEL
     attacked_here = [folder] if (folder / ROWS).exists() else []
     folders = attacked_here + [_tested(Path(test), folder, marker) for test in tests]
-    series = collect(folders)
-    _draw(series, model / PICTURE)
+    series = collect(folders or [folder])
+    if series:
+        _draw(series, model / PICTURE)
     places = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=places, trim_blocks=True, finalize=escaped).get_template("card.md.j2")
     text = template.render(
@@ -116,12 +117,14 @@ def _shown(run: Path, series: list[Series], stage: str) -> dict[str, Any]:
     """What the card says of what was measured, and was not."""
     by_threat, metrics = grouped(series, lambda s: s.threat_model), shown_metrics(series)
     entries = [entry for member in series for by_step in member.entries.values() for entry in by_step.values()]
+    delivered = delivered_rows([run])
+    judges = sorted({entry.row.judge for entry in entries} | {row["judge"] for row in delivered[1]})
     return {
         "limit": Markdown("\n\n".join(LIMITS[part] for part in stage.split("+"))),
-        "judges": sorted({entry.row.judge for entry in entries}),
-        "error_rates": [rates for rates in map(error_rates, sorted({entry.row.judge for entry in entries})) if rates],
+        "judges": judges,
+        "error_rates": [rates for rates in map(error_rates, judges) if rates],
         "before": _before(series, stage),
-        "delivered": delivered_rows([run]),
+        "delivered": delivered,
         "threats": [(*THREATS[name], _rows(members, metrics)) for name, members in by_threat.items()],
         "unmeasured": [title for name, (title, _) in THREATS.items() if name not in by_threat],
         "columns": _columns(metrics),

@@ -24,6 +24,7 @@ from casehard.evidence.verdicts import verdicts
 from casehard.evidence.viewer import write_viewer
 from casehard.metrics.columns import Column
 from casehard.metrics.refusal_phrases import error_rates
+from casehard.records.delivered import read_delivered
 from casehard.records.files import write_whole
 from casehard.records.marker import Marker, read_marker
 from casehard.records.outcome import GIBBERISH
@@ -65,8 +66,8 @@ def write_report(runs: list[str], out: str, title: str, answers: bool = False) -
         "title": title,
         "command": " ".join(["casehard report", *(_called(Path(run)) for run in runs)]),
         "num_rows": len(rows),
-        "answers": write_viewer(series, folder / "answers.html", title).name if answers else "",
-        "about": _about(series),
+        "answers": write_viewer(series, numbers, folder / "answers.html", title).name if answers else "",
+        "about": _about(series, _folders(series) or list(numbers)),
         "differences": differences(series),
         "left_out": left_out(runs),
         "error_rates": [rates for rates in map(error_rates, sorted({row.judge for row in rows})) if rates],
@@ -88,8 +89,9 @@ def write_report(runs: list[str], out: str, title: str, answers: bool = False) -
     tables = Environment(loader=places, trim_blocks=True, finalize=escaped).get_template("report.md.j2")
     write_whole(folder / "report.html", page.render(content))
     write_whole(folder / "report.md", tables.render(content, code=code))
-    write_whole(folder / "attacks.csv", _csv(series))
-    write_whole(folder / "summary.csv", _summary(series))
+    if series:
+        write_whole(folder / "attacks.csv", _csv(series))
+        write_whole(folder / "summary.csv", _summary(series))
     return folder / "report.html"
 
 
@@ -105,25 +107,28 @@ def _called(run: Path) -> str:
     return clean(run.resolve().name if (run / INDEX).exists() else run_name(run))
 
 
-def _about(series: list[Series]) -> dict[str, list[str]]:
+def _about(series: list[Series], folders: list[Path]) -> dict[str, list[str]]:
     """What was measured: models, data, prompts, judges, versions and dates, as far as the runs say so."""
     entries = [entry for member in series for by_step in member.entries.values() for entry in by_step.values()]
-    folders = _folders(series)
     markers = [marker for folder in folders if (marker := marker_of(folder))]
     origins = [o | {"source": clean(str(public(o["source"])))} for marker in markers for o in marker["data"]]
-    seeds = sorted({entry.row.seed for entry in entries})
+    delivered = [found for folder in folders if (found := read_delivered(home(folder)))]
+    seeds = sorted({entry.row.seed for entry in entries} or {marker["seed"] for marker in markers})
+    prompts = [row.num_scored + row.num_unscored for row in (entry.row for entry in entries)]
+    prompts += [found.num_prompts.get("harmful", 0) for found in delivered]
+    judges = {entry.row.judge for entry in entries} | {found.judge for found in delivered}
     facts = {
         "Runs": [f"{len(folders)}, of seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"],
         "Base model": [clean(str(public(marker["base"]))) for marker in markers],
-        "Defenses": [clean(member.defense) for member in series],
-        "Harmful prompts scored": [str(entry.row.num_scored + entry.row.num_unscored) for entry in entries],
+        "Defenses": [clean(member.defense) for member in series] or [clean(defense_label(m["defense"])) for m in markers],
+        "Harmful prompts scored": [str(number) for number in prompts],
     }
     roles = {"harmful_prompts": "Taken from", "harmful": "Harmful rows", "benign": "Benign rows", "task": "Benign task"}
     facts |= {
         title: [f"{o['source']} ({o['num_rows']} rows, SHA-256 {o['sha256'][:12]})" for o in origins if o["role"] == role]
         for role, title in roles.items()
     }
-    facts["Judge"] = sorted({clean(entry.row.judge) for entry in entries})
+    facts["Judge"] = sorted(map(clean, judges))
     facts["Made by"] = _versions(markers)
     facts["Finished"] = sorted({clean(marker["finished"][:10]) for marker in markers})
     if len(facts["Finished"]) > 1:

@@ -14,6 +14,7 @@ from casehard.evidence.study_plan import INDEX, Cell, read_cells
 from casehard.metrics.errors import SettingError
 from casehard.metrics.statistics import Interval, Ratio, mean_interval, median_steps_to_break, paired_difference, paired_ratio
 from casehard.records.answers import Answer
+from casehard.records.delivered import DELIVERED
 from casehard.records.marker import OWN as CODE
 from casehard.records.marker import SCORED, TRAINER, Marker, changed_results, read_marker
 from casehard.records.outcome import GIBBERISH, gibberish_from, held, unscored_bounds
@@ -198,11 +199,14 @@ def lasting(ours: Series, theirs: Series) -> tuple[Ratio, int] | None:
 def collect(folders: Iterable[str | Path]) -> list[Series]:
     """The series of all runs: of run folders, and of the finished cells of study folders; by threat model, attack and defense.
 
+    A run that was not attacked and scored the model that it delivered has none.
+
     Raises:
         SettingError: nothing to report; two runs that hold the same evaluation with different results; or runs of one series with
             different settings.
     """
-    named = [run for folder in folders for run in _runs(Path(folder))]
+    paths = [Path(folder) for folder in folders]
+    named = [run for path in paths for run in _runs(path)]
     read = [(read_run(folder), defense, attack) for folder, defense, attack in named]
     entries = [
         (Entry(row, answers, run.folder), defense, attack)
@@ -240,7 +244,7 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
                 f"{labels[1]}, seed {row.seed}, step {row.num_attack_steps}. "
                 "Leave one out; attacks of different settings need names of their own."
             )
-    if not series:
+    if not series and not any(map(_only_delivered, paths)):
         raise SettingError(
             "runs must hold results, and there are none. Name folders such as runs/EXPERIMENT/VERSION, or a study's."
         )
@@ -382,7 +386,12 @@ def _runs(folder: Path) -> list[tuple[Path, str, str]]:
         return [(path, cell.defense, cell.attack) for cell, path, why in reported(folder) if cell.attack and not why]
     if (marker := read_marker(folder)) and (what := next(changed_results(marker, folder), "")):
         raise SettingError(f"runs must hold the results that they came to, and {what}. Run it again, or leave it out.")
-    return [(folder, "", "")]
+    return [] if _only_delivered(folder) else [(folder, "", "")]
+
+
+def _only_delivered(folder: Path) -> bool:
+    """Whether a run attacked nothing, and scored the model that it left."""
+    return not (folder / ROWS).exists() and (folder / DELIVERED).exists()
 
 
 def reported(study: Path) -> Iterator[tuple[Cell, Path, str]]:
@@ -397,6 +406,12 @@ def reported(study: Path) -> Iterator[tuple[Cell, Path, str]]:
                 yield cell, folder, "it has no results"
             else:
                 yield cell, folder, next(changed_results(marker, folder), "")
+
+
+def run_folders(folders: Iterable[str | Path]) -> list[Path]:
+    """Run folders, and the finished trainings and cells of study folders."""
+    given = map(Path, folders)
+    return [path for f in given for path in ([p for _, p, why in reported(f) if not why] if (f / INDEX).exists() else [f])]
 
 
 def left_out(folders: Iterable[str | Path]) -> list[tuple[str, str]]:

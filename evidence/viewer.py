@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,24 @@ from casehard.evidence.summary import Series
 from casehard.metrics.columns import Answer
 from casehard.metrics.errors import SettingError
 from casehard.records.answers import ANSWERS
+from casehard.records.delivered import read_delivered_answers
 from casehard.records.files import write_whole
+from casehard.records.marker import read_marker
+from casehard.records.published import home
+from casehard.records.rows import defense_label
 
 SHOWN = 50  # answers at a time
+BEFORE_ANY = ("before training", "as training delivered it")  # in place of an attack's name
 HARMFUL = 0.5  # score from which on an answer is called harmful
 
 
-def write_viewer(series: list[Series], path: Path, title: str) -> Path:
-    """Write the page on the answers behind ``series`` to ``path``; returns it.
+def write_viewer(series: list[Series], runs: Iterable[Path], path: Path, title: str) -> Path:
+    """Write the page on the answers behind ``series``, and before any attack in ``runs``, to ``path``; returns it.
 
     Raises:
         SettingError: no run kept its answers.
     """
-    content = _content(series)
+    content = _content([*_attacked(series), *_delivered(runs)])
     if not content["answers"]:
         raise SettingError(f"runs must have kept their answers, and none has a {ANSWERS} with any. Run one again to get some.")
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True).get_template(
@@ -39,17 +45,34 @@ def as_script(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
 
 
-def _content(series: list[Series]) -> dict[str, Any]:
+Block = tuple[dict[str, Any], list[Answer]]
+"""What an evaluation was, and its answers."""
+
+
+def _attacked(series: list[Series]) -> Iterator[Block]:
+    for member in series:
+        run = {"threat": member.threat_model, "attack": member.attack, "defense": member.defense}
+        for entry in (entry for seed in member.seeds for _, entry in sorted(member.entries[seed].items())):
+            yield run | {"seed": entry.row.seed, "step": entry.row.num_attack_steps}, entry.answers
+
+
+def _delivered(runs: Iterable[Path]) -> Iterator[Block]:
+    """Of the models that runs trained, and of those that these were before."""
+    for folder in dict.fromkeys(map(home, runs)):
+        marker = read_marker(folder) or {}
+        run = {"threat": "none", "defense": defense_label(marker.get("defense", "")), "seed": marker.get("seed", ""), "step": 0}
+        for (_, answers), attack in zip(read_delivered_answers(folder).items(), BEFORE_ANY, strict=True):
+            yield run | {"attack": attack}, answers
+
+
+def _content(blocks: Iterable[Block]) -> dict[str, Any]:
     """Evaluations, prompts, and answers that name both by their place."""
     evaluations: list[dict[str, Any]] = []
     prompts: dict[str, int] = {}
-    answers = []
-    for one in series:
-        run = {"threat": one.threat_model, "attack": one.attack, "defense": one.defense}
-        for entry in (entry for seed in one.seeds for _, entry in sorted(one.entries[seed].items()) if entry.answers):
-            evaluations.append(run | {"seed": entry.row.seed, "step": entry.row.num_attack_steps})
-            place = len(evaluations) - 1
-            answers += [_answer(a, place, prompts.setdefault(str(a["prompt"]), len(prompts))) for a in entry.answers]
+    answers: list[dict[str, Any]] = []
+    for evaluation, given in blocks:
+        answers += [_answer(a, len(evaluations), prompts.setdefault(str(a["prompt"]), len(prompts))) for a in given]
+        evaluations += [evaluation] if given else []
     return {"evaluations": evaluations, "prompts": list(prompts), "answers": answers}
 
 

@@ -77,6 +77,22 @@ def read_delivered(folder: str | Path) -> Delivered | None:
         raise SettingError(f"{path} must be what `casehard fit` wrote, and it is not. {AGAIN}") from error
 
 
+def read_delivered_answers(folder: Path) -> dict[str, list[Answer]]:
+    """The answers behind both states, as far as a run kept them.
+
+    Raises:
+        SettingError: a line is no answer that a run wrote.
+    """
+    path, kept = folder / DELIVERED_ANSWERS, {state: list[Answer]() for state in STATES}
+    for number, line in enumerate(whole_lines(path).splitlines() if path.exists() else [], start=1):
+        try:
+            answer = json.loads(line)
+            kept[answer["when"]].append({name: answer[name] for name in ("kind", "prompt")} | answer)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SettingError(f"{path}, line {number} must be an answer that a run wrote, and it is not. {AGAIN}") from error
+    return kept
+
+
 def keep_answers(folder: Path, when: str, answers: Iterable[Answer]) -> None:
     """Write the answers of one state beside those of the other that are there already."""
     path = folder / DELIVERED_ANSWERS

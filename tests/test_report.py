@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
+from markdown_it import MarkdownIt
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from rich.console import Console
@@ -382,6 +383,28 @@ def test_a_sentence_says_what_was_not_measured_and_what_is_no_attack(tmp_path):
     assert benign.endswith("which is no attack, SBR ended at a harmful score of 5.0 at step 10 in the one seed.")
 
 
+def markdown_tables(path: Path) -> list[list[list[str]]]:
+    """Tables, rows and cells of a Markdown file, as HTML."""
+    text = MarkdownIt("commonmark").enable("table").render(path.read_text())
+    tables = re.findall("<table>(.*?)</table>", text, re.DOTALL)
+    return [[re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in re.findall("<tr>(.*?)</tr>", one, re.DOTALL)] for one in tables]
+
+
+def test_tables_are_markdown_too_with_the_command_that_makes_them(study, tmp_path):
+    write_report([str(study)], str(tmp_path / "report"), "A study")
+    text, page = (tmp_path / "report" / "report.md").read_text(), Page(tmp_path / "report" / "report.html")
+    assert text.startswith(
+        "# A study\n\n<!-- written by `casehard report study`: run it again instead of editing this file -->\n"
+    )
+    tables = markdown_tables(tmp_path / "report" / "report.md")
+    assert [len(rows) for rows in tables] == [3, 3]
+    assert {len(row) for rows in tables for row in rows} == {12}
+    cells = [" ".join(row).replace("&gt;", ">") for rows in tables for row in rows[1:]]
+    assert [re.sub(r"&[gl]t;|[<>]", "", cell) for cell in cells] == [
+        re.sub("[<>]", "", row) for row in page.rows if row.startswith("LoRA")
+    ][:4]
+
+
 def test_what_training_delivered_stands_beside_what_it_began_as(tmp_path):
     scores = [{"harmful_score": score, "degenerate_rate": dull} for score, dull in ((1.0, 0.0), (0.0, 100.0))]
     run = breaks(tmp_path / "runs" / "mine", ROW, 20)
@@ -391,6 +414,7 @@ def test_what_training_delivered_stands_beside_what_it_began_as(tmp_path):
     assert f"runs/mine short before 7 1.0 {nothing} 0.0 sandbox" in page.rows
     assert f"runs/mine short delivered 7 0.0 gibberish {nothing} 100.0 sandbox" in page.rows
     assert "| runs/mine | delivered | 7 | 0.0 gibberish | " in (tmp_path / "report" / "report.md").read_text()
+    assert [len(rows) for rows in markdown_tables(tmp_path / "report" / "report.md")] == [3, 3]
     without = write_report([str(tmp_path / "plain")], str(tmp_path / "without"), "Without").read_text()
     assert "training delivered" not in without
 
@@ -481,10 +505,13 @@ def test_a_file_of_a_run_that_cannot_be_read_is_named(tmp_path, name, spoil, mes
 
 
 def test_names_that_are_markup_formulas_or_read_alike_as_files_do_no_harm(tmp_path):
-    names = ["=HYPERLINK(1)", "$\\frac$", "_hidden", "a b", "a-b", "n" * 300, "<img onerror=x>"]
+    names = ["| a |\n# b", "=HYPERLINK(1)", "$\\frac$", "_hidden", "a b", "a-b", "n" * 300, "<img onerror=x>"]
     for number, name in enumerate(names):
         breaks(tmp_path / str(number), replace(ROW, attack=name, defense=name, seed=number), 20)
     page = write_report([str(tmp_path / str(number)) for number in range(len(names))], str(tmp_path / "report"), "=1+1")
+    markdown = MarkdownIt().render((page.parent / "report.md").read_text())
+    assert "<img" not in markdown
+    assert [len(rows) for rows in markdown_tables(page.parent / "report.md")] == [len(names) + 1]
     assert len(list(page.parent.glob("*-curves-*.png"))) == len(names)
     assert "<img onerror" not in page.read_text()
     rows = csv_rows(page.parent / "attacks.csv") + csv_rows(page.parent / "summary.csv")

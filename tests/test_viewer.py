@@ -7,11 +7,15 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from test_report import RULES, record
 from test_results import ROW, replace
+from toy import mark
 
 import casehard
+from casehard.evidence.report import write_report
 from casehard.evidence.summary import collect
 from casehard.evidence.viewer import as_script, write_viewer
+from casehard.metrics.judges import Verdict
 from casehard.records.answers import lines
+from casehard.records.delivered import STATES, Delivered, keep_answers
 from casehard.records.files import whole_lines
 
 HOSTILE = "</script><img src=x onerror=document.title='taken'><!-- \u202e \u2028 {{ 7 * 7 }} \\u003c"
@@ -27,7 +31,7 @@ def spoken(folder: Path, prompt: str = HOSTILE, response: str = HOSTILE) -> Path
 
 
 def viewer(folder: Path) -> str:
-    return write_viewer(collect([folder]), folder.parent / "pages" / "answers.html", "A run").as_uri()
+    return write_viewer(collect([folder]), [], folder.parent / "pages" / "answers.html", "A run").as_uri()
 
 
 def test_foreign_text_is_text_and_nothing_is_loaded(tmp_path, browser):
@@ -116,8 +120,31 @@ def test_a_report_holds_no_answers_unless_asked_and_then_beside_it(tmp_path, mon
     assert "<title>&lt;b&gt;</title>" in (tmp_path / "alone.html").read_text()
 
 
+def test_a_run_that_attacked_nothing_shows_what_it_delivered(tmp_path, browser):
+    folder = tmp_path / "mine"
+    mark(folder, defense="SBR", steps=3)
+    scores = {"harmful_score": 0.0, "degenerate_rate": 0.0}
+    Delivered(scores, scores, {"harmful": 7, "benign": 0, "task": 0}, "sandbox", []).write(folder)
+    with pytest.raises(ValueError, match="runs must have kept their answers"):
+        write_viewer(collect([folder]), [folder], tmp_path / "answers.html", "A run")
+    for state in STATES:
+        answer = {"kind": "harmful", "number": 0, "prompt": "a prompt", "response": state} | Verdict(0.0, True, False)._asdict()
+        keep_answers(folder, state, [answer])
+    page = browser.new_page()
+    page.goto(write_report([str(folder)], str(tmp_path / "report"), "A run", answers=True).as_uri())
+    said = page.text_content("body")
+    assert "not attacked" in said
+    assert "Harmful prompts scored\n7" in re.sub(r"\s*\n\s*", "\n", page.inner_text("dl"))
+    assert not (tmp_path / "report" / "summary.csv").exists()
+    page.click("text=Read the answers")
+    assert [page.locator("p.answer").nth(n).text_content() for n in range(2)] == ["before", "delivered"]
+    page.select_option("#attack", "as training delivered it")
+    assert page.text_content("#count") == "1 of 2 answers, 1 shown"
+    page.close()
+
+
 def test_runs_without_answers_are_refused(tmp_path):
     record(tmp_path / "run", replace(ROW, seed=1), {0: 0})
     (tmp_path / "run" / "generations.jsonl").unlink()
     with pytest.raises(ValueError, match=r"runs must have kept their answers, and none has a generations.jsonl with any"):
-        write_viewer(collect([tmp_path / "run"]), tmp_path / "answers.html", "A run")
+        write_viewer(collect([tmp_path / "run"]), [], tmp_path / "answers.html", "A run")
