@@ -18,8 +18,8 @@ from casehard.records.delivered import DELIVERED
 from casehard.records.marker import OWN as CODE
 from casehard.records.marker import SCORED, TRAINER, Marker, changed_results, read_marker
 from casehard.records.outcome import GIBBERISH, gibberish_from, held, unscored_bounds
-from casehard.records.published import JUDGED, config_of, home, part, public
-from casehard.records.rows import NONE, ROWS, UNDEFENDED, ResultRow, acts_at_a_service, read_run
+from casehard.records.published import JUDGED, config_of, home, part, public, run_name
+from casehard.records.rows import NONE, ROWS, UNDEFENDED, ResultRow, acts_at_a_service, read_own_columns, read_rows, read_run
 
 # of the data, what every row rests on, and what none does
 ROLES = ("benign", "harmful", *SCORED)
@@ -244,6 +244,12 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
                 f"{labels[1]}, seed {row.seed}, step {row.num_attack_steps}. "
                 "Leave one out; attacks of different settings need names of their own."
             )
+    for member in series.values():
+        if not member.steps:
+            raise SettingError(
+                f"runs must share a scored step to be seeds of one series, and those of {member.attack}, {member.defense} share "
+                "none. Leave one out."
+            )
     if not series and not any(map(_only_delivered, paths)):
         raise SettingError(
             "runs must hold results, and there are none. Name folders such as runs/EXPERIMENT/VERSION, or a study's."
@@ -415,9 +421,22 @@ def run_folders(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def left_out(folders: Iterable[str | Path]) -> list[tuple[str, str]]:
-    """Cells of studies that are not reported on, by name, with the reason."""
-    studies = [Path(folder) for folder in folders if Path(folder, INDEX).exists()]
-    return [(f"{study.resolve().name}/{cell.name}", why) for study in studies for cell, _, why in reported(study) if why]
+    """What is not reported on, by name, with the reason: cells of studies, and attacks in the middle of a training."""
+    paths = [Path(folder) for folder in folders]
+    studies = [path for path in paths if (path / INDEX).exists()]
+    cells = [(f"{study.resolve().name}/{cell.name}", why) for study in studies for cell, _, why in reported(study) if why]
+    early = {path: _num_early(path) for path in run_folders(paths)}
+    return cells + [
+        (run_name(path), f"{number} evaluation{'s' * (number != 1)} of attacks in the middle of its training")
+        for path, number in early.items()
+        if number
+    ]
+
+
+def _num_early(folder: Path) -> int:
+    """Evaluations of a run from before its end."""
+    rows = read_rows(folder / ROWS, read_own_columns(folder)) if (folder / ROWS).exists() else []
+    return sum(bool(row.epoch) for row in rows)
 
 
 def differences(series: list[Series]) -> list[str]:
@@ -427,8 +446,17 @@ def differences(series: list[Series]) -> list[str]:
     )
     markers = [marker for folder in folders if (marker := marker_of(folder))]
     notes = []
-    if markers and len(markers) < len(folders):
-        notes.append(f"{len(folders) - len(markers)} of {len(folders)} runs say nothing of what they were made from.")
+    if len(markers) < len(folders):
+        notes.append(
+            f"{len(folders) - len(markers)} of {len(folders)} runs have not come to their end, and say nothing of what they were "
+            "made from."
+        )
+    notes += [
+        f"Not every seed of {member.defense} under {member.attack} was scored at the same steps: its row is of step "
+        f"{member.steps[-1]}, and one seed went to {max(map(max, member.entries.values()))}."
+        for member in series
+        if any(max(by_step) > member.steps[-1] for by_step in member.entries.values())
+    ]
     for name in dict.fromkeys(name for marker in markers for name in marker["versions"]):
         versions = sorted({marker["versions"].get(name, "unknown") for marker in markers})
         if len(versions) > 1:

@@ -468,6 +468,29 @@ def test_a_cell_that_is_left_out_is_named_with_the_reason(study, tmp_path, how):
     assert f"<li>study/cell0: {why}</li>" in text
 
 
+def test_nothing_is_left_out_in_silence(tmp_path):
+    breaks(tmp_path / "whole", ROW, 200)
+    breaks(tmp_path / "short", replace(ROW, seed=1), None, steps=(0, 10))
+    path = breaks(tmp_path / "early", replace(ROW, seed=2), 200) / "attacks.csv"
+    (path.parent / "generations.jsonl").unlink()
+    head, first, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([head, first.replace(",sandbox,,", ",sandbox,0,"), *rows]) + "\n")
+    runs = [str(tmp_path / name) for name in ("whole", "short", "early")]
+    text = write_report(runs, str(tmp_path / "report"), "Left out").read_text()
+    assert "early: 1 evaluation of attacks in the middle of its training</li>" in text
+    assert "its row is of step 10, and one seed went to 200." in text
+    assert "3 of 3 runs have not come to their end" in text
+
+
+def test_seeds_without_a_step_in_common_are_refused(tmp_path):
+    breaks(tmp_path / "a", ROW, None, steps=(0, 10))
+    breaks(tmp_path / "b", replace(ROW, seed=1), None, steps=(5, 20))
+    with pytest.raises(
+        ValueError, match=r"runs must share a scored step to be seeds of one series, and those of LoRAAttack, .* none"
+    ):
+        collect([tmp_path / "a", tmp_path / "b"])
+
+
 def test_a_run_whose_results_are_not_what_it_left_is_refused(tmp_path):
     breaks(tmp_path / "run", ROW, 20)
     mark(tmp_path / "run")
@@ -505,7 +528,19 @@ def test_a_file_of_a_run_that_cannot_be_read_is_named(tmp_path, name, spoil, mes
 
 
 def test_names_that_are_markup_formulas_or_read_alike_as_files_do_no_harm(tmp_path):
-    names = ["| a |\n# b", "=HYPERLINK(1)", "$\\frac$", "_hidden", "a b", "a-b", "n" * 300, "<img onerror=x>"]
+    names = [
+        "| a |\n# b",
+        "-1+1",
+        "+1",
+        "@SUM(1)",
+        "=HYPERLINK(1)",
+        "$\\frac$",
+        "_hidden",
+        "a b",
+        "a-b",
+        "n" * 300,
+        "<img onerror=x>",
+    ]
     for number, name in enumerate(names):
         breaks(tmp_path / str(number), replace(ROW, attack=name, defense=name, seed=number), 20)
     page = write_report([str(tmp_path / str(number)) for number in range(len(names))], str(tmp_path / "report"), "=1+1")
@@ -515,7 +550,7 @@ def test_names_that_are_markup_formulas_or_read_alike_as_files_do_no_harm(tmp_pa
     assert len(list(page.parent.glob("*-curves-*.png"))) == len(names)
     assert "<img onerror" not in page.read_text()
     rows = csv_rows(page.parent / "attacks.csv") + csv_rows(page.parent / "summary.csv")
-    assert not [value for row in rows for value in row.values() if value.startswith(("=", "@", "+"))]
+    assert not [value for row in rows for value in row.values() if value.startswith(("=", "@", "+", "-"))]
     assert any(row["defense"] == "'=HYPERLINK(1)" for row in rows)
     series = collect(tmp_path / str(number) for number in range(len(names)))
     figure = plots.trade_off(series, plots.styles(series), COLUMNS[4])
