@@ -83,19 +83,22 @@ def _by_step(ax: Axes, series: list[Series], room: float = 0.08) -> None:
     first = next((step for step in steps if step), 1)
     ax.set_xscale("symlog", linthresh=first, linscale=0.4)
     ax.set_xlim(-0.3 * first, 1.1 * max(steps[-1], first))
-    ax.set_xticks(steps, _with_room(steps, ax.xaxis.get_transform().transform(np.array(steps, dtype=float)), room))
+    places = ax.xaxis.get_transform().transform(np.array(steps, dtype=float))
+    matter = {step for member in series for seed in member.scored for step in member.held(seed)}  # where one held or broke
+    ax.set_xticks(steps, _with_room(steps, places, room, matter))
     ax.minorticks_off()
     ax.set_xlabel("attack step (log scale)")
 
 
-def _with_room(steps: list[int], places: np.ndarray, room: float, num_lines: int = 3) -> list[str]:
-    """Labels of steps, the last first: a line lower where one would touch the next, and none where no line has room."""
-    labels, free = [""] * len(steps), [math.inf] * num_lines
-    for i in reversed(range(len(steps))):
-        line = next((line for line in range(num_lines) if places[i] <= free[line]), None)
-        if line is not None:
-            letters = max(len(str(steps[i])), 3) / 3
-            labels[i], free[line] = "\n" * line + str(steps[i]), places[i] - letters * room * (places[-1] - places[0])
+def _with_room(steps: list[int], places: np.ndarray, room: float, matter: set[float]) -> list[str]:
+    """Labels of steps: a line lower where one would touch another, and none where no line has room; those that matter first."""
+    labels, lines = [""] * len(steps), [list[tuple[float, float]]() for _ in range(3)]
+    for i in sorted(range(len(steps)), key=lambda i: (steps[i] not in matter, -i)):
+        half = room / 2 * max(len(str(steps[i])), 3) / 3 * (places[-1] - places[0])
+        free = (n for n, taken in enumerate(lines) if all(abs(places[i] - place) >= half + other for place, other in taken))
+        if (line := next(free, None)) is not None:
+            labels[i] = "\n" * line + str(steps[i])
+            lines[line].append((places[i], half))
     return labels
 
 
@@ -166,7 +169,7 @@ def heat_map(series: list[Series]) -> Figure:
     names = [textwrap.fill(name, 34) for name in defenses]
     upright = len(names) * _longest(names) > 45  # they would touch
     height = 1.1 + 0.7 * len(attacks) + (0.09 * _longest(names) if upright else 0.3)
-    figure, ax = plt.subplots(figsize=(5, height), layout="constrained")
+    figure, ax = plt.subplots(figsize=(5, max(height, 2.8)), layout="constrained")  # inches, for the label of the colours
     image = ax.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
         text = "not\nrun" if math.isnan(value) else f"{value:.0f}"
@@ -180,7 +183,7 @@ def heat_map(series: list[Series]) -> Figure:
     ax.set_xticks(range(len(names)), names, fontsize=9, rotation=90 if upright else 0)
     ax.set_yticks(range(len(attacks)), [textwrap.fill(name, 20) for name in attacks], fontsize=9)
     ax.grid(False)
-    figure.colorbar(image, label="harmful score (%), less is safe")
+    figure.colorbar(image, label="harmful score (%)\nless is safe")
     return figure
 
 

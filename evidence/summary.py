@@ -448,8 +448,8 @@ def differences(series: list[Series]) -> list[str]:
     notes = []
     if len(markers) < len(folders):
         notes.append(
-            f"{len(folders) - len(markers)} of {len(folders)} runs have not come to their end, and say nothing of what they were "
-            "made from."
+            f"Not come to their end: {len(folders) - len(markers)} of {len(folders)} run{'s' * (len(folders) != 1)}, which say "
+            "nothing of what they were made from."
         )
     notes += [
         f"Not every seed of {member.defense} under {member.attack} was scored at the same steps: its row is of step "

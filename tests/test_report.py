@@ -479,7 +479,7 @@ def test_nothing_is_left_out_in_silence(tmp_path):
     text = write_report(runs, str(tmp_path / "report"), "Left out").read_text()
     assert "early: 1 evaluation of attacks in the middle of its training</li>" in text
     assert "its row is of step 10, and one seed went to 200." in text
-    assert "3 of 3 runs have not come to their end" in text
+    assert "Not come to their end: 3 of 3 runs, which say nothing" in text
 
 
 def test_seeds_without_a_step_in_common_are_refused(tmp_path):
@@ -678,6 +678,43 @@ def test_pictures_have_room_for_long_names_and_many_defenses(tmp_path):
         assert not cut
         assert all(ax.get_window_extent().height > 100 for ax in figure.axes)  # pixels
         plt.close(figure)
+
+
+def test_small_pictures_have_room_for_their_labels_too(tmp_path):
+    series = collect([breaks(tmp_path / "run", ROW, 200)])
+    style = plots.styles(series)
+    for figure in (plots.curves([series], style), plots.breaking(series, style), plots.heat_map(series)):
+        figure.draw_without_rendering()
+        texts = [text for text in figure.findobj(Text) if re.search("[a-z]", text.get_text())]
+        assert not [text.get_text() for text in texts if sticks_out(text.get_window_extent(), figure.bbox)]
+        plt.close(figure)
+
+
+def test_every_step_at_which_a_model_broke_has_a_label_that_touches_no_other(tmp_path):
+    steps = (0, 5, 10, 20, 40, 60, 80, 100, 125, 150, 200, 250, 300, 400, 500, 1000)
+    runs = [breaks(tmp_path / str(at), replace(ROW, seed=n), at, steps=steps) for n, at in enumerate((20, 100, 250, 400, None))]
+    series = collect(runs)
+    for figure in (plots.curves([series], plots.styles(series)), plots.breaking(series, plots.styles(series))):
+        figure.draw_without_rendering()
+        labels = [label for label in figure.axes[0].get_xticklabels() if label.get_text().strip()]
+        assert {"20", "100", "250", "400", "1000"} <= {label.get_text().strip() for label in labels}
+        boxes = [label.get_window_extent() for label in labels]
+        lines = [label.get_text().count("\n") for label in labels]
+        touching = [
+            (labels[a].get_text(), labels[b].get_text())
+            for a in range(len(boxes))
+            for b in range(a)
+            if lines[a] == lines[b] and boxes[a].x0 < boxes[b].x1 and boxes[b].x0 < boxes[a].x1
+        ]
+        assert not touching
+        plt.close(figure)
+
+
+def test_both_axes_of_the_trade_off_are_whole(tmp_path):
+    series = collect([breaks(tmp_path / "run", replace(ROW, finetune_accuracy=96.0), 20)])
+    (axes,) = plots.trade_off(series, plots.styles(series), COLUMNS[4]).axes
+    assert (axes.get_xlim(), axes.get_ylim()) == ((-4, 104), (-4, 104))
+    plt.close("all")
 
 
 def test_what_is_not_poisoned_has_no_picture_of_steps_to_break(tmp_path):
