@@ -41,6 +41,7 @@ class Results(L.Callback):
         self.folder, self.export, self.generations = Path(folder), export, generations
         self.wandb_generations = wandb_generations
         self.rows: list[ResultRow] = []
+        self.began = False  # training or attacking
         self.training_seconds = 0.0  # up to the last checkpoint where a run goes on from it
         self._started: float | None = None  # while it trains
         self._goes_on = self._exported = False
@@ -52,6 +53,7 @@ class Results(L.Callback):
 
         The evaluation gets its number here.
         """
+        self.began = True
         if self._evaluation is None:
             self._evaluation = self._begin(row.epoch)
         self._evaluation += 1
@@ -96,6 +98,7 @@ class Results(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training begins, or goes on."""
+        self.began = True
         self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
