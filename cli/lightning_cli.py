@@ -8,10 +8,12 @@ import signal
 import sys
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -44,7 +46,7 @@ from casehard.engine.training import DivergedError, narrow
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
-from casehard.records.files import RUN_FOLDER
+from casehard.records.files import RUN_FOLDER, write_whole_bytes
 from casehard.records.table import terminal
 from casehard.shipped import PACKAGE
 
@@ -80,12 +82,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write beside ``path``, reach the disk, then move in one step."""
-        partial = Path(f"{path}.partial")
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        """Write beside ``path``, reach the disk, then move in one step.
+
+        Lightning would put it together in memory, then in the system's temporary folder.
+
+        Raises:
+            OSError: naming ``path``, e.g. when the disk is full; what was there stays.
+        """
+        if storage_options is not None:
+            raise TypeError("storage_options are of other writers of checkpoints; leave them out.")
+        write_whole_bytes(Path(path), partial(torch.save, checkpoint))
 
 
 class SaveConfig(SaveConfigCallback):

@@ -4,11 +4,13 @@ import json
 import os
 import pickle
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -719,4 +721,31 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
     assert torch.load(path)["step"] == 1
     writer.save_checkpoint({"step": torch.tensor(3)}, path)
     assert torch.load(path)["step"] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_takes_no_second_copy_and_nothing_of_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))  # whoever asks for it fails
+    state = {"state_dict": {"weight": torch.rand(5_000_000)}}  # 20 MB
+    tracemalloc.start()
+    try:
+        AtomicCheckpointIO().save_checkpoint(state, tmp_path / "x.ckpt")
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(torch.load(tmp_path / "x.ckpt")["state_dict"]["weight"], state["state_dict"]["weight"])
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(tmp_path):
+    writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    writer.save_checkpoint({"step": torch.tensor(1)}, path)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"last.ckpt could not be written \(.*\); what it held before is unharmed"):
+            writer.save_checkpoint({"weight": torch.rand(500_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert torch.load(path)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
