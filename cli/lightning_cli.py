@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import casehard
 from casehard.callbacks.results import Results
+from casehard.cli.help import known_options
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
 from casehard.cli.private import PrivateCLI, QuietWandbLogger
 from casehard.cli.run_folder import (
@@ -91,6 +92,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if storage_options is not None:
             raise TypeError("storage_options are of other writers of checkpoints; leave them out.")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_whole_bytes(Path(path), partial(torch.save, checkpoint))
 
 
@@ -113,6 +115,10 @@ class TrainingParser(PlainErrors, LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.defenses: list[tuple[str, str]] = []  # files of the command line that name a model's class, and which
+
+    def options(self) -> set[str]:
+        """Names of all settings."""
+        return known_options()
 
 
 class Cli(PrivateCLI):
@@ -157,6 +163,17 @@ class Cli(PrivateCLI):
         """The resolved config of the command, as YAML."""
         command = self.config["subcommand"]
         return str(self.parser_of(command).dump(self.config[command], skip_none=False))
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning's, which seeds right after it.
+
+        Raises:
+            SettingError: a seed that no generator takes.
+        """
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config["subcommand"]].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise SettingError(f"seed_everything must lie in [0, 2^32), got {seed}.")
 
     def before_instantiate_classes(self) -> None:
         """Check what can be known from the settings alone.
@@ -405,7 +422,16 @@ def train(args: list[str]) -> None:
         with refusals():
             Cli()
     except (DivergedError, MisconfigurationException) as error:
-        raise SettingError(str(error)) from error
+        where = "trainer.accelerator must be one that this machine has: " if "backend found" in str(error) else ""
+        raise SettingError(f"{where}{error}") from error
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        raise SettingError(
+            f"the model and its batches must fit the memory, and {wanted[1] if wanted else 'what came last'} more did not. "
+            "Lower data.batching.batch_size, max_length or lora.rank, or take a machine with more memory."
+        ) from error
     finally:
         if not inherited:  # it was for this run's processes; another run of this process gets a folder of its own
             os.environ.pop(RUN_FOLDER, None)
