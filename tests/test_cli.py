@@ -229,6 +229,17 @@ def test_the_slurm_script_starts_a_task_a_gpu_and_goes_on_where_the_job_was_requ
     assert dry_run(tmp_path)[-2:] == ["--ckpt_path", "runs/slurm/7/checkpoints/last.ckpt"]
 
 
+def test_the_slurm_script_says_where_it_must_run():
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    command = [ROOT / "experiments/cluster/slurm.sh", "--config", "sbr"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error: SLURM_JOB_ID must be set, as SLURM does for a job, and it is not. Hand this script in: sbatch "
+    )
+    assert done.stderr.endswith("slurm.sh --config sbr\n")
+
+
 def test_misspelt_key_in_yaml_stops_the_run_with_its_name(call, tmp_path):
     config = tmp_path / "misspelt.yaml"
     config.write_text("model: {init_args: {anchor_wieght: 3}}")
