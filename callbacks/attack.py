@@ -17,7 +17,7 @@ from casehard.callbacks.scoring import Scores, defense_and_data, score
 from casehard.callbacks.sigterm import ended_by_sigterm
 from casehard.datamodules.batches import share_of
 from casehard.datamodules.chat import prompt_ids
-from casehard.datamodules.order import batch_indices
+from casehard.datamodules.order import batch_indices, require_seed
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.engine.forward import Batch
@@ -212,6 +212,8 @@ class Attack(L.Callback):
             raise SettingError(f"threat_model must be open_weight or finetuning_service, got {threat_model!r}.")
         if every_n_epochs is not None and every_n_epochs < 1:
             raise SettingError(f"every_n_epochs must be >= 1 or null, got {every_n_epochs}. null attacks when fit ends.")
+        if seed is not None:
+            require_seed(seed)
         last = self.num_attack_steps
         steps = sorted({0, *([last] if score_steps is None else score_steps)})
         if steps[0] < 0 or steps[-1] > last:

@@ -62,6 +62,7 @@ class Results(L.Callback):
         self.before: dict[str, float] | None = None  # scores before the first step; a checkpoint keeps them
         self.delivered: Delivered | None = None
         self.rows: list[ResultRow] = []
+        self.began = False  # training or attacking
         self.training_seconds = 0.0  # up to the last checkpoint where a run goes on from it
         self._started: float | None = None  # while it trains
         self._goes_on = self._exported = self._nothing_to_score = False
@@ -74,6 +75,7 @@ class Results(L.Callback):
 
         The evaluation gets its number here.
         """
+        self.began = True
         if self._evaluation is None:
             self._evaluation = self._begin(row.epoch, row.own)
         self._evaluation += 1
@@ -122,6 +124,7 @@ class Results(L.Callback):
         if not self._goes_on:
             scores = self._scored(trainer, pl_module, STATES[0])
             self.before = None if scores is None else scores.metrics
+        self.began = True
         self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -3,14 +3,17 @@
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,9 +26,21 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import casehard
 from casehard.callbacks.results import Results
 from casehard.cli.defaults import default_files
+from casehard.cli.help import known_options
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
 from casehard.cli.private import PrivateCLI, QuietWandbLogger
-from casehard.cli.run_folder import claim_run_folder, held, keep_metrics, require_unfinished, write_marker
+from casehard.cli.run_folder import (
+    LAST,
+    claim_run_folder,
+    drop_failed_start,
+    held,
+    keep_metrics,
+    newest_unfinished,
+    require_unfinished,
+    unfinished_run_of,
+    wandb_id,
+    write_marker,
+)
 from casehard.cli.run_settings import RunSettings
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.fit_checkpoint import numbers_only, read_notes
@@ -33,7 +48,7 @@ from casehard.engine.training import DivergedError, narrow
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
-from casehard.records.files import RUN_FOLDER
+from casehard.records.files import RUN_FOLDER, write_whole_bytes
 from casehard.records.table import terminal
 
 LIGHTNING = Path(L.__file__).parent
@@ -68,12 +83,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write beside ``path``, reach the disk, then move in one step."""
-        partial = Path(f"{path}.partial")
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        """Write beside ``path``, reach the disk, then move in one step.
+
+        Lightning would put it together in memory, then in the system's temporary folder.
+
+        Raises:
+            OSError: naming ``path``, e.g. when the disk is full; what was there stays.
+        """
+        if storage_options is not None:
+            raise TypeError("storage_options are of other writers of checkpoints; leave them out.")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole_bytes(Path(path), partial(torch.save, checkpoint))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -95,6 +115,10 @@ class TrainingParser(PlainErrors, LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.defenses: list[tuple[str, str]] = []  # files of the command line that name a model's class, and which
+
+    def options(self) -> set[str]:
+        """Names of all settings."""
+        return known_options()
 
 
 class Cli(PrivateCLI):
@@ -140,6 +164,17 @@ class Cli(PrivateCLI):
         command = self.config["subcommand"]
         return str(self.parser_of(command).dump(self.config[command], skip_none=False))
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning's, which seeds right after it.
+
+        Raises:
+            SettingError: a seed that no generator takes.
+        """
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config["subcommand"]].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise SettingError(f"seed_everything must lie in [0, 2^32), got {seed}.")
+
     def before_instantiate_classes(self) -> None:
         """Check what can be known from the settings alone.
 
@@ -151,11 +186,25 @@ class Cli(PrivateCLI):
             check_one_defense([*named, ("the command line", class_path(config, "model") or "none")])
         if config.weights_only is False:
             raise SettingError("weights_only must be true or left out, got false: a checkpoint's code would be run.")
+        check_number_of_devices(config.trainer)
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(self._last_checkpoint(config.run, experiment_name(config)))
         if self.subcommand == "validate" and config.trainer.limit_val_batches == 0 and not config.trainer.fast_dev_run:
             raise SettingError(
                 "trainer.limit_val_batches must be > 0 for validate, got 0: nothing would be validated. Set it to 1.0, and add "
                 "casehard.Evaluate to trainer.callbacks for scores; `test` runs the attacks."
             )
+
+    def _last_checkpoint(self, run: Namespace, experiment: str) -> Path:
+        if self.subcommand != "fit":
+            raise SettingError(
+                f"ckpt_path must be a file for {self.subcommand}, and it is `last`, by which fit goes on. Name a file."
+            )
+        if RUN_FOLDER in os.environ:
+            return Path(os.environ[RUN_FOLDER], LAST)
+        if run.version is not None:
+            return Path(run.root, experiment, run.version, LAST)
+        return newest_unfinished(run.root, experiment) / LAST
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add the run folder's writers to what the config asks for."""
@@ -167,8 +216,8 @@ class Cli(PrivateCLI):
         self.save_config_kwargs = {"folder": self.folder}
         export = config.run.export and self.subcommand == "fit" and not dry
         scored = config.run.score and self.subcommand == "fit" and not dry
-        results = Results(str(self.folder), export, config.run.generations, config.run.wandb_generations, scored)
-        extra: list[Any] = [results]
+        self.results = Results(str(self.folder), export, config.run.generations, config.run.wandb_generations, scored)
+        extra: list[Any] = [self.results]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
             steps = config.run.checkpoint_steps
             # `last` is not linked once more where an epoch ends: processes would meet there
@@ -193,7 +242,7 @@ class Cli(PrivateCLI):
         """
         root, experiment, version = config.run.root, experiment_name(config), config.run.version
         if RUN_FOLDER not in os.environ and not dry:
-            os.environ[RUN_FOLDER] = str(claim_run_folder(root, experiment, version))
+            os.environ[RUN_FOLDER] = str(self._going_on(config) or self._claimed(root, experiment, version))
         folder = Path(os.environ.get(RUN_FOLDER, Path(root, experiment, "dry")))
         if version is not None and not dry and folder.absolute() != Path(root, experiment, version).absolute():
             raise SettingError(
@@ -206,6 +255,53 @@ class Cli(PrivateCLI):
                 self.while_it_runs.enter_context(held(folder))  # the run's other processes share it
         return folder
 
+    def _going_on(self, config: Any) -> Path | None:
+        """The folder of the unfinished run that this one continues, unless it is to have another."""
+        folder = unfinished_run_of(config.ckpt_path) if self.subcommand == "fit" and config.ckpt_path is not None else None
+        if folder is None or config.run.version is None:
+            return folder
+        named = Path(config.run.root, experiment_name(config), config.run.version)
+        return folder if folder.absolute() == named.absolute() else None
+
+    def _claimed(self, root: str, experiment: str, version: str | None) -> Path:
+        folder = claim_run_folder(root, experiment, version)
+
+        def drop(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is not None and not (hasattr(self, "results") and self.results.began):
+                finish_wandb()
+                drop_failed_start(folder)
+
+        self.while_it_runs.push(drop)
+        return folder
+
+    def run(self, subcommand: str) -> None:
+        """Run the command; one that is stopped says what stands, and how it goes on.
+
+        Raises:
+            SystemExit: it was stopped.
+        """
+        try:
+            super().run(subcommand)
+        except (SystemExit, SIGTERMException) as stop:
+            number = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
+            if not self.trainer.interrupted:
+                raise
+            self._say_what_stands("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+            raise SystemExit(128 + number) from stop
+
+    @rank_zero_only
+    def _say_what_stands(self, why: str) -> None:
+        sys.stdout.write("\n")
+        if self.results.began:
+            self.results.close()
+            words = without_checkpoint(sys.argv[1:])
+            if goes_on := self.subcommand == "fit" and (self.folder / LAST).exists():
+                words += ["--ckpt_path", str(self.folder / LAST)]
+            terminal().print(f"To {'go on' if goes_on else 'begin anew'}: {shlex.join(['casehard', *words])}", soft_wrap=True)
+        sys.stdout.flush()
+        steps = f", after {self.trainer.global_step} steps of training" if self.subcommand == "fit" else ""
+        sys.stderr.write(f"stopped by {why}{steps}\n")
+
     def _loggers(self, config: Any) -> list[Logger]:
         folder = self.folder
         keep_metrics(folder)
@@ -216,7 +312,7 @@ class Cli(PrivateCLI):
             name, group = f"{folder.parent.name}-{folder.name}", config.run.group or folder.parent.name
             where = {"save_dir": folder, "project": config.run.project, "offline": offline}
             place = {"group": group, "job_type": self.subcommand, "tags": config.run.tags}
-            wandb = QuietWandbLogger(name=name, **where, **place)
+            wandb = QuietWandbLogger(name=name, version=wandb_id(folder), **where, **place)
             wandb.experiment.define_metric("attack_step")
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
@@ -270,6 +366,38 @@ def experiment_name(config: Any) -> str:
     return names[0] if names else "casehard"
 
 
+def without_checkpoint(words: list[str]) -> list[str]:
+    """A line without the checkpoint that it goes on from."""
+    option = "--ckpt_path"
+    values = {i + 1 for i, word in enumerate(words) if word == option}
+    return [word for i, word in enumerate(words) if i not in values and word.partition("=")[0] != option]
+
+
+def finish_wandb() -> None:
+    """Let W&B end the run that is under way, if it knows of one; it writes into the run's folder until then."""
+    if "wandb" in sys.modules and (run := sys.modules["wandb"].run) is not None:
+        run.finish(exit_code=1)
+
+
+def check_number_of_devices(trainer: Namespace) -> None:
+    """Refuse a sharded run that states two numbers of processes.
+
+    Raises:
+        SettingError: it does.
+    """
+    path, devices = class_path(trainer, "strategy"), trainer.devices
+    sizes = [trainer.strategy.init_args.get(f"{part}_parallel_size") for part in ("data", "tensor")] if path else []
+    number = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 0
+    if not (path or "").endswith("ModelParallelStrategy") or not all(isinstance(size, int) for size in sizes) or not number:
+        return
+    data, tensor = sizes
+    if data * tensor != number * trainer.num_nodes:
+        raise SettingError(
+            f"data_parallel_size x tensor_parallel_size must be devices x num_nodes, the number of processes, and {data} x "
+            f"{tensor} is not {number} x {trainer.num_nodes}. Set both to the GPUs that there are."
+        )
+
+
 def is_news(record: logging.LogRecord) -> bool:
     """Whether a log record is casehard's own or a warning; the rest are accelerators that are not there, and advertisements."""
     return record.levelno > logging.INFO or not Path(record.pathname).is_relative_to(LIGHTNING)
@@ -280,13 +408,14 @@ def train(args: list[str]) -> Path:
 
     Raises:
         SettingError: a setting must be another, or training diverged.
-        SystemExit: with the status of a process that SIGTERM ended.
+        SystemExit: with the status of a process that Ctrl-C or SIGTERM ended.
     """
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # they are those of the process, or meant
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(is_news)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # of a run that goes on
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
     warnings.filterwarnings("ignore", message=".*overriding `LightningModule.optimizer_")  # so it is meant
     inherited = RUN_FOLDER in os.environ
@@ -294,10 +423,16 @@ def train(args: list[str]) -> Path:
         with refusals():
             return Cli(args).folder
     except (DivergedError, MisconfigurationException) as error:
-        raise SettingError(str(error)) from error
-    except SIGTERMException:  # from an attack, or from Lightning's training loop between two batches
-        sys.stderr.write("ended by SIGTERM; `fit` goes on from RUN/checkpoints/last.ckpt by --ckpt_path\n")
-        sys.exit(128 + signal.SIGTERM)
+        where = "trainer.accelerator must be one that this machine has: " if "backend found" in str(error) else ""
+        raise SettingError(f"{where}{error}") from error
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        raise SettingError(
+            f"the model and its batches must fit the memory, and {wanted[1] if wanted else 'what came last'} more did not. "
+            "Lower data.batching.batch_size, max_length or lora.rank, or take a machine with more memory."
+        ) from error
     finally:
         if not inherited:  # it was for this run's processes; another run of this process gets a folder of its own
             os.environ.pop(RUN_FOLDER, None)

@@ -13,6 +13,13 @@ class PrivateCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would take settings from a checkpoint here."""
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.run(subcommand)
+
+    def run(self, subcommand: str) -> None:
+        """Fit, validate or test, between the hooks around it."""
+        super()._run_subcommand(subcommand)
+
     def parser_of(self, subcommand: str | None) -> LightningArgumentParser:
         """The parser of one command's settings, which dumps them without the command's name around them."""
         return self._parser(subcommand)

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -56,16 +56,33 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: naming ``path``, e.g. when the disk is full; what was there stays.
     """
+
+    def write(file: IO[bytes]) -> None:
+        file.write(text.encode())
+
+    write_whole_bytes(path, write)
+
+
+def write_whole_bytes(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """``write_whole`` of what ``write`` puts into an open file, such as ``torch.save``.
+
+    Raises:
+        OSError: see there.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _not_written(path, error) from error
+    except (OSError, RuntimeError) as error:  # torch hides the first behind the second
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise _not_written(path, cause) from error
+        raise
 
 
 def append_whole(path: Path, text: str) -> None:
