@@ -14,18 +14,19 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import casehard
 from casehard.callbacks.results import Results
-from casehard.cli.defaults import default_files
+from casehard.cli.defaults import default_files, of_the_sandbox
 from casehard.cli.help import known_options
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
 from casehard.cli.private import PrivateCLI, QuietWandbLogger
@@ -184,6 +185,8 @@ class Cli(PrivateCLI):
         config = self.config[self.subcommand]
         if named := self.parser_of(self.subcommand).defenses:  # type: ignore[attr-defined]
             check_one_defense([*named, ("the command line", class_path(config, "model") or "none")])
+        if said := of_the_sandbox(yaml.safe_load(self.config_text())):
+            rank_zero_warn(said)
         if config.weights_only is False:
             raise SettingError("weights_only must be true or left out, got false: a checkpoint's code would be run.")
         check_number_of_devices(config.trainer)
