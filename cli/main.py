@@ -13,7 +13,7 @@ TRAINING = {
     "test": "attack the model as it is",
 }
 OTHERS = {
-    "init": "write a commented file to begin from: service, harden, study",
+    "init": "write a file to begin from: service, harden, study, or a class of your own",
     "preview": "show rows as the model reads them, and what is learnt",
     "study": "run defenses x attacks x seeds",
     "report": "write a page on runs",

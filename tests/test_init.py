@@ -161,6 +161,13 @@ def test_a_template_without_any_file_is_yaml_that_names_what_to_replace(call, ki
     assert "sandbox" not in text
 
 
+@pytest.mark.parametrize("kind", [name for name, path in templates().items() if path.suffix == ".py"])
+def test_a_class_of_ones_own_begins_as_its_template(call, kind):
+    call("init", kind)
+    assert Path(f"my_{kind}.py").read_text() == templates()[kind].read_text()
+    assert f"init {kind} takes no rows and no model" in call("init", kind, "--out", "other.py", "--model", "model", fails=True)
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
