@@ -213,6 +213,8 @@ class Results(L.Callback):
             console.print("Not scored: data.sources names no harmful_prompts, benign_prompts or task.")
         if self.rows:
             console.print(results_table(self.rows))
+        elif self.delivered is None and not self._nothing_to_score:
+            console.print("Nothing was attacked or scored: trainer.callbacks has no attack.")
         console.print(f"Run folder: {self.folder}", soft_wrap=True)
 
     @rank_zero_only
@@ -225,6 +227,14 @@ class Results(L.Callback):
         failed = [row.note for row in self.rows if row.num_unscored and not row.num_scored and NO_VERDICT in row.note]
         if failed and not any(row.num_scored for row in self.rows):
             raise SettingError(f"{failed[-1]}. The answers are kept: mend that, and `casehard judge {self.folder}` scores them.")
+        found = self.delivered
+        if found is None or self.rows or found.delivered["num_scored"]:
+            return
+        if failed := [note for note in found.notes if NO_VERDICT in note]:
+            raise SettingError(
+                f"{failed[-1]}. The model is exported: mend that, and start again with --ckpt_path last, which scores it without "
+                "training."
+            )
 
 
 def _wandb_table(row: ResultRow, answers: list[Answer]) -> tuple[list[str], list[list[Any]]]:
