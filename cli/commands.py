@@ -8,7 +8,10 @@ from jsonargparse import CLI
 
 import casehard
 from casehard.cli.parsing import CommandParser, refusals
+from casehard.metrics.errors import needs
 from casehard.shipped import experiment
+
+PLOT = ("jinja2", "matplotlib")  # of the extra plot
 
 
 def study(
@@ -70,10 +73,32 @@ def report(args: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=str, help="run folders (also RUN/judged/JUDGE), or a study's")
     parser.add_argument("--out", type=str, default="report", help="folder of the report")
     parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
+    parser.add_argument("--answers", type=bool, default=False, help="put a page of all answers beside it: casehard answers")
     settings = parser.parse_args(args)
-    from casehard.evidence.report import write_report  # with matplotlib and jinja2, an extra
+    for package in PLOT:
+        needs("casehard report", package, "plot")
+    from casehard.evidence.report import write_report
 
-    print(f"Report: {write_report(settings.runs, settings.out, settings.title)}")
+    print(f"Report: {write_report(settings.runs, settings.out, settings.title, settings.answers)}")
+
+
+def answers(args: list[str]) -> None:
+    """``casehard answers RUN ...``: one self-contained page on which a person reads what the models said."""
+    parser = CommandParser(
+        prog="casehard answers",
+        description="Write one page on which to read what models answered, by attack, defense, seed, step and verdict. Answers "
+        "that were judged harmful, or not judged, stay closed until they are opened. With real data it holds harmful texts.",
+    )
+    parser.add_argument("runs", nargs="+", type=str, help="run folders (also RUN/judged/JUDGE), or a study's")
+    parser.add_argument("--out", type=str, default="answers.html", help="the page")
+    parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
+    settings = parser.parse_args(args)
+    needs("casehard answers", "jinja2", "plot")
+    from casehard.evidence.summary import collect, run_folders
+    from casehard.evidence.viewer import write_viewer
+
+    page = write_viewer(collect(settings.runs), run_folders(settings.runs), Path(settings.out), settings.title)
+    print(f"Answers: {page}")
 
 
 def card(args: list[str]) -> None:
@@ -84,7 +109,9 @@ def card(args: list[str]) -> None:
     parser.add_argument("run", type=str, help="folder of a finished `fit` that exported its model")
     parser.add_argument("tests", nargs="*", type=str, help="folders of more runs that attacked this model, such as a study's")
     settings = parser.parse_args(args)
-    from casehard.evidence.card import write_card  # with matplotlib and jinja2, an extra
+    for package in PLOT:
+        needs("casehard card", package, "plot")
+    from casehard.evidence.card import write_card
 
     print(f"Card: {write_card(settings.run, settings.tests)}")
 
@@ -161,6 +188,7 @@ def preview(args: list[str]) -> None:
 
 OWN_PARSER: dict[str, Callable[[list[str]], None]] = {
     "report": report,
+    "answers": answers,
     "card": card,
     "dashboard": dashboard,
     "list": list_all,

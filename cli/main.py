@@ -17,6 +17,7 @@ OTHERS = {
     "preview": "show rows as the model reads them, and what is learnt",
     "study": "run defenses x attacks x seeds",
     "report": "write a page on runs",
+    "answers": "write a page to read runs' answers on",
     "card": "write the card of an exported model",
     "dashboard": "save a workspace on W&B",
     "judge": "score a run's answers by another judge",

@@ -12,7 +12,7 @@ from casehard.evidence.private import as_sent, refusals_of_wandb
 from casehard.evidence.study_plan import INDEX, read_cells
 from casehard.metrics import columns
 from casehard.metrics.columns import Column
-from casehard.metrics.errors import SettingError
+from casehard.metrics.errors import SettingError, needs
 from casehard.records.published import config_of, part
 from casehard.records.rows import read_own_columns
 
@@ -163,12 +163,7 @@ def make_dashboard(runs: list[str], project: str, entity: str | None, title: str
         SettingError: the runs logged nothing, W&B's library is not there, or W&B does not take the workspace.
     """
     logged = read_logged(runs)
-    try:
-        import wandb_workspaces  # noqa: F401  an extra
-    except ModuleNotFoundError as error:
-        raise SettingError(
-            "casehard dashboard needs wandb-workspaces, an extra: pip install -c constraints.txt -e '.[dashboard]'"
-        ) from error
+    needs("casehard dashboard", "wandb_workspaces", "dashboard")
     if dry_run:
         return as_sent(workspace(logged, project, entity or "", title))
     return f"Dashboard: {_save(logged, project, entity, title)}"

@@ -1,6 +1,7 @@
 """What goes wrong by a user's hand, told apart from what goes wrong by a bug."""
 
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -10,6 +11,12 @@ class SettingError(ValueError):
     Its message is one sentence: the setting or the file and line, what it must be, what it was; then the way out. The command
     line prints that sentence alone. Every other ``ValueError`` is a bug and keeps its traceback.
     """
+
+
+def needs(what: str, package: str, extra: str) -> None:
+    """Refuses ``what`` where a package is missing that one of casehard's extras brings."""
+    if find_spec(package) is None:
+        raise SettingError(f"{what} needs {package}, and it is not installed. Install it: pip install 'casehard[{extra}]'.")
 
 
 class Misread(SystemExit):

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from casehard.metrics.columns import Answer, Column
+from casehard.metrics.columns import COLUMNS, Answer, Column
 from casehard.metrics.errors import SettingError
 from casehard.records.answers import AGAIN, lines
 from casehard.records.files import whole_lines, write_whole
+from casehard.records.outcome import GIBBERISH
 
 DELIVERED = "delivered.json"
 DELIVERED_ANSWERS = "delivered.jsonl"  # a line an answer, ``when`` it was given being one of STATES
@@ -36,6 +37,19 @@ class Delivered:
     notes: list[str]
     own: tuple[Column, ...] = ()
 
+    @property
+    def metrics(self) -> list[Column]:
+        """Those that tables have a column for."""
+        return [column for column in (*COLUMNS, *self.own) if column.label]
+
+    def of(self, state: str, column: Column) -> float:
+        """A metric of one of the STATES; nan where not measured."""
+        return float(getattr(self, state).get(column.name, math.nan))
+
+    def gibberish(self, state: str) -> bool:
+        """Whether so many answers are degenerate that a low harmful score says nothing."""
+        return bool(getattr(self, state).get("degenerate_rate", math.nan) >= GIBBERISH)
+
     def write(self, folder: Path) -> None:
         """Leave it in a run's folder; what was not measured is null."""
         numbers = {state: {n: None if math.isnan(v) else v for n, v in getattr(self, state).items()} for state in STATES}
@@ -61,6 +75,22 @@ def read_delivered(folder: str | Path) -> Delivered | None:
         return Delivered(numbers[STATES[0]], numbers[STATES[1]], prompts, str(read["judge"]), list(map(str, read["notes"])), own)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SettingError(f"{path} must be what `casehard fit` wrote, and it is not. {AGAIN}") from error
+
+
+def read_delivered_answers(folder: Path) -> dict[str, list[Answer]]:
+    """The answers behind both states, as far as a run kept them.
+
+    Raises:
+        SettingError: a line is no answer that a run wrote.
+    """
+    path, kept = folder / DELIVERED_ANSWERS, {state: list[Answer]() for state in STATES}
+    for number, line in enumerate(whole_lines(path).splitlines() if path.exists() else [], start=1):
+        try:
+            answer = json.loads(line)
+            kept[answer["when"]].append({name: answer[name] for name in ("kind", "prompt")} | answer)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SettingError(f"{path}, line {number} must be an answer that a run wrote, and it is not. {AGAIN}") from error
+    return kept
 
 
 def keep_answers(folder: Path, when: str, answers: Iterable[Answer]) -> None:

@@ -206,7 +206,7 @@ def read_run(folder: str | Path, may_be_empty: bool = False) -> Run:
     """
     folder = Path(folder)
     own = read_own_columns(folder)
-    rows = _read_rows(folder / ROWS, own)
+    rows = read_rows(folder / ROWS, own)
     if not rows and not may_be_empty:
         raise SettingError(f"{folder / ROWS} must hold at least one row of results, and it holds none. {AGAIN}")
     path = folder / ANSWERS
@@ -246,7 +246,12 @@ def read_own_columns(folder: Path) -> tuple[Column, ...]:
         raise SettingError(f"{path} must describe the columns of a run's metrics, and it does not. {AGAIN}") from error
 
 
-def _read_rows(path: Path, own: tuple[Column, ...]) -> list[ResultRow]:
+def read_rows(path: Path, own: tuple[Column, ...]) -> list[ResultRow]:
+    """The rows of an ``attacks.csv``, whose metrics of one's own have the columns ``own``.
+
+    Raises:
+        SettingError: it is no such file.
+    """
     if not path.exists():
         raise SettingError(f"a run must be a folder with an {ROWS}, and {path} is not there. Name runs/EXPERIMENT/VERSION.")
     try:

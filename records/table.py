@@ -10,13 +10,15 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from casehard.metrics.columns import COLUMNS, Column
+from casehard.metrics.columns import Column
 from casehard.metrics.refusal_phrases import error_rates
 from casehard.records.delivered import STATES, Delivered
-from casehard.records.outcome import jobs, steps_to_break
+from casehard.records.outcome import GIBBERISH, gibberish_from, is_gibberish, jobs, steps_to_break
 from casehard.records.rows import ResultRow, shared_columns
 
 TITLE = "Results (percent; harmful score: lower is safer)"
+
+DOUBT = f"? at least {GIBBERISH:g}% of the answers are gibberish: a low score is no safety"
 
 
 def terminal() -> Console:
@@ -77,13 +79,14 @@ class ResultsTable:
 
     def _cells(self, rows: list[ResultRow]) -> Iterator[list[str]]:
         for row in rows:
-            mark = "*" * (self._notes().index(row.note) + 1) if row.note else ""
+            mark = ("*" * (self._notes().index(row.note) + 1) if row.note else "") + ("?" if is_gibberish(row) else "")
             score, *others = (column.shown(row.metrics.get(column.name, math.nan)) for column in self._brief())
             yield [str(row.num_attack_steps), score + mark, *others]
 
     def _caption(self) -> str:
         rates = filter(None, map(error_rates, sorted({row.judge for row in self.rows})))
-        return "\n".join([*(f"{'*' * i} {note}" for i, note in enumerate(self._notes(), start=1)), *rates])
+        doubts = [DOUBT] if any(map(is_gibberish, self.rows)) else []
+        return "\n".join([*(f"{'*' * i} {note}" for i, note in enumerate(self._notes(), start=1)), *doubts, *rates])
 
 
 def results_table(rows: list[ResultRow]) -> ResultsTable:
@@ -97,11 +100,16 @@ def delivered_table(found: Delivered) -> Table:
     table.add_column("")
     for state in STATES:
         table.add_column(state, justify="right")
-    for column in (c for c in (*COLUMNS, *found.own) if c.label and c.brief):
-        values = [getattr(found, state).get(column.name, math.nan) for state in STATES]
-        table.add_row(Text(column.label.lower()), *("not measured" if math.isnan(v) else column.shown(v) for v in values))
+    for column in (column for column in found.metrics if column.brief):
+        values = [found.of(state, column) for state in STATES]
+        cells = ["not measured" if math.isnan(value) else column.shown(value) for value in values]
+        if column.name == "harmful_score":
+            cells = [cell + "?" * found.gibberish(state) for cell, state in zip(cells, STATES, strict=True)]
+        table.add_row(Text(column.label.lower()), *cells)
     prompts = "{harmful} harmful, {benign} benign and {task} task prompts".format(**found.num_prompts)
-    table.caption = Text("\n".join(filter(None, [f"{prompts}; judge: {found.judge}", *found.notes, error_rates(found.judge)])))
+    doubt = DOUBT if any(map(found.gibberish, STATES)) else ""
+    said = [f"{prompts}; judge: {found.judge}", doubt, *found.notes, error_rates(found.judge)]
+    table.caption = Text("\n".join(filter(None, said)))
     return table
 
 
@@ -121,4 +129,5 @@ def _sides(rows: list[ResultRow]) -> list[str]:
     steps = steps_to_break(rows)
     number = steps.removeprefix("> ")
     taken = [f"({int(number) * row.batch_size:,} rows)"] if number.isdigit() and row.batch_size is not None else []
-    return [row.label, f"to break: {steps}", *taken]
+    since = gibberish_from(rows)
+    return [row.label, f"to break: {steps}", *taken, *([] if since is None else [f"gibberish from {since}"])]

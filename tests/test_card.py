@@ -84,7 +84,9 @@ def test_its_tables_are_those_of_the_run_and_what_was_not_measured_is_said(harde
     assert cells[4].startswith(f"{float(last['harmful_score']):.1f} ")
     assert cells[4].endswith(" gibberish")
     assert len(cells) == 9
-    assert f"- accuracy: {float(first['finetune_accuracy']):.1f}" in card.text
+    kept = json.loads((hardened[0] / "delivered.json").read_text())["delivered"]
+    assert "| before training | 0.0 (gibberish: a low score is no safety) |" in card.text
+    assert f"| this model | 0.0 (gibberish: a low score is no safety) | {kept['finetune_accuracy']:.1f} |" in card.text
     assert "### With open weights" in card.text
     assert "Not measured: at a fine-tuning service." in card.text
     assert (hardened[0] / "model" / "attack_curves.png").read_bytes().startswith(b"\x89PNG")
