@@ -201,7 +201,7 @@ class Results(L.Callback):
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        return as_html(self.rows, f"Run folder: {self.folder}")
+        return as_html(self.rows, f"Run folder: {self.folder}", self.delivered)
 
     @rank_zero_only
     def close(self) -> None:

@@ -17,6 +17,7 @@ from casehard.evidence.found import Found, read
 from casehard.metrics.errors import SettingError
 
 COMMANDS = (*TRAINING, "study", "judge")
+_shared = False  # whether a run had several processes
 Config = str | Path | Mapping[str, Any]
 
 
@@ -37,7 +38,8 @@ def run(command: str, config: Config | list[Config] = (), **settings: Any) -> Fo
         The results, as ``casehard.read`` finds them in the folder of the run or the study.
 
     Raises:
-        SettingError: a setting or a file must be another; ``error:`` on the command line.
+        SettingError: a setting or a file must be another (``error:`` on the command line); or an earlier run of this script had
+            several processes.
     """
     if command not in COMMANDS:
         raise SettingError(f"command must be one of {', '.join(COMMANDS)}, got {command!r}.")
@@ -48,12 +50,25 @@ def run(command: str, config: Config | list[Config] = (), **settings: Any) -> Fo
     words += [f"--{name}={_word(value)}" for name, value in settings.items()]
     with _leaving_no_trace():
         if command in TRAINING:
-            from casehard.cli.lightning_cli import train
-
-            return read(train([command, *words]))
+            return read(_trained([command, *words]))
         from casehard.cli.commands import run as run_command
 
         return read(run_command(command, words))
+
+
+def _trained(args: list[str]) -> Path:
+    """The folder of a run; the first on several processes is the last of this one, as each of them runs the whole script."""
+    global _shared
+    from casehard.cli.lightning_cli import train
+
+    if _shared:
+        raise SettingError(
+            "a script must make at most one run on several processes, and it has made one: each of them goes through the whole "
+            "script. Make a script of each run, or use the command line."
+        )
+    done = train(args)
+    _shared = done.trainer.world_size > 1
+    return done.folder
 
 
 def _word(value: Any) -> str:

@@ -406,8 +406,8 @@ def is_news(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO or not Path(record.pathname).is_relative_to(LIGHTNING)
 
 
-def train(args: list[str]) -> Path:
-    """Run ``fit``, ``validate`` or ``test``. Returns the run's folder.
+def train(args: list[str]) -> Cli:
+    """Run ``fit``, ``validate`` or ``test``. Returns the command line, with the run's ``folder`` and ``trainer``.
 
     Raises:
         SettingError: a setting must be another, or training diverged.
@@ -424,7 +424,7 @@ def train(args: list[str]) -> Path:
     inherited = RUN_FOLDER in os.environ
     try:
         with refusals():
-            return Cli(args).folder
+            return Cli(args)
     except (DivergedError, MisconfigurationException) as error:
         where = "trainer.accelerator must be one that this machine has: " if "backend found" in str(error) else ""
         raise SettingError(f"{where}{error}") from error

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from casehard.evidence.study_plan import INDEX
 from casehard.evidence.summary import reported
 from casehard.metrics.errors import SettingError
+from casehard.records.delivered import Delivered, read_delivered
 from casehard.records.files import DONE
 from casehard.records.frames import answers_frame, as_html, frame
 from casehard.records.published import run_name
 from casehard.records.rows import ROWS, ResultRow, Run, read_run
-from casehard.records.table import results_table, terminal
+from casehard.records.table import delivered_table, results_table, terminal
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -47,15 +48,23 @@ class Found:
     def _beside(self) -> list[tuple[Run, dict[str, Any]]]:
         return [(run, {"run": run_name(run.folder)} | name) for run, name in zip(self.runs, self.named, strict=True)]
 
+    @property
+    def delivered(self) -> Delivered | None:
+        """Scores of the model before ``fit`` and of the one that it delivered; None for what scored none, as a study."""
+        return read_delivered(self.folder)
+
     def _repr_html_(self) -> str:
-        return as_html(self.rows, str(self))
+        return as_html(self.rows, str(self), self.delivered)
 
     def __repr__(self) -> str:
         return f"{len(self.rows)} evaluations of {len(self.runs)} run{'s' * (len(self.runs) != 1)}: {self.folder}"
 
     def show(self) -> None:
-        """Print the closing table of the command line."""
-        terminal().print(results_table(self.rows))
+        """Print the closing tables of the command line."""
+        if self.delivered is not None:
+            terminal().print(delivered_table(self.delivered))
+        if self.rows:
+            terminal().print(results_table(self.rows))
 
 
 def read(folder: str | Path) -> Found:

@@ -5,7 +5,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from casehard.metrics.columns import Answer
+from casehard.metrics.columns import COLUMNS, Answer
+from casehard.records.delivered import STATES, Delivered
 from casehard.records.rows import ResultRow, header, shared_columns
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def answers_frame(answers: Iterable[Answer]) -> "DataFrame":
     return DataFrame(list(answers))
 
 
-def as_html(rows: Sequence[ResultRow], title: str) -> str:
-    """The table that a notebook shows: what the terminal's has, a line an evaluation."""
+def as_html(rows: Sequence[ResultRow], title: str, delivered: Delivered | None = None) -> str:
+    """The tables that a notebook shows: what the terminal's have, a line an evaluation; first what ``fit`` delivered."""
     from pandas import DataFrame
 
     brief = [column for column in shared_columns(rows) if column.label and column.brief]
@@ -46,5 +47,13 @@ def as_html(rows: Sequence[ResultRow], title: str) -> str:
         | {c.label.lower(): c.shown(row.metrics.get(c.name, math.nan)) for c in brief}
         for row in rows
     ]
-    table = DataFrame(lines).to_html(index=False, escape=True) if rows else "<p>No attack was run.</p>"
-    return f"<p>{html.escape(title)}</p>\n{table}"
+    tables = [DataFrame(lines).to_html(index=False, escape=True) if rows else "<p>No attack was run.</p>"]
+    if delivered is not None:
+        shown = [column for column in (*COLUMNS, *delivered.own) if column.label and column.brief]
+        states = {state: getattr(delivered, state) for state in STATES}
+        both = [
+            {"model": state} | {c.label.lower(): c.shown(values.get(c.name, math.nan)) for c in shown}
+            for state, values in states.items()
+        ]
+        tables.insert(0, DataFrame(both).to_html(index=False, escape=True))
+    return "\n".join([f"<p>{html.escape(title)}</p>", *tables])

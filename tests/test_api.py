@@ -2,6 +2,7 @@ import os
 import signal
 import sys
 import warnings
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -57,6 +58,8 @@ def test_runs_of_one_process_give_their_results_and_leave_nothing_behind(tiny, t
     assert len(first.answers()) == 2 * 3 * 2
     assert "words" not in second.frame()
     assert "<th>words</th>" in first._repr_html_()
+    assert first._repr_html_().index("<td>delivered</td>") < first._repr_html_().index("<td>open_weight</td>")
+    assert second.delivered is None
     assert repr(second) == f"2 evaluations of 1 run: {second.folder}"
 
 
@@ -84,6 +87,18 @@ def test_what_a_user_can_mend_is_an_exception_and_no_exit(tiny, tmp_path, capsys
         casehard.run("study", tmp_path / "broken.yaml", root=tmp_path)
     assert "error:" not in capsys.readouterr().err
     assert process() == before
+
+
+def test_a_script_makes_one_run_on_several_processes(tiny, monkeypatch):
+    shared = SimpleNamespace(folder="nowhere", trainer=SimpleNamespace(world_size=2))
+    monkeypatch.setattr("casehard.cli.lightning_cli.train", lambda _: shared)
+    monkeypatch.setattr("casehard.cli.api._shared", False)
+    with pytest.raises(casehard.SettingError, match=r"folder must be a run's"):
+        casehard.run("fit", "sbr", **tiny)
+    with pytest.raises(
+        casehard.SettingError, match="a script must make at most one run on several processes, and it has made one"
+    ):
+        casehard.run("fit", "sbr", **tiny)
 
 
 class Stopped(L.Callback):
