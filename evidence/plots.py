@@ -188,10 +188,9 @@ def heat_map(series: list[Series]) -> Figure:
 
 
 def usefulness(series: list[Series], metrics: Sequence[Column]) -> Column | None:
-    """The first metric that says how useful a model is and that any row has; None where there is none."""
-    ends = [member.mean(column.name, member.steps[-1]) for column in metrics for member in series]
-    measured = np.isfinite(np.reshape(ends, (len(metrics), -1))).any(axis=1)
-    return next((column for column, known in zip(metrics, measured, strict=True) if column.higher_is_better and known), None)
+    """The first percentage that says how useful a model is and that any of its rows has; None where there is none."""
+    useful = (column for column in metrics if column.higher_is_better and column.percent)
+    return next((c for c in useful if any(math.isfinite(one.mean(c.name, one.steps[-1])) for one in series)), None)
 
 
 def trade_off(series: list[Series], style: Style, useful: Column) -> Figure:

@@ -712,6 +712,9 @@ def test_every_step_at_which_a_model_broke_has_a_label_that_touches_no_other(tmp
 
 def test_both_axes_of_the_trade_off_are_whole(tmp_path):
     series = collect([breaks(tmp_path / "run", replace(ROW, finetune_accuracy=96.0), 20)])
+    loss = Column("loss", of=None, label="Loss", higher_is_better=True, high=math.inf)
+    assert plots.usefulness(series, [loss, *COLUMNS]) == COLUMNS[4]  # a percentage, which that one need not be
+    assert plots.usefulness(series, [loss]) is None
     (axes,) = plots.trade_off(series, plots.styles(series), COLUMNS[4]).axes
     assert (axes.get_xlim(), axes.get_ylim()) == ((-4, 104), (-4, 104))
     plt.close("all")
@@ -925,8 +928,11 @@ RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"
 @pytest.mark.parametrize("width", [1400, 400])
 def test_the_page_fits_its_window_and_breaks_no_rule_of_accessibility(study, tmp_path, browser, width):
     page = browser.new_page(viewport={"width": width, "height": 1000})
-    page.goto(write_report([str(study)], str(tmp_path / "report"), "A study").as_uri())
-    assert page.evaluate("[document.images.length, [...document.images].every(i => i.naturalWidth > 0)]") == [8, True]
+    silent = breaks(tmp_path / "silent", replace(ROW, defense="Silent", degenerate_rate=60.0), None)
+    Delivered({}, {"degenerate_rate": 60.0}, {}, "sandbox", ["a note"]).write(silent)
+    page.goto(write_report([str(study), str(silent)], str(tmp_path / "report"), "A study").as_uri())
+    assert page.evaluate("[document.images.length, [...document.images].every(i => i.naturalWidth > 0)]") == [9, True]
+    assert page.locator(".dull, .better, .worse").count() > 3
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0  # nothing sticks out
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     found = Axe().run(page, options={"runOnly": RULES})
