@@ -1,9 +1,7 @@
 """``fit``, ``validate`` and ``test``: Lightning's command line, and what a run leaves in its folder."""
 
-import logging
 import os
 import re
-import shlex
 import signal
 import sys
 import warnings
@@ -28,6 +26,7 @@ import casehard
 from casehard.callbacks.results import Results
 from casehard.cli.defaults import default_files, of_the_sandbox
 from casehard.cli.help import known_options
+from casehard.cli.machine import check_number_of_devices, finish_wandb, hush_lightning, said_of_machine
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
 from casehard.cli.private import PrivateCLI, QuietWandbLogger
 from casehard.cli.run_folder import (
@@ -36,6 +35,7 @@ from casehard.cli.run_folder import (
     drop_failed_start,
     held,
     keep_metrics,
+    line_to_go_on,
     newest_unfinished,
     require_unfinished,
     unfinished_run_of,
@@ -51,8 +51,6 @@ from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
 from casehard.records.files import RUN_FOLDER, write_whole_bytes
 from casehard.records.table import terminal
-
-LIGHTNING = Path(L.__file__).parent
 
 
 class ProgressBar(TQDMProgressBar):
@@ -132,7 +130,8 @@ class Cli(PrivateCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         for name in casehard.__all__:  # so that they may stand without `casehard.` too, and --help lists them
             getattr(casehard, name)
-        defaults = {"default_config_files": default_files(sys.argv[1:] if args is None else args)}
+        self.words = sys.argv[1:] if args is None else args
+        defaults = {"default_config_files": default_files(self.words)}
         with ExitStack() as self.while_it_runs, numbers_only():
             super().__init__(
                 Defense,
@@ -285,22 +284,19 @@ class Cli(PrivateCLI):
         """
         try:
             super().run(subcommand)
-        except (SystemExit, SIGTERMException) as stop:
-            number = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
-            if not self.trainer.interrupted:
+        except (KeyboardInterrupt, SystemExit, SIGTERMException) as stop:  # the second is how Lightning ends by the first
+            if not isinstance(stop, KeyboardInterrupt) and not self.trainer.interrupted:
                 raise
-            self._say_what_stands("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+            number = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
+            self._say_what_stands("SIGTERM" if number == signal.SIGTERM else "Ctrl-C")
             raise SystemExit(128 + number) from stop
 
     @rank_zero_only
     def _say_what_stands(self, why: str) -> None:
-        sys.stdout.write("\n")
         if self.results.began:
+            terminal().print("\nSo far:" if self.results.rows else "")
             self.results.close()
-            words = without_checkpoint(sys.argv[1:])
-            if goes_on := self.subcommand == "fit" and (self.folder / LAST).exists():
-                words += ["--ckpt_path", str(self.folder / LAST)]
-            terminal().print(f"To {'go on' if goes_on else 'begin anew'}: {shlex.join(['casehard', *words])}", soft_wrap=True)
+            terminal().print(line_to_go_on(self.words, self.folder), soft_wrap=True)
         sys.stdout.flush()
         steps = f", after {self.trainer.global_step} steps of training" if self.subcommand == "fit" else ""
         sys.stderr.write(f"stopped by {why}{steps}\n")
@@ -369,43 +365,6 @@ def experiment_name(config: Any) -> str:
     return names[0] if names else "casehard"
 
 
-def without_checkpoint(words: list[str]) -> list[str]:
-    """A line without the checkpoint that it goes on from."""
-    option = "--ckpt_path"
-    values = {i + 1 for i, word in enumerate(words) if word == option}
-    return [word for i, word in enumerate(words) if i not in values and word.partition("=")[0] != option]
-
-
-def finish_wandb() -> None:
-    """Let W&B end the run that is under way, if it knows of one; it writes into the run's folder until then."""
-    if "wandb" in sys.modules and (run := sys.modules["wandb"].run) is not None:
-        run.finish(exit_code=1)
-
-
-def check_number_of_devices(trainer: Namespace) -> None:
-    """Refuse a sharded run that states two numbers of processes.
-
-    Raises:
-        SettingError: it does.
-    """
-    path, devices = class_path(trainer, "strategy"), trainer.devices
-    sizes = [trainer.strategy.init_args.get(f"{part}_parallel_size") for part in ("data", "tensor")] if path else []
-    number = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 0
-    if not (path or "").endswith("ModelParallelStrategy") or not all(isinstance(size, int) for size in sizes) or not number:
-        return
-    data, tensor = sizes
-    if data * tensor != number * trainer.num_nodes:
-        raise SettingError(
-            f"data_parallel_size x tensor_parallel_size must be devices x num_nodes, the number of processes, and {data} x "
-            f"{tensor} is not {number} x {trainer.num_nodes}. Set both to the GPUs that there are."
-        )
-
-
-def is_news(record: logging.LogRecord) -> bool:
-    """Whether a log record is casehard's own or a warning; the rest are accelerators that are not there, and advertisements."""
-    return record.levelno > logging.INFO or not Path(record.pathname).is_relative_to(LIGHTNING)
-
-
 def train(args: list[str]) -> Cli:
     """Run ``fit``, ``validate`` or ``test``. Returns the command line, with the run's ``folder`` and ``trainer``.
 
@@ -414,9 +373,7 @@ def train(args: list[str]) -> Cli:
         SystemExit: with the status of a process that Ctrl-C or SIGTERM ended.
     """
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # they are those of the process, or meant
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(is_news)
+    hush_lightning()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # of a run that goes on
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
@@ -425,17 +382,10 @@ def train(args: list[str]) -> Cli:
     try:
         with refusals():
             return Cli(args)
-    except (DivergedError, MisconfigurationException) as error:
-        where = "trainer.accelerator must be one that this machine has: " if "backend found" in str(error) else ""
-        raise SettingError(f"{where}{error}") from error
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
-            raise
-        wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
-        raise SettingError(
-            f"the model and its batches must fit the memory, and {wanted[1] if wanted else 'what came last'} more did not. "
-            "Lower data.batching.batch_size, max_length or lora.rank, or take a machine with more memory."
-        ) from error
+    except (DivergedError, MisconfigurationException, RuntimeError) as error:
+        if sentence := said_of_machine(error):
+            raise SettingError(sentence) from error
+        raise
     finally:
         if not inherited:  # it was for this run's processes; another run of this process gets a folder of its own
             os.environ.pop(RUN_FOLDER, None)

@@ -46,15 +46,15 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     name = command(args[:1])
-    if name in CLASSES and any(word in HELP or ".help" in word for word in args[1:]):
-        from casehard.cli.help import asked
-
-        if text := asked(name, (TRAINING | OTHERS)[name], args[1:]):
-            print(text)
-            return
-    if sys.stderr.isatty() and name not in AT_ONCE:
-        sys.stderr.write(f"casehard {name}: reading the settings, and what they need\n")
     try:
+        if name in CLASSES and any(word in HELP or ".help" in word for word in args[1:]):
+            from casehard.cli.help import asked
+
+            if text := asked(name, (TRAINING | OTHERS)[name], args[1:]):
+                print(text, flush=True)
+                return
+        if sys.stderr.isatty() and name not in AT_ONCE:
+            sys.stderr.write(f"casehard {name}: reading the settings, and what they need\n")
         if name in TRAINING:
             from casehard.cli.lightning_cli import train
 
@@ -64,9 +64,13 @@ def main(args: list[str] | None = None) -> None:
             from casehard.cli.commands import run
 
             run(name, args[1:])
+        sys.stdout.flush()
     except Misread as error:
         sys.stderr.write(f"{error.prog} --help lists the settings.\nerror: {error}\n")  # last: a study shows a log's last line
         raise
+    except BrokenPipeError:  # whoever reads this has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (SettingError, OSError) as error:
         if os.environ.get("CASEHARD_TRACEBACK"):
             raise

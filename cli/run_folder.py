@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,21 @@ def drop_failed_start(folder: Path) -> None:
     """Take away the folder of a run that ended before it began, unless anything stands in it that a start does not leave."""
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= OF_A_START:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def line_to_go_on(words: list[str], folder: Path) -> str:
+    """The line that goes on with a run that was stopped, or begins it anew where it left no checkpoint.
+
+    Args:
+        words: of the line that began it, the command first.
+        folder: the run's.
+    """
+    option = "--ckpt_path"
+    values = {i + 1 for i, word in enumerate(words) if word == option}
+    kept = [word for i, word in enumerate(words) if i not in values and word.partition("=")[0] != option]
+    if words[0] == "fit" and (folder / LAST).exists():
+        return f"To go on: {shlex.join(['casehard', *kept, option, str(folder / LAST)])}"
+    return f"To begin anew: {shlex.join(['casehard', *words])}"
 
 
 def wandb_id(folder: Path) -> str | None:

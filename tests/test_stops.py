@@ -63,7 +63,17 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def line(tmp_path: Path) -> list[str]:
     config = tmp_path / "stop.yaml"
     config.write_text("trainer:\n  callbacks:\n    - class_path: test_stops.Stopper" + ATTACK)
-    run = ["--run.root", str(tmp_path / "runs"), "--run.checkpoint_steps", "1", *TINY, "--trainer.max_steps", "4"]
+    run = [
+        "--run.root",
+        str(tmp_path / "runs"),
+        "--run.checkpoint_steps",
+        "1",
+        "--run.export",
+        "false",
+        *TINY,
+        "--trainer.max_steps",
+        "4",
+    ]
     return ["fit", "--config", "sbr", "--config", str(config), *run]
 
 
