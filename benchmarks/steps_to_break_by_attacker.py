@@ -6,7 +6,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from jsonargparse import CLI
 
-DEFENDERS = ("SFT alignment,\n680 passes", "SFT alignment,\n2,440 passes", "Patcher,\n2,440 passes", "Patcher, one pass\na row, 2,400 passes")
+DEFENDERS = (
+    "SFT alignment,\n680 passes",
+    "SFT alignment,\n2,440 passes",
+    "Patcher,\n2,440 passes",
+    "Patcher, one pass\na row, 2,400 passes",
+)
 
 
 def table(page: Path, title: str) -> dict[str, list[str]]:
@@ -36,17 +41,31 @@ def main(page: str = "docs/results/patcher.md", picture: str = "docs/pictures/st
     for place, (column, row) in enumerate(zip(columns, summary.values(), strict=True)):
         found = [middle(cell) for cell in column]
         y = len(columns) - place
-        axes.plot(found, [y] * len(found), "o", color="#0072B2", alpha=0.35, ms=7, label="ten attackers on harmful rows alone" * (not place))
+        axes.plot(
+            found,
+            [y] * len(found),
+            "o",
+            color="#0072B2",
+            alpha=0.35,
+            ms=7,
+            label="ten attackers on harmful rows alone" * (not place),
+        )
         axes.plot(min(found), y, "o", color="#D55E00", ms=10, label="the quickest of them" * (not place))
         axes.plot(middle(row[4]), y, "D", color="#009E73", ms=8, label="the attacker that Patcher trained against" * (not place))
-    axes.set(xscale="log", xlabel="attack steps until the harmful score reaches 50 (median of three seeds)", ylim=(0.5, len(columns) + 0.5))
+    axes.set(
+        xscale="log",
+        xlabel="attack steps until the harmful score reaches 50 (median of three seeds)",
+        ylim=(0.5, len(columns) + 0.5),
+    )
     axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200], ["1", "2", "5", "10", "20", "50", "100", "200"])
     axes.set_yticks(range(len(columns), 0, -1), DEFENDERS)
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.42, 1), ncols=3, fontsize=9, columnspacing=1.2, handletextpad=0.3)
+    axes.legend(
+        frameon=False, loc="lower center", bbox_to_anchor=(0.42, 1), ncols=3, fontsize=9, columnspacing=1.2, handletextpad=0.3
+    )
     figure.savefig(picture, dpi=160)
 
 

@@ -47,7 +47,7 @@ SHELL = {"cat", "cd", "cp", "echo", "export", "head", "ls", "mkdir", "mv", "prin
 OUTPUT = {"", "text", "csv"}  # languages of blocks that show something
 TOY = "toy"  # where the toy model stands, in every page's folder
 SMALL: dict[str, Any] = {  # whatever setting has such a name
-    **{"num_samples": 20, "num_evaluated": 2, "max_new_tokens": 2, "batch_size": 2, "num_attack_steps": 1, "max_steps": 1},
+    **{"num_samples": 20, "num_evaluated": 1, "max_new_tokens": 1, "batch_size": 2, "num_attack_steps": 1, "max_steps": 1},
     **{"num_inner_steps": 1, "num_outer_steps": 2, "num_sft_steps": 0, "num_trials": 1, "num_answers": 2, "checkpoint_steps": 1},
     **{"score_steps": [1], "phases": None, "attack_every": None, "accelerator": "cpu", "devices": 1},
     **{"wandb": "disabled", "enable_progress_bar": False, "log_every_n_steps": 1},
@@ -57,7 +57,7 @@ SMALL: dict[str, Any] = {  # whatever setting has such a name
 def small(settings: Any) -> Any:
     """Settings of a run of a second, on rows of the sandbox the first ones and a toy for its models; what is null stays null."""
     if isinstance(settings, str):
-        settings = re.sub(r"^(sandbox:[^#]*).*", r"\1#train[:40]", settings)
+        settings = re.sub(r"^(sandbox:[^#]*).*", r"\1#train[:24]", settings)
         return TOY if re.fullmatch(r"models/sandbox/\w+", settings) else settings
     if isinstance(settings, list):
         return [small(value) for value in settings]
@@ -166,9 +166,13 @@ class Reader:
                 try:
                     self.command(command)
                 except BaseException as error:
-                    raise AssertionError(f"{block.page.relative_to(ROOT)}:{line}: {command}\n{type(error).__name__}: {error}") from error
+                    raise AssertionError(
+                        f"{block.page.relative_to(ROOT)}:{line}: {command}\n{type(error).__name__}: {error}"
+                    ) from error
         else:
-            assert block.file or block.language in OUTPUT, f"{block.where} is {block.language} that no test runs: say why in front of it"
+            assert block.file or block.language in OUTPUT, (
+                f"{block.where} is {block.language} that no test runs: say why in front of it"
+            )
 
     def write(self, block: Block, file: Path) -> None:
         """Add a block to its file; a module's lines have the numbers that they have on the page."""
@@ -231,15 +235,17 @@ class Reader:
                 self.casehard(made_by)
         if words == ["study", "experiments/studies/sandbox.yaml"]:
             words = ["study", str(self.kept / "sandbox.yaml")]
-        own = any(Path(word).exists() for word in words) or Path("runs").exists()  # what this page made may stand in the way
-        kept = self.kept / hashlib.sha256(repr(words).encode()).hexdigest()
-        if own or not kept.exists():
-            stop = run_main(words)
-            assert stop in (None, 0), stop
-            if not own and Path("runs").exists():
-                shutil.copytree("runs", kept, symlinks=True)
-        else:
-            shutil.copytree(kept, "runs", symlinks=True)
+        kept, before = self.kept / hashlib.sha256(repr(words).encode()).hexdigest(), set(Path().glob("runs/*/*"))
+        for part in kept.glob("*/*"):
+            number = len(list(Path("runs", part.parent.name).glob("version_*")))
+            copied(part, Path("runs", part.parent.name, re.sub(r"^version_\d+$", f"version_{number}", part.name)))
+        if kept.exists():
+            return
+        stop = run_main(words)
+        assert stop in (None, 0), stop
+        if not any(Path(word).exists() for word in words if not word.startswith(str(self.kept))):  # nothing of this page is in it
+            for part in set(Path().glob("runs/*/*")) - before:
+                copied(part, kept / part.parent.name / part.name)
 
     def finish(self) -> None:
         """Take a step with every defense of the page that no command has run."""
@@ -250,9 +256,19 @@ class Reader:
                     where = f"class_path: {module}.{name}\n"
                     if where not in used:
                         aligns = kind.overrides("rows") or kind.overrides("alignment_loss")
-                        base = ["--model.init_args.checkpoint", "models/sandbox/base", "--data.train_on", "alignment"] if aligns else []
+                        base = (
+                            ["--model.init_args.checkpoint", "models/sandbox/base", "--data.train_on", "alignment"]
+                            if aligns
+                            else []
+                        )
                         none = ["--config", "experiments/attack/none.yaml"]
                         assert run_main(["fit", "--model", f"{module}.{name}", *none, *base]) in (None, 0), name
+
+
+def copied(part: Path, to: Path) -> None:
+    """A run's folder, or a file beside it."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    (shutil.copytree if part.is_dir() else shutil.copy)(part, to)
 
 
 def run_main(words: list[str]) -> Any:
@@ -310,7 +326,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory, checkpoint: str) -> Iterator[
         process.join()
         return SimpleNamespace(returncode=process.exitcode)
 
-    study = yaml.safe_load((ROOT / "experiments/studies/sandbox.yaml").read_text())  # two defenses as they stand, one attack, one seed
+    study = yaml.safe_load(
+        (ROOT / "experiments/studies/sandbox.yaml").read_text()
+    )  # two defenses as they stand, one attack, one seed
     study["defenses"] = {name: {"configs": study["defenses"][name]["configs"]} for name in ("SFT alignment", "SBR")}
     study["attacks"] = dict(list(study["attacks"].items())[:1])
     (kept / "sandbox.yaml").write_text(yaml.safe_dump(study | {"seeds": [0]}))
@@ -351,7 +369,7 @@ def test_what_a_page_shows_runs(kept, page, tmp_path, monkeypatch):
 def test_what_is_not_run_says_why():
     marked = [block for page in PAGES for block in blocks(page) if block.why_not is not None]
     print(f"{len(marked)} blocks are not run:", *(f"{block.where}: {block.why_not}" for block in marked), sep="\n")
-    assert [block.where for block in marked if len(str(block.why_not).split()) < 3] == []
+    assert [block.where for block in marked if len(str(block.why_not).split()) < 2] == []
     assert len(marked) < 20
 
 
@@ -378,7 +396,7 @@ def test_what_a_page_names_is_there(page):
             missing.append(target)
     tops = {child.name for child in ROOT.iterdir() if child.is_dir()} - {"runs", "report", "data"}
     for name in re.findall(r"(?<![\w./-])[\w.-]+/[\w./-]+\.(?:yaml|py|md|png|sh|json)\b", "\n".join(code(page))):
-        if name.partition("/")[0] in tops and not (ROOT / name).exists():
+        if name.partition("/")[0] in tops and not name.endswith("/X.yaml") and not (ROOT / name).exists():
             missing.append(name)
     assert missing == []
 
@@ -393,7 +411,11 @@ def anchors(page: Path) -> set[str]:
 def test_commands_in_a_pages_text_resolve(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for text in code(page):
-        words = shlex.split(text) if re.match(r"(casehard|lightning|python -m casehard) \w", text) and "'" * (text.count("'") % 2) == "" else []
+        words = (
+            shlex.split(text)
+            if re.match(r"(casehard|lightning|python -m casehard) \w", text) and "'" * (text.count("'") % 2) == ""
+            else []
+        )
         words = words[2:] if words[:2] == ["python", "-m"] else words
         if not words:
             continue
@@ -408,7 +430,7 @@ def test_commands_in_a_pages_text_resolve(page, tmp_path, monkeypatch):
 def test_readme_is_one_page_and_has_the_commands_that_ci_runs():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) < 130
-    assert [line for line in lines if len(line) > 132 and not line.startswith("|")] == []
+    assert [line for line in lines if len(line) > 130 and not line.startswith("|")] == []
     assert "pip install -c constraints.txt -e . && lightning fit --config experiments/sbr.yaml" in lines
     assert "pip install -c constraints.txt -e '.[test]' && pytest" in lines
 
