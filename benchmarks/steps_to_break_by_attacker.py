@@ -1,4 +1,4 @@
-"""Steps to break under every attacker, drawn from the tables of docs/results/patcher.md: one dot an attacker, the quickest marked."""
+"""Steps to break under every attacker, from the tables of docs/results/patcher.md: a dot an attacker, the quickest marked."""
 
 import statistics
 from pathlib import Path
@@ -40,23 +40,14 @@ def main(page: str = "docs/results/patcher.md", picture: str = "docs/pictures/st
     figure, axes = plt.subplots(figsize=(8, 3.3), layout="constrained")
     for place, (column, row) in enumerate(zip(columns, summary.values(), strict=True)):
         found = [middle(cell) for cell in column]
-        y = len(columns) - place
-        axes.plot(
-            found,
-            [y] * len(found),
-            "o",
-            color="#0072B2",
-            alpha=0.35,
-            ms=7,
-            label="ten attackers on harmful rows alone" * (not place),
-        )
-        axes.plot(min(found), y, "o", color="#D55E00", ms=10, label="the quickest of them" * (not place))
-        axes.plot(middle(row[4]), y, "D", color="#009E73", ms=8, label="the attacker that Patcher trained against" * (not place))
-    axes.set(
-        xscale="log",
-        xlabel="attack steps until the harmful score reaches 50 (median of three seeds)",
-        ylim=(0.5, len(columns) + 0.5),
-    )
+        for steps, label, look in (
+            (found, "ten attackers on harmful rows alone", {"marker": "o", "color": "#0072B2", "ms": 7, "alpha": 0.35}),
+            ([min(found)], "the quickest of them", {"marker": "o", "color": "#D55E00", "ms": 10}),
+            ([middle(row[4])], "the attacker that Patcher trained against", {"marker": "D", "color": "#009E73", "ms": 8}),
+        ):
+            axes.plot(steps, [len(columns) - place] * len(steps), ls="", label="" if place else label, **look)
+    axes.set(xscale="log", xlabel="attack steps until the harmful score reaches 50 (median of three seeds)")
+    axes.set_ylim(0.5, len(columns) + 0.5)
     axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200], ["1", "2", "5", "10", "20", "50", "100", "200"])
     axes.set_yticks(range(len(columns), 0, -1), DEFENDERS)
     axes.minorticks_off()

@@ -201,12 +201,12 @@ class Reader:
         for line, command in block.commands() if block.language in ("bash", "sh", "console") else ():
             words = shlex.split(command, comments=True)
             named = [words[n + 1] for n, word in enumerate(words[:-1]) if word == "--config"]
-            if words[1:2] and words[0] in ("casehard", "lightning") and words[1] in TRAINING:
-                if all(Path(name).exists() or (ROOT / name).exists() for name in named):
-                    try:
-                        resolved(words[1:])
-                    except SettingError as error:
-                        raise AssertionError(f"{block.page.relative_to(ROOT)}:{line}: {command}\n{error}") from error
+            trains = words[0] in ("casehard", "lightning") and words[1] in TRAINING
+            if trains and all(Path(name).exists() or (ROOT / name).exists() for name in named):
+                try:
+                    resolved(words[1:])
+                except SettingError as error:
+                    raise AssertionError(f"{block.page.relative_to(ROOT)}:{line}: {command}\n{error}") from error
 
     def command(self, text: str) -> None:
         for part in re.split(r"\s&&\s", text):
@@ -290,7 +290,8 @@ def require_extras(pip: str) -> None:
 def require_arguments(script: Path, args: list[str]) -> None:
     """A script takes these arguments."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
-    assert spec and spec.loader, script
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
