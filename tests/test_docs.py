@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from jsonargparse import Namespace
 from toy import ROOT
 
 import casehard
+from casehard.cli import run_folder
 from casehard.cli.lightning_cli import resolved
 from casehard.cli.main import OTHERS, TRAINING
 from casehard.evidence.study_plan import read_study
@@ -181,7 +183,6 @@ class Reader:
         file.parent.mkdir(parents=True, exist_ok=True)
         blank = max(0, block.line - 1 - before.count("\n")) if file.suffix == ".py" else 0
         file.write_text(before + "\n" * blank + block.text + "\n")
-        os.utime(file, (0, 0))  # older than this process: it was not edited while a run read it
 
     def yaml(self, block: Block) -> None:
         """A study is read, all else is a config that the command line resolves."""
@@ -233,19 +234,17 @@ class Reader:
         for run, made_by in GIVEN.items():
             if any(word.startswith(run) for word in words) and not Path(run).exists():
                 self.casehard(made_by)
-        if words == ["study", "experiments/studies/sandbox.yaml"]:
-            words = ["study", str(self.kept / "sandbox.yaml")]
+        own = any(Path(word).exists() for word in words)  # something of this page is in it
         kept, before = self.kept / hashlib.sha256(repr(words).encode()).hexdigest(), set(Path().glob("runs/*/*"))
-        for part in kept.glob("*/*"):
-            number = len(list(Path("runs", part.parent.name).glob("version_*")))
-            copied(part, Path("runs", part.parent.name, re.sub(r"^version_\d+$", f"version_{number}", part.name)))
-        if kept.exists():
+        if kept.exists() and not own:
+            for part in kept.glob("*/*"):
+                number = len(list(Path("runs", part.parent.name).glob("version_*")))
+                copied(part, Path("runs", part.parent.name, re.sub(r"^version_\d+$", f"version_{number}", part.name)))
             return
-        stop = run_main(words)
+        stop = run_main(["study", small_study(words[1]), *words[2:]] if words[0] == "study" else words)
         assert stop in (None, 0), stop
-        if not any(Path(word).exists() for word in words if not word.startswith(str(self.kept))):  # nothing of this page is in it
-            for part in set(Path().glob("runs/*/*")) - before:
-                copied(part, kept / part.parent.name / part.name)
+        for part in set(Path().glob("runs/*/*")) - before if not own else ():
+            copied(part, kept / part.parent.name / part.name)
 
     def finish(self) -> None:
         """Take a step with every defense of the page that no command has run."""
@@ -265,6 +264,14 @@ class Reader:
                         assert run_main(["fit", "--model", f"{module}.{name}", *none, *base]) in (None, 0), name
 
 
+def small_study(name: str) -> str:
+    """A study's file in the working directory, with two defenses, one attack and one seed of what ``name`` has."""
+    study = yaml.safe_load((Path(name) if Path(name).exists() else ROOT / name).read_text())
+    few = {"defenses": dict(list(study["defenses"].items())[:2]), "attacks": dict(list(study["attacks"].items())[:1])}
+    Path(Path(name).name).write_text(yaml.safe_dump(study | few | {"seeds": study["seeds"][:1]}))
+    return Path(name).name
+
+
 def copied(part: Path, to: Path) -> None:
     """A run's folder, or a file beside it."""
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +279,8 @@ def copied(part: Path, to: Path) -> None:
 
 
 def run_main(words: list[str]) -> Any:
-    """What ``casehard`` ends with, run in this process."""
+    """What ``casehard`` ends with, run in this process as if it were one of its own."""
+    run_folder.STARTED = time.time()
     try:
         casehard.main(words)
     except SystemExit as stop:
@@ -300,7 +308,7 @@ def require_arguments(script: Path, args: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory, checkpoint: str) -> Iterator[Path]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where pages share runs; as long as it is there, runs are small."""
     kept = tmp_path_factory.mktemp("kept")
     parse = jsonargparse.ArgumentParser.parse_args
@@ -327,17 +335,10 @@ def kept(tmp_path_factory: pytest.TempPathFactory, checkpoint: str) -> Iterator[
         process.join()
         return SimpleNamespace(returncode=process.exitcode)
 
-    study = yaml.safe_load(
-        (ROOT / "experiments/studies/sandbox.yaml").read_text()
-    )  # two defenses as they stand, one attack, one seed
-    study["defenses"] = {name: {"configs": study["defenses"][name]["configs"]} for name in ("SFT alignment", "SBR")}
-    study["attacks"] = dict(list(study["attacks"].items())[:1])
-    (kept / "sandbox.yaml").write_text(yaml.safe_dump(study | {"seeds": [0]}))
-    for file in Path(shutil.copytree(checkpoint, kept / TOY)).iterdir():
-        os.utime(file, (0, 0))  # older than this process: it was not edited while a run read it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_args)
         patch.setattr("casehard.evidence.study.subprocess", SimpleNamespace(run=forked, STDOUT=None, DEVNULL=None))
+        patch.setattr(run_folder, "STARTED", run_folder.STARTED)  # which every command sets anew
         patch.syspath_prepend(ROOT / "benchmarks")
         yield kept
 
@@ -346,8 +347,8 @@ WITH_CODE = [page for page in PAGES if any(blocks(page))]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_shows_runs(kept, page, tmp_path, monkeypatch):
-    (tmp_path / TOY).symlink_to(kept / TOY)
+def test_what_a_page_shows_runs(kept, checkpoint, page, tmp_path, monkeypatch):
+    (tmp_path / TOY).symlink_to(checkpoint)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in (RUN_FOLDER, "CASEHARD_CHECK_BORROWED"):
