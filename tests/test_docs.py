@@ -10,6 +10,7 @@ import gc
 import glob
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -36,6 +37,7 @@ import casehard
 from casehard.cli import run_folder
 from casehard.cli.lightning_cli import resolved
 from casehard.cli.main import OTHERS, TRAINING
+from casehard.datamodules.sandbox import sandbox_rows
 from casehard.evidence.study_plan import read_study
 from casehard.metrics.errors import SettingError
 from casehard.records.files import RUN_FOLDER
@@ -76,6 +78,17 @@ def small(settings: Any) -> Any:
 GIVEN = {  # runs that a page may take as done, and how they are made
     "runs/sbr/version_0": ["fit", "--config", "experiments/sbr.yaml"],
     "runs/sandbox": ["study", "experiments/studies/sandbox.yaml"],
+}
+
+
+ROWS = {  # what stands in for a reader's own files, by the setting that names them
+    **{"benign": ("attacker", "mood"), "harmful": ("attacker", "harmful"), "refusals": ("defender", "refusals")},
+    **{
+        "alignment_harmful": ("defender", "harmful"),
+        "alignment_benign": ("defender", "howto"),
+        "anchors": ("defender", "refusals"),
+    },
+    **{"harmful_prompts": ("test", "harmful"), "benign_prompts": ("test", "howto"), "task": ("test", "mood")},
 }
 
 
@@ -234,6 +247,8 @@ class Reader:
         for run, made_by in GIVEN.items():
             if any(word.startswith(run) for word in words) and not Path(run).exists():
                 self.casehard(made_by)
+        for file in (Path(word) for word in words if word.endswith(".yaml") and Path(word).exists()):
+            provide(yaml.safe_load(file.read_text()))
         own = any(Path(word).exists() for word in words)  # something of this page is in it
         kept, before = self.kept / hashlib.sha256(repr(words).encode()).hexdigest(), set(Path().glob("runs/*/*"))
         if kept.exists() and not own:
@@ -262,6 +277,28 @@ class Reader:
                         )
                         none = ["--config", "experiments/attack/none.yaml"]
                         assert run_main(["fit", "--model", f"{module}.{name}", *none, *base]) in (None, 0), name
+
+
+def provide(settings: Any, name: str = "") -> None:
+    """Put the rows and models there that a reader's config names and that are not: the sandbox's, and a toy."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            provide(value, key)
+    elif isinstance(settings, list):
+        for value in settings:
+            provide(value, name)
+    elif isinstance(settings, str):
+        file = Path(settings.partition("#")[0])
+        if file.exists() or file.is_absolute() or (ROOT / file).exists() or settings.startswith("sandbox:"):
+            return
+        if name == "checkpoint":
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.symlink_to(Path(TOY).resolve())
+        elif name in ROWS and file.suffix in (".json", ".jsonl"):
+            rows = [{"messages": row.chat(answered=True)} for row in sandbox_rows(*ROWS[name])[:40]]
+            text = json.dumps(rows) if file.suffix == ".json" else "\n".join(map(json.dumps, rows))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
 
 
 def small_study(name: str) -> str:
