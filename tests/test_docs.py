@@ -89,6 +89,7 @@ ROWS = {  # what stands in for a reader's own files, by the setting that names t
         "anchors": ("defender", "refusals"),
     },
     **{"harmful_prompts": ("test", "harmful"), "benign_prompts": ("test", "howto"), "task": ("test", "mood")},
+    **{"rows": ("attacker", "mood"), "harmful_rows": ("attacker", "harmful")},  # of `casehard init`
 }
 
 
@@ -249,6 +250,8 @@ class Reader:
                 self.casehard(made_by)
         for file in (Path(word) for word in words if word.endswith(".yaml") and Path(word).exists()):
             provide(yaml.safe_load(file.read_text()))
+        for flag, word in zip(words, words[1:], strict=False) if words[0] == "init" else ():
+            provide(word, flag.removeprefix("--"))
         own = any(Path(word).exists() for word in words)  # something of this page is in it
         kept, before = self.kept / hashlib.sha256(repr(words).encode()).hexdigest(), set(Path().glob("runs/*/*"))
         if kept.exists() and not own:
@@ -291,7 +294,7 @@ def provide(settings: Any, name: str = "") -> None:
         file = Path(settings.partition("#")[0])
         if file.exists() or file.is_absolute() or (ROOT / file).exists() or settings.startswith("sandbox:"):
             return
-        if name == "checkpoint":
+        if name in ("checkpoint", "model"):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.symlink_to(Path(TOY).resolve())
         elif name in ROWS and file.suffix in (".json", ".jsonl"):
