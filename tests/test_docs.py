@@ -22,6 +22,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,7 +251,7 @@ class Reader:
                 self.casehard(made_by)
         for file in (Path(word) for word in words if word.endswith(".yaml") and Path(word).exists()):
             provide(yaml.safe_load(file.read_text()))
-        for flag, word in zip(words, words[1:], strict=False) if words[0] == "init" else ():
+        for flag, word in pairwise(words) if words[0] == "init" else ():
             provide(word, flag.removeprefix("--"))
         own = any(Path(word).exists() for word in words)  # something of this page is in it
         kept, before = self.kept / hashlib.sha256(repr(words).encode()).hexdigest(), set(Path().glob("runs/*/*"))
