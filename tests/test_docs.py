@@ -262,8 +262,10 @@ class Reader:
             return
         stop = run_main(["study", small_study(words[1]), *words[2:]] if words[0] == "study" else words)
         assert stop in (None, 0), stop
-        for part in set(Path().glob("runs/*/*")) - before if not own else ():
-            copied(part, kept / part.parent.name / part.name)
+        if not own:
+            kept.mkdir()
+            for part in set(Path().glob("runs/*/*")) - before:
+                copied(part, kept / part.parent.name / part.name)
 
     def finish(self) -> None:
         """Take a step with every defense of the page that no command has run."""
