@@ -18,6 +18,7 @@ LONG = [
     "cli",
     "attack_ranks",
     "study",
+    "docs",
     "report",
     "jobs",
     "patcher",
