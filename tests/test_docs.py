@@ -246,6 +246,8 @@ class Reader:
 
     def casehard(self, words: list[str]) -> None:
         """Run ``casehard``, or take what it left for another page. A page may read runs that it has not made."""
+        if not words:
+            words = ["--help"]
         for run, made_by in GIVEN.items():
             if any(word.startswith(run) for word in words) and not Path(run).exists():
                 self.casehard(made_by)
