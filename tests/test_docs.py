@@ -9,6 +9,7 @@ on a few rows; a study's cells are forked. A block with a file's name in its fir
 import gc
 import glob
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -323,9 +324,18 @@ def copied(part: Path, to: Path) -> None:
     (shutil.copytree if part.is_dir() else shutil.copy)(part, to)
 
 
+def forget_modules() -> None:
+    """Forget modules of the working directory, which a page may have added to and another page has others of."""
+    for name, module in list(sys.modules.items()):
+        if str(Path.cwd()) in (getattr(module, "__file__", None) or ""):
+            del sys.modules[name]
+    importlib.invalidate_caches()
+
+
 def run_main(words: list[str]) -> Any:
     """What ``casehard`` ends with, run in this process as if it were one of its own."""
     run_folder.STARTED = time.time()
+    forget_modules()
     try:
         casehard.main(words)
     except SystemExit as stop:
@@ -399,16 +409,13 @@ def test_what_a_page_shows_runs(kept, checkpoint, page, tmp_path, monkeypatch):
     for name in (RUN_FOLDER, "CASEHARD_CHECK_BORROWED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["casehard"])
-    before = set(sys.modules)
     reader = Reader(kept)
     try:
         for block in blocks(page):
             reader.block(block)
         reader.finish()
     finally:
-        for name in set(sys.modules) - before:  # another page has a mine.py of its own
-            if str(tmp_path) in (getattr(sys.modules[name], "__file__", None) or ""):
-                del sys.modules[name]
+        forget_modules()
         reader.namespace.clear()
         gc.collect()  # and classes of its own
 
