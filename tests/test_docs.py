@@ -209,6 +209,7 @@ class Reader:
         if "defenses" in text:
             read_study(str(file))
         elif "model" in text or "data" in text or "trainer" in text or "run" in text:
+            forget_modules()
             resolved(["fit", "--config", str(file)])
         else:
             pytest.fail(f"{block.where} is YAML of nothing that casehard reads: say why in front of it")
