@@ -327,8 +327,9 @@ def copied(part: Path, to: Path) -> None:
 
 def forget_modules() -> None:
     """Forget modules of the working directory, which a page may have added to and another page has others of."""
+    here = os.getcwd()
     for name, module in list(sys.modules.items()):
-        if str(Path.cwd()) in (getattr(module, "__file__", None) or ""):
+        if here in str(vars(module).get("__file__")):
             del sys.modules[name]
     importlib.invalidate_caches()
 
@@ -397,6 +398,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(run_folder, "STARTED", run_folder.STARTED)  # which every command sets anew
         patch.syspath_prepend(ROOT / "benchmarks")
         yield kept
+    gc.collect()  # classes of the pages' own
 
 
 WITH_CODE = [page for page in PAGES if any(blocks(page))]
@@ -418,7 +420,6 @@ def test_what_a_page_shows_runs(kept, checkpoint, page, tmp_path, monkeypatch):
     finally:
         forget_modules()
         reader.namespace.clear()
-        gc.collect()  # and classes of its own
 
 
 def test_what_is_not_run_says_why():
