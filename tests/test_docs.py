@@ -73,7 +73,7 @@ def small(settings: Any) -> Any:
             if value is not None and name in SMALL:
                 settings[key] = SMALL[name]
             elif isinstance(value, str | list | dict):
-                settings[key] = small(value[:2] if name == "callbacks" and isinstance(value, list) else value)
+                settings[key] = small(few(value) if name == "callbacks" and isinstance(value, list) else value)
     return settings
 
 
@@ -93,6 +93,12 @@ ROWS = {  # what stands in for a reader's own files, by the setting that names t
     **{"harmful_prompts": ("test", "harmful"), "benign_prompts": ("test", "howto"), "task": ("test", "mood")},
     **{"rows": ("attacker", "mood"), "harmful_rows": ("attacker", "harmful")},  # of `casehard init`
 }
+
+
+def few(callbacks: list[Any]) -> list[Any]:
+    """A page's own callbacks, and the first of casehard's."""
+    own = [callback for callback in callbacks if not callback["class_path"].startswith("casehard.")]
+    return own + [callback for callback in callbacks if callback not in own][:1]
 
 
 @dataclass(frozen=True)
