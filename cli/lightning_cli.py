@@ -33,6 +33,8 @@ from casehard.metrics.errors import SettingError
 from casehard.records.files import RUN_FOLDER
 from casehard.shipped import PACKAGE
 
+LOST = re.compile(r"(closed|reset) by peer|Broken pipe.*(gloo|nccl)|remote process exited", re.IGNORECASE)  # as torch says it
+
 
 class ProgressBar(TQDMProgressBar):
     """As the attacks' own bars; also shows where a defense stands, such as its round."""
@@ -286,6 +288,13 @@ def train(args: list[str]) -> None:
             Cli()
     except (DivergedError, MisconfigurationException) as error:
         raise SettingError(str(error)) from error
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        raise SettingError(
+            "all processes of a run must live to its end, and another one has ended, or cannot be reached. Its last lines say "
+            "why; `fit` goes on from RUN/checkpoints/last.ckpt by --ckpt_path."
+        ) from error
     except SIGTERMException:  # from an attack, or from Lightning's training loop between two batches
         sys.stderr.write("ended by SIGTERM; `fit` goes on from RUN/checkpoints/last.ckpt by --ckpt_path\n")
         sys.exit(128 + signal.SIGTERM)

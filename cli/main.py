@@ -5,6 +5,7 @@ import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
+from casehard.cli.orphans import end_with_parent
 from casehard.metrics.errors import SettingError
 
 TRAINING = {
@@ -38,6 +39,7 @@ def main(args: list[str] | None = None) -> None:
     name = command(args[:1])
     try:
         if name in TRAINING:
+            end_with_parent()
             from casehard.cli.lightning_cli import train
 
             train(args)
