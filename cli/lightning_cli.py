@@ -30,6 +30,7 @@ from casehard.engine.training import DivergedError
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import require_name
 from casehard.records.files import RUN_FOLDER
 from casehard.shipped import PACKAGE
 
@@ -156,11 +157,15 @@ class Cli(PrivateCLI):
         """Check what can be known from the settings alone.
 
         Raises:
-            SettingError: two defenses, or ``validate`` would end before it begins, as by the default config.
+            SettingError: two defenses, a run with a name that is none, or ``validate`` would end before it begins, as by the
+                default config.
         """
         config = self.config[self.subcommand]
         if named := self.parser_of(self.subcommand).defenses:  # type: ignore[attr-defined]
             check_one_defense([*named, ("the command line", class_path(config, "model") or "none")])
+        require_name("run.experiment", experiment_name(config), folder=True)
+        if config.run.version is not None:
+            require_name("run.version", config.run.version, folder=True)
         if config.weights_only is False:
             raise SettingError("weights_only must be true or left out, got false: a checkpoint's code would be run.")
         if self.subcommand == "validate" and config.trainer.limit_val_batches == 0 and not config.trainer.fast_dev_run:

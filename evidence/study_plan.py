@@ -15,6 +15,7 @@ import yaml
 
 from casehard.datamodules.row import Row
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import require_name
 from casehard.records.files import DONE, config_hash
 from casehard.records.marker import Marker, changes, read_marker
 from casehard.records.outcome import first_broken
@@ -180,6 +181,8 @@ def read_study(path: str) -> Study:
             raise SettingError(
                 f"{what} must be at least one, each with a name of its own, got {', '.join(map(str, names)) or 'none'}."
             )
+        for name in names if what != "seeds" else ():
+            require_name(f"a name in {what}", str(name))
     return study
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import require_name
 
 NO_VERDICT = "gave no verdict"
 OWN = ("casehard",)  # where casehard's judges are
@@ -114,6 +115,7 @@ def require_judge(judge: Any) -> None:
     if not isinstance(name, str) or not re.search("[^\\W_]", name):
         got = "none" if name is None else repr(name)
         raise SettingError(f"judge {_kind(judge)} must have a name, which stands beside its scores, and has {got}. Set its name.")
+    require_name(f"the name of judge {_kind(judge)}", name)
     if not isinstance(threshold, Real) or not 0 < threshold <= 1:
         raise SettingError(f"success_threshold of judge {name} must lie in (0, 1], got {threshold}. Scores are from 0 to 1.")
 

@@ -12,6 +12,7 @@ from typing import Any
 from casehard.metrics import columns
 from casehard.metrics.columns import Answer, summarise
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import seen
 from casehard.records.answers import AGAIN, ANSWERS, KEYS, lines, read_answers
 from casehard.records.files import append_whole, whole_lines, write_whole
 
@@ -234,7 +235,7 @@ def _row(line: dict[str | None, Any], where: str) -> ResultRow:
 
 
 CELLS: dict[Any, tuple[str, Callable[[str], Any]]] = {  # by a column's type, what its cells hold and how they are read
-    str: ("a text", str),
+    str: ("one line of letters that can be seen", seen),
     int: ("a number", int),
     float: ("a number", float),
     int | None: ("a number", lambda text: int(text) if text else None),
