@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from casehard.callbacks.results import Results
-from casehard.callbacks.scoring import Scores, defense_and_data, score
+from casehard.callbacks.scoring import Scores, defense_and_data, require_prompts, score
 from casehard.callbacks.sigterm import ended_by_sigterm
 from casehard.datamodules.batches import share_of
 from casehard.datamodules.chat import prompt_ids
@@ -296,6 +296,7 @@ class Attack(L.Callback):
         module, data = defense_and_data(trainer, pl_module)
         require_name(f"the label of {type(module).__name__}", module.label)
         check_device(self.copy_device)
+        require_prompts(self.evaluation(data))
         self.prepare(data, self._seed(data))
         if self.undefended_checkpoint is not None:
             module.check_other(self.undefended_checkpoint, "undefended_checkpoint")

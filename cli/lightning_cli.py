@@ -22,10 +22,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import casehard
 from casehard.callbacks.results import Results
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
-from casehard.cli.private import PrivateCLI, wandb_settings
+from casehard.cli.private import PrivateCLI, refusals_of_wandb, wandb_settings
 from casehard.cli.run_folder import claim_run_folder, held, keep_metrics, require_unfinished, write_marker
 from casehard.datamodules.sft import SFTDataModule
-from casehard.engine.fit_checkpoint import numbers_only, read_notes
+from casehard.engine.fit_checkpoint import numbers_only, read_notes, require_unharmed
 from casehard.engine.training import DivergedError
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.saved import check_made_by
@@ -179,7 +179,8 @@ class Cli(PrivateCLI):
         config = self.config[self.subcommand]
         dry = bool(config.trainer.fast_dev_run)
         if config.ckpt_path is not None:
-            check_made_by(self.model, read_notes(config.ckpt_path))
+            check_made_by(self.model, read_notes(config.ckpt_path, to_train=self.subcommand == "fit"))
+            rank_zero_only(require_unharmed)(config.ckpt_path)
         self.folder = self._take_folder(config, dry)
         self.save_config_kwargs = {"folder": self.folder}
         export = config.run.export and self.subcommand == "fit" and not dry
@@ -231,8 +232,14 @@ class Cli(PrivateCLI):
             name, group = f"{folder.parent.name}-{folder.name}", config.run.group or folder.parent.name
             where = {"save_dir": folder, "project": config.run.project, "offline": offline}
             place = {"group": group, "job_type": self.subcommand, "tags": config.run.tags}
-            wandb = WandbLogger(name=name, settings=wandb_settings(), **where, **place)
-            wandb.experiment.define_metric("attack_step")
+            try:
+                wandb = WandbLogger(name=name, settings=wandb_settings(), **where, **place)
+                wandb.experiment.define_metric("attack_step")
+            except refusals_of_wandb() as error:
+                raise SettingError(
+                    f"run.wandb, run.project, run.group and run.tags must be such that W&B takes the run, and it says: "
+                    f"{' '.join(str(error).split())[:300]}. Correct that, or set run.wandb to offline, or to disabled."
+                ) from error
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
         return loggers

@@ -2,7 +2,6 @@
 
 import difflib
 import itertools
-import os
 import pkgutil
 import re
 import sys
@@ -16,6 +15,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import casehard
+from casehard.cli.config_files import config_text, require_known
 from casehard.metrics.errors import SettingError
 from casehard.shipped import shipped
 
@@ -110,9 +110,10 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Forget what the file replaces, then apply it."""
         values = shipped(values)
-        text = Path(values).read_text(encoding="utf-8") if os.path.isfile(values) else values  # a text may be too long for a name
+        text = config_text(values)
         with suppress(yaml.YAMLError):  # which is then said below
             config = yaml.safe_load(text)
+            require_known(config, cfg, values)
             for key in _replaced(config, cfg):
                 if cfg.get(key) is not None:
                     cfg[key] = None

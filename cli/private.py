@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from casehard.metrics.errors import SettingError
+
 if TYPE_CHECKING:
     from wandb import Settings
 
@@ -14,6 +16,12 @@ class PrivateCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would take settings from a checkpoint here."""
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:  # of numpy, without the setting's name
+            raise SettingError(f"seed_everything must be one that numpy takes, and {error}.") from error
 
     def parser_of(self, subcommand: str | None) -> LightningArgumentParser:
         """The parser of one command's settings, which dumps them without the command's name around them."""
@@ -36,3 +44,10 @@ def wandb_settings() -> "Settings":
     from wandb import Settings
 
     return Settings(host="casehard", x_disable_meta=True, x_disable_stats=True, disable_git=True, save_code=False, console="off")
+
+
+def refusals_of_wandb() -> tuple[type[Exception], ...]:
+    """What W&B raises where it takes no run; pydantic's are ValueErrors."""
+    from wandb import Error
+
+    return Error, ValueError

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -68,7 +69,16 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
         if code == 0 and (what := cell.changed()):
             return what if what.endswith(" while it ran") else f"{what} while it ran"
     lines = log.read_text(errors="replace").splitlines()
-    return f"exit status {code}: {next((line for line in reversed(lines) if line.strip()), 'no output')} ({log})"
+    last = next((line for line in reversed(lines) if line.strip()), "no output")
+    return f"{_how_it_ended(code)}: {last} ({log})"
+
+
+def _how_it_ended(code: int) -> str:
+    """An exit status of a process, in words where a signal ended it."""
+    if code >= 0:
+        return f"exit status {code}"
+    why = ", as a system does that runs out of memory" if code == -signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{why}; its log ends"
 
 
 def _num_cuda_devices() -> int:

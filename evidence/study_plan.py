@@ -169,7 +169,7 @@ def read_study(path: str) -> Study:
     """
     try:
         study = _study(**yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingError(
             f"{path} must be YAML that describes a study by defenses, attacks and seeds, but {' '.join(str(error).split())}."
         ) from error

@@ -50,15 +50,25 @@ def config_hash(text: str) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
+def _for_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def write_whole(path: Path, text: str, private: bool = False) -> None:
     """Write ``path`` so that it is there whole or as it was: to a file beside it, to the disk, then in one move.
+
+    Args:
+        path: the file.
+        text: all of it.
+        private: only its owner may read it.
 
     Raises:
         OSError: naming ``path``, e.g. when the disk is full; what was there stays.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        partial.unlink(missing_ok=True)  # of a run that was killed, with a mode of its own
+        with open(partial, "w", encoding="utf-8", opener=_for_owner if private else None) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -68,7 +78,7 @@ def write_whole(path: Path, text: str) -> None:
         raise _not_written(path, error) from error
 
 
-def append_whole(path: Path, text: str) -> None:
+def append_whole(path: Path, text: str, private: bool = False) -> None:
     """Add ``text`` to the end of ``path``, on the disk when this returns; a kill in between leaves at most a line without end.
 
     Raises:
@@ -76,7 +86,7 @@ def append_whole(path: Path, text: str) -> None:
     """
     before = path.stat().st_size if path.exists() else 0
     try:
-        with path.open("ab") as file:
+        with open(path, "ab", opener=_for_owner if private else None) as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())

@@ -149,7 +149,7 @@ def write_run(run: Run, answers: bool = True) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     write_whole(run.folder / ROWS, table(run.rows))
     if answers:
-        write_whole(run.folder / ANSWERS, lines(answer for block in run.answers for answer in block))
+        write_whole(run.folder / ANSWERS, lines(answer for block in run.answers for answer in block), private=True)
 
 
 def append_row(folder: Path, row: ResultRow, answers: list[Answer] | None) -> None:
@@ -159,7 +159,7 @@ def append_row(folder: Path, row: ResultRow, answers: list[Answer] | None) -> No
     """
     if answers is not None:
         key = {name: getattr(row, name) for name in KEYS}
-        append_whole(folder / ANSWERS, lines(key | answer for answer in answers))
+        append_whole(folder / ANSWERS, lines(key | answer for answer in answers), private=True)
     append_whole(folder / ROWS, table([row], head=False))
 
 
