@@ -46,6 +46,11 @@ def placed(cell: Cell) -> dict[str, str]:
     }
 
 
+def _path_flag() -> list[str]:
+    """Cells look for modules where the study does: ``-m`` alone would put the working directory first, and what lies there."""
+    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+
+
 def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | None:
     """Run a cell unless it is done: None if it is then, else what its log says last.
 
@@ -57,7 +62,14 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
         if cell.done:
             return None
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; a done one with other settings has another folder
-        command = [sys.executable, "-m", "casehard", *cell.words, *(f"--run.{k}={v}" for k, v in placed(cell).items())]
+        command = [
+            sys.executable,
+            *_path_flag(),
+            "-m",
+            "casehard",
+            *cell.words,
+            *(f"--run.{k}={v}" for k, v in placed(cell).items()),
+        ]
         env = {k: v for k, v in os.environ.items() if k != RUN_FOLDER} | (environment or {})
         log = folder.with_name(f"{folder.name}.log")
         with log.open("w") as output:
