@@ -7,6 +7,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from casehard.cli.orphans import end_with_parent
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import visible
 
 TRAINING = {
     "fit": "train a defense, export its model and attack it",
@@ -50,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
     except (SettingError, OSError) as error:
         if os.environ.get("CASEHARD_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(visible(f"error: {error}"))
     except KeyboardInterrupt:  # Lightning ends a run of its own accord
         sys.stderr.write("interrupted\n")
         sys.exit(128 + signal.SIGINT)

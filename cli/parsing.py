@@ -17,6 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 import casehard
 from casehard.cli.config_files import config_text, require_known
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import visible
 from casehard.shipped import shipped
 
 
@@ -94,7 +95,9 @@ class PlainErrors:
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
-        sys.stderr.write(f"{prog} --help lists the settings.\nerror: {plain(message)}\n")  # last: a study shows a log's last line
+        sys.stderr.write(
+            f"{prog} --help lists the settings.\nerror: {visible(plain(message))}\n"
+        )  # last: a study shows a log's last line
         sys.exit(2)
 
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from casehard.evidence.study_plan import INDEX, Cell, Chosen, Resolve, cells, check_held_out, choose, once, read_study
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import visible
 from casehard.records.files import RUN_FOLDER, write_whole
 
 RunCell = Callable[[Cell], str | None]  # None, or why it failed
@@ -82,7 +83,7 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
             return what if what.endswith(" while it ran") else f"{what} while it ran"
     lines = log.read_text(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.strip()), "no output")
-    return f"{_how_it_ended(code)}: {last} ({log})"
+    return f"{_how_it_ended(code)}: {visible(last)} ({log})"
 
 
 def _how_it_ended(code: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from casehard.metrics.errors import SettingError
-from casehard.metrics.names import require_name
+from casehard.metrics.names import plain, require_name
 
 NO_VERDICT = "gave no verdict"
 OWN = ("casehard",)  # where casehard's judges are
@@ -174,7 +174,7 @@ def unscored(judge: str, verdicts: Sequence[tuple[float, bool, str]]) -> str:
         return ""
     reasons: dict[str, int] = {}
     for _, degenerate, detail in verdicts:
-        reason = detail or ("an answer without a word" if degenerate else "no reason given")
+        reason = plain(detail) or ("an answer without a word" if degenerate else "no reason given")
         reasons[reason] = reasons.get(reason, 0) + 1
     most = sorted(reasons, key=lambda reason: -reasons[reason])[:3]
     told = ", ".join(f"{reasons[reason]} times {reason}" for reason in most)

@@ -40,6 +40,11 @@ def plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split()).lstrip("".join(FORMULA) + " ")
 
 
+def visible(text: str) -> str:
+    """``text`` with letters that a terminal would act on written out, such as ``\\x1b``; lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def seen(text: str) -> str:
     """``text`` as it is.
 

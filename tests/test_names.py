@@ -1,5 +1,6 @@
 """Names are anybody's: none reaches a terminal, a table or a folder that would take it for more than a name."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -8,9 +9,10 @@ from test_results import ROW
 from toy import LengthJudge, toy_data, toy_trainer
 
 from casehard import Defense, LoRA, LoRAAttack
+from casehard.cli.main import main
 from casehard.evidence.study_plan import read_study
 from casehard.metrics.errors import SettingError
-from casehard.metrics.judges import require_judge
+from casehard.metrics.judges import require_judge, unscored
 from casehard.metrics.names import plain, require_name
 from casehard.records.rows import Run, read_run, write_run
 
@@ -80,3 +82,20 @@ def test_what_code_says_of_an_attack_stands_in_one_line(checkpoint, tmp_path):
     assert {row.note for row in attack.run(trainer, module)} == {"1+1 [31m; and more"}
     with pytest.raises(SettingError, match="the label of Label must be"):
         toy_trainer(tmp_path, callbacks=[attack]).test(Label(checkpoint), toy_data(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    "args", [["report", "no\x1b[2J\u202ewhere"], ["report", "--no\x1b[2J\u202ewhere"], ["card", "a\x9b2J"]], ids=ascii
+)
+def test_no_error_moves_a_cursor_or_turns_letters_round(capsys, args):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    said = capsys.readouterr().err + str(stop.value.code)
+    assert not {"\x1b", "\u202e", "\x9b"} & set(said)
+    assert "\\x1b[2J" in said or "\\x9b2J" in said
+
+
+def test_why_a_judge_gave_no_verdict_is_told_in_one_line():
+    told = unscored("own", [(math.nan, False, "\x1b[31mHTTP\n500\u202e")])
+    assert "1 times [31mHTTP 500" in told
+    assert told.isprintable()
