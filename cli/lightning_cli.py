@@ -28,7 +28,7 @@ from casehard.cli.defaults import default_files, of_the_sandbox
 from casehard.cli.help import known_options
 from casehard.cli.machine import check_number_of_devices, finish_wandb, hush_lightning, said_of_machine
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
-from casehard.cli.private import PrivateCLI, QuietWandbLogger
+from casehard.cli.private import PrivateCLI, QuietWandbLogger, refusals_of_wandb
 from casehard.cli.run_folder import (
     LAST,
     claim_run_folder,
@@ -44,11 +44,12 @@ from casehard.cli.run_folder import (
 )
 from casehard.cli.run_settings import RunSettings
 from casehard.datamodules.sft import SFTDataModule
-from casehard.engine.fit_checkpoint import numbers_only, read_notes
+from casehard.engine.fit_checkpoint import numbers_only, read_notes, require_unharmed
 from casehard.engine.training import DivergedError, narrow
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import require_name
 from casehard.records.files import RUN_FOLDER, write_whole_bytes
 from casehard.records.table import terminal
 
@@ -179,11 +180,15 @@ class Cli(PrivateCLI):
         """Check what can be known from the settings alone.
 
         Raises:
-            SettingError: two defenses, or ``validate`` would end before it begins, as by the default config.
+            SettingError: two defenses, a run with a name that is none, or ``validate`` would end before it begins, as by the
+                default config.
         """
         config = self.config[self.subcommand]
         if named := self.parser_of(self.subcommand).defenses:  # type: ignore[attr-defined]
             check_one_defense([*named, ("the command line", class_path(config, "model") or "none")])
+        require_name("run.experiment", experiment_name(config), folder=True)
+        if config.run.version is not None:
+            require_name("run.version", config.run.version, folder=True)
         if said := of_the_sandbox(yaml.safe_load(self.config_text())):
             rank_zero_warn(said)
         if config.weights_only is False:
@@ -213,7 +218,8 @@ class Cli(PrivateCLI):
         config = self.config[self.subcommand]
         dry = bool(config.trainer.fast_dev_run)
         if config.ckpt_path is not None:
-            check_made_by(self.model, read_notes(config.ckpt_path))
+            check_made_by(self.model, read_notes(config.ckpt_path, to_train=self.subcommand == "fit"))
+            rank_zero_only(require_unharmed)(config.ckpt_path)
         self.folder = self._take_folder(config, dry)
         self.save_config_kwargs = {"folder": self.folder}
         export = config.run.export and self.subcommand == "fit" and not dry
@@ -311,8 +317,14 @@ class Cli(PrivateCLI):
             name, group = f"{folder.parent.name}-{folder.name}", config.run.group or folder.parent.name
             where = {"save_dir": folder, "project": config.run.project, "offline": offline}
             place = {"group": group, "job_type": self.subcommand, "tags": config.run.tags}
-            wandb = QuietWandbLogger(name=name, version=wandb_id(folder), **where, **place)
-            wandb.experiment.define_metric("attack_step")
+            try:
+                wandb = QuietWandbLogger(name=name, version=wandb_id(folder), **where, **place)
+                wandb.experiment.define_metric("attack_step")
+            except refusals_of_wandb() as error:
+                raise SettingError(
+                    f"run.wandb, run.project, run.group and run.tags must be such that W&B takes the run, and it says: "
+                    f"{' '.join(str(error).split())[:300]}. Correct that, or set run.wandb to offline, or to disabled."
+                ) from error
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
         return loggers

@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 
+from casehard.cli.orphans import end_with_parent
 from casehard.metrics.errors import Misread, SettingError
+from casehard.metrics.names import visible
 
 TRAINING = {
     "fit": "train a defense, export its model and attack it",
@@ -56,6 +58,7 @@ def main(args: list[str] | None = None) -> None:
         if sys.stderr.isatty() and name not in AT_ONCE:
             sys.stderr.write(f"casehard {name}: reading the settings, and what they need\n")
         if name in TRAINING:
+            end_with_parent()
             from casehard.cli.lightning_cli import train
 
             sys.argv[1:] = args  # launchers start further processes by it
@@ -74,7 +77,7 @@ def main(args: list[str] | None = None) -> None:
     except (SettingError, OSError) as error:
         if os.environ.get("CASEHARD_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(visible(f"error: {error}"))
     except KeyboardInterrupt:  # Lightning ends a run of its own accord
         sys.stderr.write("interrupted\n")
         sys.exit(128 + signal.SIGINT)

@@ -17,11 +17,13 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import casehard
+from casehard.cli.config_files import config_text, require_known
 from casehard.cli.defaults import way_out
 from casehard.cli.plugins import plugins
 from casehard.cli.signatures import find
 from casehard.cli.yaml_texts import MODE, as_class, safe
 from casehard.metrics.errors import Misread, SettingError
+from casehard.metrics.names import visible
 from casehard.shipped import experiment, shipped
 
 
@@ -152,7 +154,7 @@ class PlainErrors:
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
         text = plain(message, self.options())
-        raise Misread(way_out(text) or text, prog)
+        raise Misread(visible(way_out(text) or text), prog)
 
 
 class CommandParser(PlainErrors, ArgumentParser):
@@ -182,11 +184,12 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Forget what the file replaces, then apply it."""
         values = self._file(values)
-        text = Path(values).read_text(encoding="utf-8") if os.path.isfile(values) else values
+        text = config_text(values)
         name = Path(values).name if text != values else TEXT
         with suppress(yaml.YAMLError):  # which is then said below
             config = read(name, text)
             check_top(name, config, vars(cfg))
+            require_known(config, cfg, values)
             for key in _replaced(config, cfg):
                 if cfg.get(key) is not None:
                     cfg[key] = None
