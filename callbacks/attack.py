@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from casehard.callbacks.results import Results
-from casehard.callbacks.scoring import Scores, defense_and_data, score
+from casehard.callbacks.scoring import Scores, defense_and_data, require_prompts, score
 from casehard.callbacks.sigterm import ended_by_sigterm
 from casehard.datamodules.batches import share_of
 from casehard.datamodules.chat import prompt_ids
-from casehard.datamodules.order import batch_indices
+from casehard.datamodules.order import batch_indices, require_seed
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.engine.forward import Batch
@@ -28,6 +28,7 @@ from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.other_models import as_aligned, undefended_at
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import plain, require_name
 from casehard.records.rows import NONE, ResultRow, as_columns, header
 
 ThreatModel = Literal["open_weight", "finetuning_service"]
@@ -212,6 +213,8 @@ class Attack(L.Callback):
             raise SettingError(f"threat_model must be open_weight or finetuning_service, got {threat_model!r}.")
         if every_n_epochs is not None and every_n_epochs < 1:
             raise SettingError(f"every_n_epochs must be >= 1 or null, got {every_n_epochs}. null attacks when fit ends.")
+        if seed is not None:
+            require_seed(seed)
         last = self.num_attack_steps
         steps = sorted({0, *([last] if score_steps is None else score_steps)})
         if steps[0] < 0 or steps[-1] > last:
@@ -221,6 +224,7 @@ class Attack(L.Callback):
         self.threat_model, self.seed, self.score_steps, self.undefended = threat_model, seed, steps, undefended
         self.every_n_epochs, self.name, self.copy_device = every_n_epochs, name or type(self).__name__, copy_device
         self.undefended_checkpoint = undefended_checkpoint
+        require_name("name of an attack", self.name)
 
     # ---- what an attack overrides
 
@@ -292,8 +296,10 @@ class Attack(L.Callback):
         if stage == "test" and not trainer.limit_test_batches:
             raise SettingError("trainer.limit_test_batches must be left out or > 0, got 0: attacks run when testing ends.")
         module, data = defense_and_data(trainer, pl_module)
+        require_name(f"the label of {type(module).__name__}", module.label)
         header([metric.column() for metric in data.evaluation_settings.metrics])
         check_device(self.copy_device)
+        require_prompts(self.evaluation(data))
         try:
             self.prepare(data, self._seed(data))
         except SettingError as error:  # which may be of a setting that the data has, too
@@ -429,8 +435,8 @@ class Attack(L.Callback):
             wall_seconds=round(seconds, 3),
             judge=target.data.judge.label,
             epoch="" if target.epoch is None else str(target.epoch),
-            note="; ".join(filter(None, [*self.notes(target), scores.note])),
-            trained=self.what_trains(target),
+            note=plain("; ".join(filter(None, [*self.notes(target), scores.note]))),
+            trained=plain(self.what_trains(target)),
             **as_columns(self.settings()),
         )
         outcome.append(row)

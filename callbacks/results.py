@@ -62,6 +62,7 @@ class Results(L.Callback):
         self.before: dict[str, float] | None = None  # scores before the first step; a checkpoint keeps them
         self.delivered: Delivered | None = None
         self.rows: list[ResultRow] = []
+        self.began = False  # training or attacking
         self.training_seconds = 0.0  # up to the last checkpoint where a run goes on from it
         self._started: float | None = None  # while it trains
         self._goes_on = self._exported = self._nothing_to_score = False
@@ -74,6 +75,7 @@ class Results(L.Callback):
 
         The evaluation gets its number here.
         """
+        self.began = True
         if self._evaluation is None:
             self._evaluation = self._begin(row.epoch, row.own)
         self._evaluation += 1
@@ -122,6 +124,7 @@ class Results(L.Callback):
         if not self._goes_on:
             scores = self._scored(trainer, pl_module, STATES[0])
             self.before = None if scores is None else scores.metrics
+        self.began = True
         self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -210,6 +213,8 @@ class Results(L.Callback):
             console.print("Not scored: data.sources names no harmful_prompts, benign_prompts or task.")
         if self.rows:
             console.print(results_table(self.rows))
+        elif self.delivered is None and not self._nothing_to_score:
+            console.print("Nothing was attacked or scored: trainer.callbacks has no attack.")
         console.print(f"Run folder: {self.folder}", soft_wrap=True)
 
     @rank_zero_only
@@ -222,6 +227,14 @@ class Results(L.Callback):
         failed = [row.note for row in self.rows if row.num_unscored and not row.num_scored and NO_VERDICT in row.note]
         if failed and not any(row.num_scored for row in self.rows):
             raise SettingError(f"{failed[-1]}. The answers are kept: mend that, and `casehard judge {self.folder}` scores them.")
+        found = self.delivered
+        if found is None or self.rows or found.delivered["num_scored"]:
+            return
+        if failed := [note for note in found.notes if NO_VERDICT in note]:
+            raise SettingError(
+                f"{failed[-1]}. The model is exported: mend that, and start again with --ckpt_path last, which scores it without "
+                "training."
+            )
 
 
 def _wandb_table(row: ResultRow, answers: list[Answer]) -> tuple[list[str], list[list[Any]]]:

@@ -17,6 +17,7 @@ from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics.columns import Answer, Column, summarise
 from casehard.metrics.conversation import Conversation
+from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Judge, Verdict, judged, unscored
 from casehard.records.answers import KINDS
 
@@ -144,11 +145,28 @@ def defense_and_data(trainer: L.Trainer, module: L.LightningModule) -> tuple[Def
     return module, data  # type: ignore[return-value]
 
 
+def require_prompts(evaluation: Evaluation) -> None:
+    """Refuse to score on nothing, before any weights load.
+
+    Raises:
+        SettingError: no prompts of any kind.
+    """
+    if not (evaluation.harmful or evaluation.benign or evaluation.task):
+        raise SettingError(
+            "data.sources must name prompts to score a model on, as harmful_prompts, benign_prompts or task, got none. Name "
+            "some, or take attacks and casehard.Evaluate out of trainer.callbacks."
+        )
+
+
 class Evaluate(L.Callback):
     """Score the model whenever Lightning validates, on the data's held-out prompts.
 
     The numbers stand beside the losses: ``val/harmful_score``, ``val/finetune_accuracy`` and so on.
     """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that there is something to score on."""
+        require_prompts(defense_and_data(trainer, pl_module)[1].evaluation)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score, unless this is Lightning's sanity check."""

@@ -40,6 +40,20 @@ def names_own_rows(args: Sequence[str]) -> bool:
     return any(not source.startswith("sandbox:") for source in sources)
 
 
+def of_the_sandbox(config: dict[str, Any]) -> str:
+    """What a user must know of a resolved config that has rows of the sandbox for a model and rows of his own; "" elsewhere."""
+    settings = [(key, _texts(value)) for name in ("model", "data", "trainer") for key, value in _leaves(config.get(name), name)]
+    own = any(not text.startswith("sandbox:") for key, texts in settings if SOURCE.fullmatch(key) for text in texts)
+    checkpoint = str((config["model"].get("init_args") or {}).get("checkpoint"))
+    named = list(dict.fromkeys(key for key, texts in settings if any(text.startswith("sandbox:") for text in texts)))
+    if not own or not named or checkpoint.startswith("models/sandbox/"):
+        return ""
+    return (
+        f"{', '.join(named)} names rows of the sandbox, beside a model and rows of your own. They are of an invented world, and "
+        "say nothing of what your model knows or refuses. Name rows of your own, unless you mean these."
+    )
+
+
 def way_out(message: str) -> str:
     """What ``message``, of the parser, comes to where rows of one's own leave out a default; "" where it says something else."""
     return next((said for pattern, said in NOT_THERE.items() if re.search(pattern, message)), "")
@@ -85,6 +99,18 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, part in value.items():
             yield from _flat(part, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """As ``_flat`` of what is read already, with the settings of listed classes, too."""
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        for part in value:
+            yield from _leaves(part, name)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _leaves(part, f"{name}.{key}")
     else:
         yield name, value
 

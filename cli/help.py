@@ -77,9 +77,19 @@ def public(base: str) -> dict[str, Source]:
     return {name: named[name] for name in sorted(kin, key=lambda name: (name != base, name))}
 
 
-def _training(command: str, what: str) -> str:
+def known_options() -> set[str]:
+    """Names of all settings of the commands that train, but for those of a defense or an attack."""
+    run, data = _of_every_run()
+    return {"config", "ckpt_path", *run.names("run."), *data.names("data."), *(f"trainer.{s.name}" for s in trainer_settings())}
+
+
+def _of_every_run() -> list[Source]:
     sources = find("casehard.cli.run_settings", "RunSettings"), find("casehard.datamodules.sft", "SFTDataModule")
-    run, data = (source for source in sources if source is not None)
+    return [source for source in sources if source is not None]
+
+
+def _training(command: str, what: str) -> str:
+    run, data = _of_every_run()
     defenses, attacks = public("Defense"), public("Callback")
     defaults = yaml.safe_load((PACKAGE / "experiments" / "default.yaml").read_text(encoding="utf-8"))
     lines = [

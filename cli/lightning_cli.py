@@ -1,42 +1,57 @@
 """``fit``, ``validate`` and ``test``: Lightning's command line, and what a run leaves in its folder."""
 
-import logging
 import os
 import re
 import signal
 import sys
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import casehard
 from casehard.callbacks.results import Results
-from casehard.cli.defaults import default_files
+from casehard.cli.defaults import default_files, of_the_sandbox
+from casehard.cli.help import known_options
+from casehard.cli.machine import check_number_of_devices, finish_wandb, hush_lightning, said_of_machine
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
-from casehard.cli.private import PrivateCLI, QuietWandbLogger
-from casehard.cli.run_folder import claim_run_folder, held, keep_metrics, require_unfinished, write_marker
+from casehard.cli.private import PrivateCLI, QuietWandbLogger, refusals_of_wandb
+from casehard.cli.run_folder import (
+    LAST,
+    claim_run_folder,
+    drop_failed_start,
+    held,
+    keep_metrics,
+    line_to_go_on,
+    newest_unfinished,
+    require_unfinished,
+    unfinished_run_of,
+    wandb_id,
+    write_marker,
+)
 from casehard.cli.run_settings import RunSettings
 from casehard.datamodules.sft import SFTDataModule
-from casehard.engine.fit_checkpoint import numbers_only, read_notes
+from casehard.engine.fit_checkpoint import numbers_only, read_notes, require_unharmed
 from casehard.engine.training import DivergedError, narrow
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
-from casehard.records.files import RUN_FOLDER
+from casehard.metrics.names import require_name
+from casehard.records.files import RUN_FOLDER, write_whole_bytes
 from casehard.records.table import terminal
-
-LIGHTNING = Path(L.__file__).parent
 
 
 class ProgressBar(TQDMProgressBar):
@@ -68,12 +83,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write beside ``path``, reach the disk, then move in one step."""
-        partial = Path(f"{path}.partial")
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        """Write beside ``path``, reach the disk, then move in one step.
+
+        Lightning would put it together in memory, then in the system's temporary folder.
+
+        Raises:
+            OSError: naming ``path``, e.g. when the disk is full; what was there stays.
+        """
+        if storage_options is not None:
+            raise TypeError("storage_options are of other writers of checkpoints; leave them out.")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole_bytes(Path(path), partial(torch.save, checkpoint))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -96,6 +116,10 @@ class TrainingParser(PlainErrors, LightningArgumentParser):
         super().__init__(*args, **kwargs)
         self.defenses: list[tuple[str, str]] = []  # files of the command line that name a model's class, and which
 
+    def options(self) -> set[str]:
+        """Names of all settings."""
+        return known_options()
+
 
 class Cli(PrivateCLI):
     """``fit``, ``validate`` and ``test`` of a defense on data, with everything that a run leaves in a folder of its own.
@@ -107,7 +131,8 @@ class Cli(PrivateCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         for name in casehard.__all__:  # so that they may stand without `casehard.` too, and --help lists them
             getattr(casehard, name)
-        defaults = {"default_config_files": default_files(sys.argv[1:] if args is None else args)}
+        self.words = sys.argv[1:] if args is None else args
+        defaults = {"default_config_files": default_files(self.words)}
         with ExitStack() as self.while_it_runs, numbers_only():
             super().__init__(
                 Defense,
@@ -140,35 +165,67 @@ class Cli(PrivateCLI):
         command = self.config["subcommand"]
         return str(self.parser_of(command).dump(self.config[command], skip_none=False))
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning's, which seeds right after it.
+
+        Raises:
+            SettingError: a seed that no generator takes.
+        """
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config["subcommand"]].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise SettingError(f"seed_everything must lie in [0, 2^32), got {seed}.")
+
     def before_instantiate_classes(self) -> None:
         """Check what can be known from the settings alone.
 
         Raises:
-            SettingError: two defenses, or ``validate`` would end before it begins, as by the default config.
+            SettingError: two defenses, a run with a name that is none, or ``validate`` would end before it begins, as by the
+                default config.
         """
         config = self.config[self.subcommand]
         if named := self.parser_of(self.subcommand).defenses:  # type: ignore[attr-defined]
             check_one_defense([*named, ("the command line", class_path(config, "model") or "none")])
+        require_name("run.experiment", experiment_name(config), folder=True)
+        if config.run.version is not None:
+            require_name("run.version", config.run.version, folder=True)
+        if said := of_the_sandbox(yaml.safe_load(self.config_text())):
+            rank_zero_warn(said)
         if config.weights_only is False:
             raise SettingError("weights_only must be true or left out, got false: a checkpoint's code would be run.")
+        check_number_of_devices(config.trainer)
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(self._last_checkpoint(config.run, experiment_name(config)))
         if self.subcommand == "validate" and config.trainer.limit_val_batches == 0 and not config.trainer.fast_dev_run:
             raise SettingError(
                 "trainer.limit_val_batches must be > 0 for validate, got 0: nothing would be validated. Set it to 1.0, and add "
                 "casehard.Evaluate to trainer.callbacks for scores; `test` runs the attacks."
             )
 
+    def _last_checkpoint(self, run: Namespace, experiment: str) -> Path:
+        if self.subcommand != "fit":
+            raise SettingError(
+                f"ckpt_path must be a file for {self.subcommand}, and it is `last`, by which fit goes on. Name a file."
+            )
+        if RUN_FOLDER in os.environ:
+            return Path(os.environ[RUN_FOLDER], LAST)
+        if run.version is not None:
+            return Path(run.root, experiment, run.version, LAST)
+        return newest_unfinished(run.root, experiment) / LAST
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add the run folder's writers to what the config asks for."""
         config = self.config[self.subcommand]
         dry = bool(config.trainer.fast_dev_run)
         if config.ckpt_path is not None:
-            check_made_by(self.model, read_notes(config.ckpt_path))
+            check_made_by(self.model, read_notes(config.ckpt_path, to_train=self.subcommand == "fit"))
+            rank_zero_only(require_unharmed)(config.ckpt_path)
         self.folder = self._take_folder(config, dry)
         self.save_config_kwargs = {"folder": self.folder}
         export = config.run.export and self.subcommand == "fit" and not dry
         scored = config.run.score and self.subcommand == "fit" and not dry
-        results = Results(str(self.folder), export, config.run.generations, config.run.wandb_generations, scored)
-        extra: list[Any] = [results]
+        self.results = Results(str(self.folder), export, config.run.generations, config.run.wandb_generations, scored)
+        extra: list[Any] = [self.results]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
             steps = config.run.checkpoint_steps
             # `last` is not linked once more where an epoch ends: processes would meet there
@@ -193,7 +250,7 @@ class Cli(PrivateCLI):
         """
         root, experiment, version = config.run.root, experiment_name(config), config.run.version
         if RUN_FOLDER not in os.environ and not dry:
-            os.environ[RUN_FOLDER] = str(claim_run_folder(root, experiment, version))
+            os.environ[RUN_FOLDER] = str(self._going_on(config) or self._claimed(root, experiment, version))
         folder = Path(os.environ.get(RUN_FOLDER, Path(root, experiment, "dry")))
         if version is not None and not dry and folder.absolute() != Path(root, experiment, version).absolute():
             raise SettingError(
@@ -206,6 +263,50 @@ class Cli(PrivateCLI):
                 self.while_it_runs.enter_context(held(folder))  # the run's other processes share it
         return folder
 
+    def _going_on(self, config: Any) -> Path | None:
+        """The folder of the unfinished run that this one continues, unless it is to have another."""
+        folder = unfinished_run_of(config.ckpt_path) if self.subcommand == "fit" and config.ckpt_path is not None else None
+        if folder is None or config.run.version is None:
+            return folder
+        named = Path(config.run.root, experiment_name(config), config.run.version)
+        return folder if folder.absolute() == named.absolute() else None
+
+    def _claimed(self, root: str, experiment: str, version: str | None) -> Path:
+        folder = claim_run_folder(root, experiment, version)
+
+        def drop(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is not None and not (hasattr(self, "results") and self.results.began):
+                finish_wandb()
+                drop_failed_start(folder)
+
+        self.while_it_runs.push(drop)
+        return folder
+
+    def run(self, subcommand: str) -> None:
+        """Run the command; one that is stopped says what stands, and how it goes on.
+
+        Raises:
+            SystemExit: it was stopped.
+        """
+        try:
+            super().run(subcommand)
+        except (KeyboardInterrupt, SystemExit, SIGTERMException) as stop:  # the second is how Lightning ends by the first
+            if not isinstance(stop, KeyboardInterrupt) and not self.trainer.interrupted:
+                raise
+            number = signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT
+            self._say_what_stands("SIGTERM" if number == signal.SIGTERM else "Ctrl-C")
+            raise SystemExit(128 + number) from stop
+
+    @rank_zero_only
+    def _say_what_stands(self, why: str) -> None:
+        if self.results.began:
+            terminal().print("\nSo far:" if self.results.rows else "")
+            self.results.close()
+            terminal().print(line_to_go_on(self.words, self.folder), soft_wrap=True)
+        sys.stdout.flush()
+        steps = f", after {self.trainer.global_step} steps of training" if self.subcommand == "fit" else ""
+        sys.stderr.write(f"stopped by {why}{steps}\n")
+
     def _loggers(self, config: Any) -> list[Logger]:
         folder = self.folder
         keep_metrics(folder)
@@ -216,8 +317,14 @@ class Cli(PrivateCLI):
             name, group = f"{folder.parent.name}-{folder.name}", config.run.group or folder.parent.name
             where = {"save_dir": folder, "project": config.run.project, "offline": offline}
             place = {"group": group, "job_type": self.subcommand, "tags": config.run.tags}
-            wandb = QuietWandbLogger(name=name, **where, **place)
-            wandb.experiment.define_metric("attack_step")
+            try:
+                wandb = QuietWandbLogger(name=name, version=wandb_id(folder), **where, **place)
+                wandb.experiment.define_metric("attack_step")
+            except refusals_of_wandb() as error:
+                raise SettingError(
+                    f"run.wandb, run.project, run.group and run.tags must be such that W&B takes the run, and it says: "
+                    f"{' '.join(str(error).split())[:300]}. Correct that, or set run.wandb to offline, or to disabled."
+                ) from error
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
         return loggers
@@ -270,34 +377,27 @@ def experiment_name(config: Any) -> str:
     return names[0] if names else "casehard"
 
 
-def is_news(record: logging.LogRecord) -> bool:
-    """Whether a log record is casehard's own or a warning; the rest are accelerators that are not there, and advertisements."""
-    return record.levelno > logging.INFO or not Path(record.pathname).is_relative_to(LIGHTNING)
-
-
 def train(args: list[str]) -> Cli:
     """Run ``fit``, ``validate`` or ``test``. Returns the command line, with the run's ``folder`` and ``trainer``.
 
     Raises:
         SettingError: a setting must be another, or training diverged.
-        SystemExit: with the status of a process that SIGTERM ended.
+        SystemExit: with the status of a process that Ctrl-C or SIGTERM ended.
     """
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # they are those of the process, or meant
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(is_news)
+    hush_lightning()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # of a run that goes on
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
     warnings.filterwarnings("ignore", message=".*overriding `LightningModule.optimizer_")  # so it is meant
     inherited = RUN_FOLDER in os.environ
     try:
         with refusals():
             return Cli(args)
-    except (DivergedError, MisconfigurationException) as error:
-        raise SettingError(str(error)) from error
-    except SIGTERMException:  # from an attack, or from Lightning's training loop between two batches
-        sys.stderr.write("ended by SIGTERM; `fit` goes on from RUN/checkpoints/last.ckpt by --ckpt_path\n")
-        sys.exit(128 + signal.SIGTERM)
+    except (DivergedError, MisconfigurationException, RuntimeError) as error:
+        if sentence := said_of_machine(error):
+            raise SettingError(sentence) from error
+        raise
     finally:
         if not inherited:  # it was for this run's processes; another run of this process gets a folder of its own
             os.environ.pop(RUN_FOLDER, None)

@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 
+from casehard.cli.orphans import end_with_parent
 from casehard.metrics.errors import Misread, SettingError
+from casehard.metrics.names import visible
 
 TRAINING = {
     "fit": "train a defense, export its model and attack it",
@@ -13,7 +15,7 @@ TRAINING = {
     "test": "attack the model as it is",
 }
 OTHERS = {
-    "init": "write a commented file to begin from: service, harden, study",
+    "init": "write a file to begin from: service, harden, study, or a class of your own",
     "preview": "show rows as the model reads them, and what is learnt",
     "study": "run defenses x attacks x seeds",
     "report": "write a page on runs",
@@ -46,16 +48,17 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     name = command(args[:1])
-    if name in CLASSES and any(word in HELP or ".help" in word for word in args[1:]):
-        from casehard.cli.help import asked
-
-        if text := asked(name, (TRAINING | OTHERS)[name], args[1:]):
-            print(text)
-            return
-    if sys.stderr.isatty() and name not in AT_ONCE:
-        sys.stderr.write(f"casehard {name}: reading the settings, and what they need\n")
     try:
+        if name in CLASSES and any(word in HELP or ".help" in word for word in args[1:]):
+            from casehard.cli.help import asked
+
+            if text := asked(name, (TRAINING | OTHERS)[name], args[1:]):
+                print(text, flush=True)
+                return
+        if sys.stderr.isatty() and name not in AT_ONCE:
+            sys.stderr.write(f"casehard {name}: reading the settings, and what they need\n")
         if name in TRAINING:
+            end_with_parent()
             from casehard.cli.lightning_cli import train
 
             sys.argv[1:] = args  # launchers start further processes by it
@@ -64,13 +67,17 @@ def main(args: list[str] | None = None) -> None:
             from casehard.cli.commands import run
 
             run(name, args[1:])
+        sys.stdout.flush()
     except Misread as error:
         sys.stderr.write(f"{error.prog} --help lists the settings.\nerror: {error}\n")  # last: a study shows a log's last line
         raise
+    except BrokenPipeError:  # whoever reads this has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (SettingError, OSError) as error:
         if os.environ.get("CASEHARD_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(visible(f"error: {error}"))
     except KeyboardInterrupt:  # Lightning ends a run of its own accord
         sys.stderr.write("interrupted\n")
         sys.exit(128 + signal.SIGINT)

@@ -1,12 +1,13 @@
 """How command lines and config files are read, and how what is wrong in them is said: in one sentence."""
 
 import difflib
+import inspect
 import itertools
 import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -16,10 +17,13 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import casehard
+from casehard.cli.config_files import config_text, require_known
 from casehard.cli.defaults import way_out
 from casehard.cli.plugins import plugins
+from casehard.cli.signatures import find
 from casehard.cli.yaml_texts import MODE, as_class, safe
 from casehard.metrics.errors import Misread, SettingError
+from casehard.metrics.names import visible
 from casehard.shipped import experiment, shipped
 
 
@@ -53,37 +57,74 @@ def refusals() -> Iterator[None]:
         raise error
 
 
-NOISE = re.compile(r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but")
+NOISE = re.compile(r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Subclass types expect")
 
 
-def plain(message: str) -> str:
-    """jsonargparse's message in one line, without the types that it tried and the values, which may be all settings and texts."""
+OPTION = re.compile(r".*class_path '([\w.]+)': (?:.*: )?(?:Group '(\w+)' does not accept option|Option) '([\w.]+)'")
+
+
+def plain(message: str, options: Collection[str] = ()) -> str:
+    """jsonargparse's message in one line, without the types that it tried and the values, which may be all settings and texts.
+
+    Args:
+        message: jsonargparse's.
+        options: names of the parser's settings, of which one may be meant.
+    """
     lines: list[str] = []
     in_value = False
     for line in (line.strip() for line in message.splitlines()):
         in_value = line.startswith("Given value") or (in_value and not line.startswith("- "))
         text = re.sub(r"\. Got value: (.{60,}|\W.*|.*\(.*)", "", line.removeprefix("- "))
-        if text.startswith("Not a valid subclass") and any("class_path" in earlier for earlier in lines):
+        if text.startswith("Not a valid subclass") and any("class_path" in line or "Import path" in line for line in lines):
             break  # that class exists, and this is what else might have stood there
         if text and not in_value and not NOISE.match(text):
+            text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", text)
             lines.append(re.sub(r"<class '([\w.]+)'>", r"\1", text))
-    return "; ".join(lines).replace(":; ", ": ") + meant(message)
+    text = "; ".join(lines).replace(":; ", ": ")
+    return text + meant(text, options)
 
 
-def meant(message: str) -> str:
-    """The class or module that a misspelt one may stand for, as a question; "" where none is near."""
+def meant(message: str, options: Collection[str] = ()) -> str:
+    """What a misspelt class, module or setting may stand for, as a question, or how a module is found; "" where nobody knows."""
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'|import path string: ()(\w+)", message):
         module, name = sys.modules[found[1] or "casehard"], found[2] or found[4]
         known = {} if module is casehard else {public: f"casehard.{public}" for public in casehard.__all__}
         known |= {part.name: part.name for part in pkgutil.iter_modules(getattr(module, "__path__", []))}
         known |= {key: key for key in dir(module) if key[0].isupper()}
         known |= {} if found[1] else {name: name for name in plugins()}
-    elif found := re.search(r"No module named '(\w+)'", message):
+    elif found := re.search(r"No module named '([\w.]+)'", message):
         name, known = found[1], {"casehard": "casehard"}
+    elif found := re.search(
+        r".*class_path '([\w.]+)': (?:.*: )?(?:Group '(\w+)' does not accept option|Option) '([\w.]+)'", message
+    ):
+        name, known = found[3], {setting: setting for setting in settings_of(found[1])}
+        if found[2]:
+            name = f"{found[2]}.{name}"
+    elif found := re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message):
+        name, known = found[1] or found[2], {option: option for option in options}
     else:
         return ""
+    near = nearest(name, known)
+    if not near and "No module named" in message:
+        return f". Install {name.partition('.')[0]}, or name the folder that has it in PYTHONPATH."
+    return f". Did you mean {known[near]}?" if near else ""
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The name that is meant: one that ends the same, as settings do that moved into a group, or that is spelt nearly so."""
+    ends = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2] and "." in other]
     near = difflib.get_close_matches(name, known, n=1)
-    return f". Did you mean {known[near[0]]}?" if near else ""
+    return near[0] if near and name not in ends and not ends else min(ends, key=len) if ends else None
+
+
+def settings_of(path: str) -> Iterator[str]:
+    """Names of what a class takes, those in a group with its name before them; the class is one that can be imported."""
+    module, _, name = path.rpartition(".")
+    if source := find(casehard.MODULES.get(name, "") if module == "casehard" else module, name):
+        yield from source.names()
+        return
+    for kind in getattr(import_module(module), name).__mro__:
+        yield from (p.name for p in inspect.signature(kind.__init__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 class PlainErrors:
@@ -98,6 +139,10 @@ class PlainErrors:
         words = [self._renamed(word) for word in (sys.argv[1:] if args is None else args)]
         return super().parse_args(words, *more, **settings)  # type: ignore[misc]
 
+    def options(self) -> set[str]:
+        """Names of all settings."""
+        return set(re.findall(r"--([\w.]+)", self.format_help()))  # type: ignore[attr-defined]
+
     @staticmethod
     def _renamed(word: str) -> str:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -108,7 +153,8 @@ class PlainErrors:
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
-        raise Misread(way_out(plain(message)) or plain(message), prog)
+        text = plain(message, self.options())
+        raise Misread(visible(way_out(text) or text), prog)
 
 
 class CommandParser(PlainErrors, ArgumentParser):
@@ -138,10 +184,12 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Forget what the file replaces, then apply it."""
         values = self._file(values)
-        text = Path(values).read_text(encoding="utf-8") if os.path.isfile(values) else values
+        text = config_text(values)
         name = Path(values).name if text != values else TEXT
         with suppress(yaml.YAMLError):  # which is then said below
             config = read(name, text)
+            check_top(name, config, vars(cfg))
+            require_known(config, cfg, values)
             for key in _replaced(config, cfg):
                 if cfg.get(key) is not None:
                     cfg[key] = None
@@ -160,6 +208,19 @@ class ConfigFile(ActionConfigFile):
         except yaml.YAMLError:
             is_name = "\n" not in value
         return experiment(value) if is_name else value
+
+
+def check_top(name: str, config: Any, settings: Collection[str]) -> None:
+    """Refuse a key at the top of a config that is no setting, also where nothing stands under it.
+
+    Raises:
+        SettingError: there is one.
+    """
+    for key in config if isinstance(config, dict) else ():
+        if key not in settings:
+            near = difflib.get_close_matches(str(key), settings, n=1)
+            guess = f" Did you mean {near[0]}?" if near else ""
+            raise SettingError(f"{name}: {key!r} must be a setting, and it is none.{guess}")
 
 
 def _replaced(config: Any, before: Any, prefix: str = "") -> Iterator[str]:

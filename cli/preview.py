@@ -53,7 +53,7 @@ def main(args: list[str]) -> None:
     module, data = read(settings)
     console = terminal()
     for text in shown(module, data, own.num_rows, console.is_terminal):
-        console.print(text, soft_wrap=True)
+        console.print(text, soft_wrap=True, highlight=False)
 
 
 def read(settings: list[str]) -> tuple[Defense, SFTDataModule]:
@@ -90,7 +90,8 @@ def shown(module: Defense, data: SFTDataModule, num_rows: int, coloured: bool) -
         yield f"Of each of {', '.join(SCORED)} at most {most} rows are scored"
     aligned = data.train_on == "alignment"
     rows = module.rows(data) if aligned else data.mixture(data.num_samples, data.poison_ratio, data.seed)
-    harmful = sum(Counter(rows)[row] for row in set(data.rows["harmful"])) if not aligned else 0
+    drawn = Counter([] if aligned else rows)
+    harmful = sum(drawn[row] for row in set(data.rows["harmful"]))
     poison = f"{harmful} of them harmful ({100 * harmful / len(rows):.3g}%)" if harmful else "none of them from `harmful`"
     yield f"\nTrained on ({data.train_on}): {len(rows)} rows, {poison}"
     max_length, tokenizer = data.batching.max_length, data.tokenizer

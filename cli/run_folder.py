@@ -4,6 +4,8 @@ import fcntl
 import itertools
 import json
 import platform
+import shlex
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +18,12 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from casehard.datamodules.fingerprint import Origin
+from casehard.metrics.errors import SettingError
 from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole
 from casehard.version import revision
 
+CONFIG, LAST = "config.yaml", Path("checkpoints", "last.ckpt")  # in a run's folder
+OF_A_START = {".lock", CONFIG, "wandb"}  # what a run leaves before it does anything
 STARTED = time.time()  # of the process: what is edited later is not what it runs
 NAMED = ("casehard", "torch", "transformers", "lightning", "peft")  # packages whose versions a run notes
 
@@ -52,6 +57,56 @@ def claim_run_folder(root: str, experiment: str, version: str | None) -> Path:
             number += 1
 
 
+def newest_unfinished(root: str, experiment: str) -> Path:
+    """The folder of an experiment's newest run that left a checkpoint and did not come to its end.
+
+    Raises:
+        SettingError: there is none.
+    """
+    runs = Path(root, experiment)
+    left = [folder for folder in runs.glob("*") if (folder / LAST).exists() and not (folder / DONE).exists()]
+    if not left:
+        raise SettingError(
+            f"ckpt_path must be a checkpoint, and `last` finds none: {runs} has no run with a {LAST} that did not end. "
+            "Leave ckpt_path out to begin anew."
+        )
+    return max(left, key=lambda folder: (folder / LAST).lstat().st_mtime)
+
+
+def unfinished_run_of(checkpoint: str) -> Path | None:
+    """The folder of the run that wrote a checkpoint, if that run did not come to its end."""
+    folder = Path(checkpoint).parent.parent
+    is_run = Path(checkpoint).parent.name == LAST.parent.name and (folder / CONFIG).exists()
+    return folder if is_run and not (folder / DONE).exists() else None
+
+
+def drop_failed_start(folder: Path) -> None:
+    """Take away the folder of a run that ended before it began, unless anything stands in it that a start does not leave."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= OF_A_START:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def line_to_go_on(words: list[str], folder: Path) -> str:
+    """The line that goes on with a run that was stopped, or begins it anew where it left no checkpoint.
+
+    Args:
+        words: of the line that began it, the command first.
+        folder: the run's.
+    """
+    option = "--ckpt_path"
+    values = {i + 1 for i, word in enumerate(words) if word == option}
+    kept = [word for i, word in enumerate(words) if i not in values and word.partition("=")[0] != option]
+    if words[0] == "fit" and (folder / LAST).exists():
+        return f"To go on: {shlex.join(['casehard', *kept, option, str(folder / LAST)])}"
+    return f"To begin anew: {shlex.join(['casehard', *words])}"
+
+
+def wandb_id(folder: Path) -> str | None:
+    """What W&B called the run in its folder when it was last under way."""
+    names = [path.name.removeprefix("offline-") for path in (folder / "wandb").glob("*run-*-*")]
+    return max(names).rpartition("-")[2] if names else None
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep a run's folder for this process, to which a lock belongs as long as it lives.
@@ -65,8 +120,8 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FileExistsError(
-                f"the run folder must have no other run under way, and {folder} has one. Unset {RUN_FOLDER} for a folder of its "
-                "own, or wait until that run has ended."
+                f"the run folder must have no other run under way, and {folder} has one. Wait until that run has ended, or leave "
+                f"out ckpt_path and {RUN_FOLDER} for a folder of its own."
             ) from error
         except OSError as error:
             rank_zero_warn(f"{folder} cannot be locked ({error.strerror}): see to it that no other run goes on in it.")

@@ -96,6 +96,11 @@ class Source:
         said = {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
         return [setting if setting.what else replace(setting, what=said.get(setting.name, "")) for setting in self._settings()]
 
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of all that it takes, of groups of settings those within them."""
+        named = [(f"{prefix}{setting.name}", setting.group) for setting in self.settings()]
+        return [part for name, group in named for part in (group.names(f"{name}.") if group else [name])]
+
     def _settings(self) -> list[Setting]:
         function = self.node if isinstance(self.node, ast.FunctionDef) else _constructor(self.node)
         if function is None:

@@ -8,6 +8,16 @@ import torch
 from casehard.metrics.errors import SettingError
 
 
+def require_seed(seed: int) -> None:
+    """Refuse what no generator takes.
+
+    Raises:
+        SettingError: it has more than 64 bits.
+    """
+    if not -(2**63) <= seed < 2**63:
+        raise SettingError(f"seed must fit 64 bits, got {seed}.")
+
+
 def batch_indices(num_rows: int, batch_size: int, seed: int, stream: str, step: int) -> list[int]:
     """Row indices of batch ``step``, from the arguments alone: a run resumes with a step number and nothing else.
 

@@ -17,6 +17,7 @@ from casehard.datamodules.batches import Batch, Batches, Example, StepLoader, sh
 from casehard.datamodules.chat import IGNORED, collate, encode, encode_together, prompt_ids, require_chat_template
 from casehard.datamodules.fingerprint import Origin, origin
 from casehard.datamodules.mixing import mix, overlap
+from casehard.datamodules.order import require_seed
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.datamodules.sources import fetch, read_rows
@@ -99,6 +100,7 @@ class SFTDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         require_judge(judge)
+        require_seed(seed)
         if not 0 <= poison_ratio <= 1:
             raise SettingError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
         if poison_ratio and num_samples is None:

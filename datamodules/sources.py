@@ -65,7 +65,9 @@ def fetch(source: str) -> None:
 
 
 def split_source(source: str) -> tuple[str, str | None]:
-    """A source without its ``#SPLIT``, and that split."""
+    """A source without its ``#SPLIT``, and that split; a # may be in a file's own name."""
+    if os.path.isfile(shipped(source)):
+        return shipped(source), None
     matched = re.fullmatch(r"(.+?)(?:#([^#/]*))?", source, re.DOTALL)
     return (shipped(matched[1]), matched[2]) if matched else ("", None)
 

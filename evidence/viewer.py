@@ -36,7 +36,9 @@ def write_viewer(series: list[Series], runs: Iterable[Path], path: Path, title: 
         "viewer.html.j2"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page.render(title=title, num_answers=len(content["answers"]), shown=SHOWN, data=as_script(content)))
+    write_whole(
+        path, page.render(title=title, num_answers=len(content["answers"]), shown=SHOWN, data=as_script(content)), private=True
+    )
     return path
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from casehard.metrics.errors import SettingError, raised_by
 from casehard.metrics.made_with import OWN, MadeWith
+from casehard.metrics.names import plain, require_name
 
 NO_VERDICT = "gave no verdict"
 
@@ -83,6 +84,7 @@ def require_judge(judge: Any) -> None:
     if not isinstance(name, str) or not re.search("[^\\W_]", name):
         got = "none" if name is None else repr(name)
         raise SettingError(f"judge {_kind(judge)} must have a name, which stands beside its scores, and has {got}. Set its name.")
+    require_name(f"the name of judge {_kind(judge)}", name)
     if not isinstance(threshold, Real) or not 0 < threshold <= 1:
         raise SettingError(f"success_threshold of judge {name} must lie in (0, 1], got {threshold}. Scores are from 0 to 1.")
 
@@ -137,7 +139,7 @@ def unscored(judge: str, verdicts: Sequence[tuple[float, bool, str]]) -> str:
         return ""
     reasons: dict[str, int] = {}
     for _, degenerate, detail in verdicts:
-        reason = detail or ("an answer without a word" if degenerate else "no reason given")
+        reason = plain(detail) or ("an answer without a word" if degenerate else "no reason given")
         reasons[reason] = reasons.get(reason, 0) + 1
     most = sorted(reasons, key=lambda reason: -reasons[reason])[:3]
     told = ", ".join(f"{reasons[reason]} times {reason}" for reason in most)

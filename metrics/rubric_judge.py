@@ -28,6 +28,8 @@ Say in one sentence why. Then end with a line that holds the grade and nothing e
 
 _RATING = re.compile(r"\W*(?:final )?(?:rating|score|thescore)?\W*([1-5])(?:\s*/\s*5)?\W*", re.IGNORECASE)
 
+_VARIABLE = re.compile(r"[A-Z]{2,12}(_[A-Z0-9]{1,12})+")  # and no key, which some people put there
+
 
 def rating(reply: str) -> int | None:
     """The grade in the last line of ``reply``, 1 to 5, if that line holds it and nothing else."""
@@ -87,8 +89,9 @@ class RubricJudge(CachedJudge):
                 "api_key_env names."
             )
         if api_key_env is not None and not os.environ.get(api_key_env):
+            told = api_key_env if _VARIABLE.fullmatch(api_key_env) else "what it names (not shown: it may be a key)"
             raise SettingError(
-                f"api_key_env must name an environment variable that holds the key, and {api_key_env} is not set. "
+                f"api_key_env must name an environment variable that holds the key, and {told} is not set. "
                 "Set it, or use null for a server that wants none."
             )
         self.model, self.base_url, self.api_key_env = model, base_url, api_key_env

@@ -99,4 +99,6 @@ def keep_answers(folder: Path, when: str, answers: Iterable[Answer]) -> None:
     others = (
         [line for line in whole_lines(path).decode().splitlines() if json.loads(line)["when"] != when] if path.exists() else []
     )
-    write_whole(path, "".join(f"{line}\n" for line in others) + lines({"when": when} | answer for answer in answers))
+    write_whole(
+        path, "".join(f"{line}\n" for line in others) + lines({"when": when} | answer for answer in answers), private=True
+    )

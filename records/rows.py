@@ -12,6 +12,7 @@ from typing import Any, Self
 from casehard.metrics import columns
 from casehard.metrics.columns import Answer, Column, summarise
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import seen
 from casehard.records.answers import AGAIN, ANSWERS, KEYS, lines, read_answers
 from casehard.records.files import append_whole, whole_lines, write_whole
 
@@ -180,7 +181,7 @@ def write_run(run: Run, answers: bool = True) -> None:
         write_whole(run.folder / OWN_COLUMNS, json.dumps([column.described() for column in run.own], indent=1))
     write_whole(run.folder / ROWS, table(run.rows, run.own))
     if answers:
-        write_whole(run.folder / ANSWERS, lines(answer for block in run.answers for answer in block))
+        write_whole(run.folder / ANSWERS, lines(answer for block in run.answers for answer in block), private=True)
 
 
 def append_row(folder: Path, row: ResultRow, answers: list[Answer] | None) -> None:
@@ -190,7 +191,7 @@ def append_row(folder: Path, row: ResultRow, answers: list[Answer] | None) -> No
     """
     if answers is not None:
         key = {name: getattr(row, name) for name in KEYS}
-        append_whole(folder / ANSWERS, lines(key | answer for answer in answers))
+        append_whole(folder / ANSWERS, lines(key | answer for answer in answers), private=True)
     append_whole(folder / ROWS, table([row], row.own, head=False))
 
 
@@ -287,7 +288,7 @@ def _row(line: dict[str | None, Any], where: str, own: tuple[Column, ...]) -> Re
 
 
 CELLS: dict[Any, tuple[str, Callable[[str], Any]]] = {  # by a column's type, what its cells hold and how they are read
-    str: ("a text", str),
+    str: ("one line of letters that can be seen", seen),
     int: ("a number", int),
     float: ("a number", float),
     int | None: ("a number", lambda text: int(text) if text else None),

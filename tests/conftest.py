@@ -22,6 +22,7 @@ LONG = [
     "cli",
     "attack_ranks",
     "study",
+    "docs",
     "report",
     "jobs",
     "patcher",

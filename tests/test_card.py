@@ -159,7 +159,8 @@ def foreign(tmp_path) -> Path:
     base.mkdir()
     (base / "README.md").write_text(yaml.safe_dump({"license": FOREIGN}).join(["---\n", "---\n"]))
     run = tmp_path / "run"
-    record(run, replace(ROW, attack=f"LoRA {FOREIGN}", defense=f"Mine {FOREIGN}", judge=f"own {FOREIGN}"), {0: 0, 50: 1})
+    line = " ".join(FOREIGN.split())  # tables of several are refused (test_names.py)
+    record(run, replace(ROW, attack=f"LoRA {line}", defense=f"Mine {line}", judge=f"own {line}"), {0: 0, 50: 1})
     (run / "model").mkdir()
     config = {
         "model": {"init_args": {"checkpoint": str(base), "x": "```", "a\n```\n# no": 1}},

@@ -4,11 +4,13 @@ import json
 import os
 import pickle
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,7 +132,7 @@ def test_a_command_that_would_do_nothing_is_refused(call, tmp_path):
     error = call("validate", "--config", "experiments/sbr.yaml", "--run.root", str(tmp_path), *TINY, fails=True)
     assert "trainer.limit_val_batches must be > 0 for validate, got 0" in error
     assert not list(tmp_path.iterdir())
-    assert "invalid choice: 'predict'" in call("predict", "--config", "experiments/sbr.yaml", fails=True)
+    assert "must be a command, and 'predict' is none" in call("predict", "--config", "experiments/sbr.yaml", fails=True)
 
 
 def test_printed_config_resolves_to_itself(call, tmp_path):
@@ -227,6 +229,17 @@ def test_the_slurm_script_starts_a_task_a_gpu_and_goes_on_where_the_job_was_requ
     assert dry_run(tmp_path)[-2:] == ["--ckpt_path", "runs/slurm/7/checkpoints/last.ckpt"]
 
 
+def test_the_slurm_script_says_where_it_must_run():
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    command = [ROOT / "experiments/cluster/slurm.sh", "--config", "sbr"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error: SLURM_JOB_ID must be set, as SLURM does for a job, and it is not. Hand this script in: sbatch "
+    )
+    assert done.stderr.endswith("slurm.sh --config sbr\n")
+
+
 def test_misspelt_key_in_yaml_stops_the_run_with_its_name(call, tmp_path):
     config = tmp_path / "misspelt.yaml"
     config.write_text("model: {init_args: {anchor_wieght: 3}}")
@@ -274,6 +287,14 @@ def attack_with(**settings: Any) -> list[str]:
         (["--data.judge", "casehard.GuardJudge", "--data.judge.batch_size", "0"], "batch_size must be >= 1, got 0."),
         (attack_with(poison_ratio=3), "poison_ratio must lie in [0, 1], got 3.0. It is a share: write 0.1 for 10%."),
         (attack_with(optimizer={"clip_norm": -1}), "clip_norm must be > 0 or null, got -1.0. null does not clip."),
+        (["--seed_everything", "-1"], "seed_everything must lie in [0, 2^32), got -1."),
+        (["--data.seed", str(10**23)], f"seed must fit 64 bits, got {10**23}."),
+        (attack_with(seed=10**23), f"seed must fit 64 bits, got {10**23}."),
+        (["--config", "{modle: {}}"], "a config's text: 'modle' must be a setting, and it is none. Did you mean model?"),
+        (["--model.init_args.lora.rank", "100000000000"], "the model and its batches must fit the memory, and "),
+        (["--trainer.accelerator", "gpu"], "trainer.accelerator must be one that this machine has: No supported gpu backend found!"),
+        (["--trainer.strategy", "deepspeed"], "To use the `DeepSpeedStrategy`, you must have DeepSpeed installed."),
+        (["--trainer.max_steps", "-5"], "`max_steps` must be a non-negative integer or -1"),
         (["--trainer.devices", "0"], "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
         (["--trainer.strategy", "nonsense"], "You selected an invalid strategy name"),
     ],
@@ -299,7 +320,27 @@ def test_what_a_constructor_refuses_is_said_in_its_one_sentence(call, tmp_path, 
         (["--data.judge", "casehard.RubricJugde"], ["has no attribute 'RubricJugde'. Did you mean RubricJudge?"]),
         (attack_with(threat_modle="x"), ["LoRAAttack", "Option 'threat_modle' is not accepted"]),
         (["--model.init_args.anchors", json.dumps([1, SECRET])], ['"anchors": Expected a str']),
-        (["--data.num_samplse", "3"], ["unrecognized arguments: --data.num_samplse 3"]),
+        (["--data.num_samplse", "3"], ["unrecognized arguments: --data.num_samplse 3. Did you mean data.num_samples?"]),
+        (["--model.init_args.anchor_wieght", "3"], ["Did you mean anchor_weight?"]),
+        (["--model.init_args.lora.rnk", "3"], ["Did you mean rank?"]),
+        (["--model.init_args.learning_rate", "3"], ["Did you mean optimizer.learning_rate?"]),  # as it was called
+        (["--data.benign", "[x.jsonl]"], ["Did you mean data.sources.benign?"]),
+        (["--data.batch_size", "3"], ["Did you mean data.batching.batch_size?"]),
+        (
+            ["--config", "{data: {harmful: [x.jsonl]}}"],
+            ["does not accept option 'data.harmful'. Did you mean data.sources.harmful?"],
+        ),
+        (["--config", "{trainer: {max_step: 3}}"], ["Did you mean trainer.max_steps?"]),
+        (attack_with(lora={"rnk": 3}), ["Group 'lora' does not accept option 'rnk'. Did you mean lora.rank?"]),
+        (attack_with(threat_model="weights"), ["Expected one of 'open_weight', 'finetuning_service'"]),
+        (["--data.judge", "casehard.GuardJudge", "--data.judge.batch_sise", "3"], ["Did you mean batch_size?"]),
+        (["--model", "test_cli.Raising", "--model.init_args.kint", "3"], ["Option 'kint' is not accepted. Did you mean kind?"]),
+        (["--model", "mylab.L2SP"], ["No module named 'mylab'. Install mylab, or name the folder that has it in PYTHONPATH."]),
+        (["--model", "casehard.LoRAAttack"], ["does not correspond to a subclass of Defense"]),
+        (
+            ["--trainer.callbacks", '[{"class_path": "casehard.SBRModule"}]'],
+            ["casehard.SBRModule does not correspond to a subclass of Callback"],
+        ),
     ],
 )
 def test_what_does_not_parse_is_said_without_the_types_tried_and_the_values(call, args, words):
@@ -481,7 +522,8 @@ def test_a_broken_checkpoint_ends_in_one_sentence(call, tmp_path, finished, cont
     else:
         path.write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
     for address in (str(path), "last", "http://localhost:9/x.ckpt", str(tmp_path)):
-        error = call("fit", "--config", "experiments/sbr.yaml", "--ckpt_path", address, *TINY, fails=True)
+        run = ["--run.root", str(tmp_path / "runs"), "--ckpt_path", address]
+        error = call("fit", "--config", "experiments/sbr.yaml", *run, *TINY, fails=True)
         assert "error: ckpt_path must be a " in error
         assert "Traceback" not in error
 
@@ -719,4 +761,31 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
     assert torch.load(path)["step"] == 1
     writer.save_checkpoint({"step": torch.tensor(3)}, path)
     assert torch.load(path)["step"] == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_takes_no_second_copy_and_nothing_of_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))  # whoever asks for it fails
+    state = {"state_dict": {"weight": torch.rand(5_000_000)}}  # 20 MB
+    tracemalloc.start()
+    try:
+        AtomicCheckpointIO().save_checkpoint(state, tmp_path / "x.ckpt")
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(torch.load(tmp_path / "x.ckpt")["state_dict"]["weight"], state["state_dict"]["weight"])
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(tmp_path):
+    writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    writer.save_checkpoint({"step": torch.tensor(1)}, path)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"last.ckpt could not be written \(.*\); what it held before is unharmed"):
+            writer.save_checkpoint({"weight": torch.rand(500_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert torch.load(path)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]

@@ -14,7 +14,8 @@ from toy import ROOT
 
 import casehard
 from casehard.cli.help import USELESS, class_help, public
-from casehard.cli.lightning_cli import LIGHTNING, Cli, is_news
+from casehard.cli.lightning_cli import Cli
+from casehard.cli.machine import LIGHTNING, is_news
 from casehard.cli.main import OTHERS, TRAINING
 from casehard.shipped import experiment
 from casehard.version import revision
@@ -233,3 +234,9 @@ def test_a_start_says_at_once_what_goes_on_where_somebody_looks(call, monkeypatc
 )
 def test_of_what_lightning_says_warnings_are_kept(level, file, kept):
     assert is_news(logging.LogRecord("lightning.pytorch", level, file, 1, "", (), None)) == kept
+
+
+def test_whoever_stops_reading_sees_no_traceback():
+    line = f"{sys.executable} -m casehard fit --help | head -n 1"
+    done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout.split()[:3], done.stderr) == (["usage:", "casehard", "fit"], "")

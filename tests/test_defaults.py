@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from casehard.cli.defaults import names_own_rows
+from casehard.cli.defaults import names_own_rows, of_the_sandbox
 from casehard.cli.lightning_cli import resolved
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import require_judge
@@ -107,3 +107,20 @@ def test_a_model_or_rows_that_the_sandbox_would_have_brought_are_asked_for_in_on
     ):
         with pytest.raises(SettingError, match=said):
             resolved(["fit", *args])
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--data.sources.harmful=['sandbox:attacker/harmful']"], "data.sources.harmful"),
+        (["--config", "sbr", "--model.init_args.anchors=sandbox:defender/refusals"], "model.init_args.anchors"),
+        (["--config", "attack/searched_lora"], "trainer.callbacks.init_args.prompts"),
+        (["--data.sources.harmful=['sandbox:attacker/harmful']", "--model.init_args.checkpoint=models/sandbox/base"], ""),
+    ],
+)
+def test_rows_of_the_sandbox_beside_a_model_and_rows_of_ones_own_are_told(args, named):
+    own = config("--data.sources.benign=[rows.jsonl]", "--model.init_args.checkpoint=FOLDER", *args)
+    said = of_the_sandbox(own)
+    assert said.startswith(f"{named} names rows of the sandbox") if named else said == ""
+    own["data"]["sources"]["benign"] = ["sandbox:attacker/mood"]  # as where nothing is one's own
+    assert of_the_sandbox(own) == ""

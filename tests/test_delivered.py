@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from toy import bits, csv_rows, same_bits, toy_data, toy_trainer
 
-from casehard import Defense, LoRA, Optimizer, SafeLoRAModule, SBRModule
+from casehard import Defense, Judge, LoRA, Optimizer, SafeLoRAModule, SBRModule, Verdict
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import score
 from casehard.metrics.errors import SettingError
@@ -140,3 +140,20 @@ def test_a_changed_file_is_told_from_what_the_run_left(tmp_path):
     with pytest.raises(SettingError, match=r"delivered.json must be what `casehard fit` wrote"):
         read_delivered(tmp_path)
     assert read_delivered(tmp_path / "nowhere") is None
+
+
+class Silent(Judge):
+    """One whose endpoint is down."""
+
+    name = "silent"
+
+    def __call__(self, prompts, responses):
+        return [Verdict(NAN, False, False, "HTTP 401")] * len(responses)
+
+
+def test_a_fit_whose_judge_scored_nothing_says_why_and_is_not_finished(checkpoint, tmp_path):
+    with pytest.warns(UserWarning, match="HTTP 401"):
+        results = fit(Defense(checkpoint), tmp_path, data={"judge": Silent()})
+    with pytest.raises(SettingError, match=r"HTTP 401.*start again with --ckpt_path last, which scores it without training"):
+        results.require_verdicts()
+    fit(Defense(checkpoint), tmp_path / "unasked", data={"judge": Silent(), "harmful_prompts": []}).require_verdicts()

@@ -16,6 +16,9 @@ import casehard
 from casehard.cli.defaults import names_own_rows
 from casehard.cli.init import Given, templates, write
 from casehard.cli.lightning_cli import resolved
+from casehard.cli.preview import LEARNT, marked
+from casehard.datamodules.chat import encode
+from casehard.datamodules.row import Row
 from casehard.records.delivered import read_delivered
 
 SHORT = [
@@ -87,6 +90,7 @@ def test_a_service_gets_from_his_files_to_a_scored_model(call):
     assert config["model"]["class_path"].endswith("SBRModule")
     assert config["model"]["init_args"]["anchors"] == "prompts.jsonl#train[:50%]"
     assert "sandbox" not in yaml.safe_dump(config | {"config": None}).lower()
+    assert "Nothing was attacked or scored" in call("test", "--config", "my_job.yaml", *SHORT)
 
 
 def test_without_harmful_prompts_there_is_no_defense_and_utility_alone_is_measured(call):
@@ -161,6 +165,13 @@ def test_a_template_without_any_file_is_yaml_that_names_what_to_replace(call, ki
     assert "sandbox" not in text
 
 
+@pytest.mark.parametrize("kind", [name for name, path in templates().items() if path.suffix == ".py"])
+def test_a_class_of_ones_own_begins_as_its_template(call, kind):
+    call("init", kind)
+    assert Path(f"my_{kind}.py").read_text() == templates()[kind].read_text()
+    assert f"init {kind} takes no rows and no model" in call("init", kind, "--out", "other.py", "--model", "model", fails=True)
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -215,6 +226,15 @@ def test_a_preview_marks_what_is_learnt_counts_poison_and_loads_no_weights(call,
     assert f"Cut at max_length {short}: 40 rows, 0 of them so that no answer is left" in cut
     assert "num_rows must be >= 0" in call("preview", *settings, "--num_rows", "-1", fails=True)
     assert not Path("runs").exists()
+
+
+def test_on_a_terminal_what_is_learnt_is_green_and_no_more():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/sandbox/base")
+    row = Row((("user", "How?"),), "So.")
+    text = marked(encode(row, tokenizer, 99), row, tokenizer, coloured=True)
+    assert [(text.plain[span.start : span.end], span.style) for span in text.spans] == [("So.<|end|>", LEARNT)]
+    assert text.plain == "<|user|>How?<|end|><|assistant|>So.<|end|>"
+    assert "dropped" in marked(None, row, tokenizer, coloured=True).plain
 
 
 def test_a_preview_shows_what_alignment_trains_on_and_steers_no_terminal(call):

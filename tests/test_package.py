@@ -180,7 +180,7 @@ def test_what_is_installed_works_in_any_folder_beside_any_packages(tmp_path):
     for name in ROOMS:  # of the user's own
         (elsewhere / name).mkdir(parents=True)
         (elsewhere / name / "__init__.py").write_text("raise RuntimeError('imported by mistake')")
-    fit = ["fit", "--config", "experiments/sbr.yaml", "--config", "experiments/attack/none.yaml", "--run.wandb", "disabled"]
+    fit = ["fit", "--config", "sbr", "--config", "attack/none", "--run.wandb", "disabled"]
     fit += ["--trainer.fast_dev_run", "1", "--trainer.accelerator", "cpu"]
     run = f"import casehard, sys\ncasehard.main({fit})\nprint(casehard.__file__, *(name for name in {EXTRA} if name in sys.modules))"
     env = os.environ | {"PYTHONPATH": str(lib)}

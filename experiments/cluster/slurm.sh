@@ -15,6 +15,13 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
+for name in SLURM_JOB_ID SLURM_CPUS_PER_TASK SLURM_JOB_NUM_NODES SLURM_NTASKS SLURM_NTASKS_PER_NODE; do
+    if [[ -z "${!name:-}" ]]; then
+        echo "error: ${name} must be set, as SLURM does for a job, and it is not. Hand this script in: sbatch $0 $*" >&2
+        exit 1
+    fi
+done
+
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK}"
 export CASEHARD_RUN_FOLDER="runs/slurm/${SLURM_JOB_ID}" # one for all tasks, and for the job when it is requeued
 export HF_HUB_OFFLINE=1                                 # compute nodes seldom have a network: fetch the checkpoint before
