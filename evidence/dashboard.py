@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 AXES = ("epoch", "step", "attack_step")  # what everything else is drawn against
 JOB = re.compile(r"(?P<job>attack/(?P<attack>.+)-(?P<threat>finetuning_service|open_weight)-[^/-]+)/(?P<metric>[^/]+)")
+DELIVERED = "delivered/"  # the model that training left
 NAME = "Name folders such as runs/EXPERIMENT/VERSION, or a study's."
 HELD = {"steps_held": "steps held (at least, where not broken)", "broken": "broken (1) or held (0)"}
 
@@ -152,6 +153,13 @@ def _sections(logged: Logged) -> "Iterator[Section]":
         names = [key.removeprefix(f"{stage}/") for key in logged.keys if key.startswith(f"{stage}/")]
         panels = [LinePlot(title=name.replace("_", " "), x="trainer/global_step", y=[f"{stage}/{name}"]) for name in names]
         yield Section(name=stage, panels=panels, is_open=True)
+    delivered = [key for key in logged.keys if key.startswith(DELIVERED)]
+    ends = [key for key in delivered if not key.endswith("_before")]
+    panels = [
+        BarPlot(title=end.removeprefix(DELIVERED).replace("_", " "), metrics=[*sorted({end, f"{end}_before"} & set(delivered))])
+        for end in ends
+    ]
+    yield Section(name="delivered: before and after training", panels=panels, is_open=True)
     panels = [WeavePanelSummaryTable(table_name=table) for table in logged.tables]
     yield Section(name="generations", panels=panels, is_open=True)
 
