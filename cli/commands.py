@@ -69,7 +69,9 @@ def sandbox(split: str | None = None, kind: str | None = None, num_rows: int = 2
 
 def report(args: list[str]) -> None:
     """``casehard report RUN ...``: one self-contained page, with the CSV and PNG files that it is made of."""
-    parser = CommandParser(prog="casehard report", description="Write one page on runs, with the CSV and PNG files behind it.")
+    parser = CommandParser(
+        prog="casehard report", description="Write one page on runs, its tables as Markdown, and the CSV and PNG files behind it."
+    )
     parser.add_argument("runs", nargs="+", type=str, help="run folders (also RUN/judged/JUDGE), or a study's")
     parser.add_argument("--out", type=str, default="report", help="folder of the report")
     parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
