@@ -529,7 +529,7 @@ def test_a_file_of_a_run_that_cannot_be_read_is_named(tmp_path, name, spoil, mes
 
 def test_names_that_are_markup_formulas_or_read_alike_as_files_do_no_harm(tmp_path):
     names = [
-        "| a |\n# b",
+        "| a | # b",
         "-1+1",
         "+1",
         "@SUM(1)",
