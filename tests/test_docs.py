@@ -398,12 +398,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         process.join()
         return SimpleNamespace(returncode=process.exitcode)
 
+    gc.freeze()  # torch and transformers, which the collector would look through again and again
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_args)
         patch.setattr("casehard.evidence.study.subprocess", SimpleNamespace(run=forked, STDOUT=None, DEVNULL=None))
         patch.setattr(run_folder, "STARTED", run_folder.STARTED)  # which every command sets anew
         patch.syspath_prepend(ROOT / "benchmarks")
         yield kept
+    gc.unfreeze()
     gc.collect()  # classes of the pages' own
 
 
