@@ -53,9 +53,16 @@ def refusals() -> Iterator[None]:
         raise error
 
 
-NOISE = re.compile(r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Subclass types expect")
-
-
+NOISE = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but"
+    r"|Subclass types expect|a class path \(|a dict with"
+)
+PLAINER = [  # what jsonargparse says, and how it is said here
+    (r"<class '([\w.]+)'>", r"\1"),
+    (r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1"),
+    (r"Unable to load config .*", "Expected settings, {name: value}, or a file with them"),
+    (r"Not a valid subclass of (\w+).*", r"Expected a \1 by its class_path, and its settings as init_args"),
+]
 OPTION = re.compile(r".*class_path '([\w.]+)': (?:.*: )?(?:Group '(\w+)' does not accept option|Option) '([\w.]+)'")
 
 
@@ -74,9 +81,10 @@ def plain(message: str, options: Collection[str] = ()) -> str:
         if text.startswith("Not a valid subclass") and any("class_path" in line or "Import path" in line for line in lines):
             break  # that class exists, and this is what else might have stood there
         if text and not in_value and not NOISE.match(text):
-            text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", text)
-            lines.append(re.sub(r"<class '([\w.]+)'>", r"\1", text))
-    text = "; ".join(lines).replace(":; ", ": ")
+            for theirs, plainer in PLAINER:
+                text = re.sub(theirs, plainer, text)
+            lines.append(text)
+    text = re.sub(r'(Parser key "[^"]+": [^;]+); \1', r"\1", "; ".join(dict.fromkeys(lines)).replace(":; ", ": "))
     return text + meant(text, options)
 
 
@@ -95,6 +103,8 @@ def meant(message: str, options: Collection[str] = ()) -> str:
         name, known = found[3], {setting: setting for setting in settings_of(found[1])}
         if found[2]:
             name = f"{found[2]}.{name}"
+    elif found := re.search(r"unrecognized arguments: ([^-\s]\S*)$", message):
+        return f". Did you mean --config {found[1]}?" if "config" in options else ""
     elif found := re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message):
         name, known = found[1] or found[2], {option: option for option in options}
     else:
@@ -205,6 +215,9 @@ class ConfigFile(ActionConfigFile):
         return experiment(value) if is_name else value
 
 
+GROUPS = ("trainer", "model", "data", "run")
+
+
 def check_top(name: str, config: Any, settings: Collection[str]) -> None:
     """Refuse a key at the top of a config that is no setting, also where nothing stands under it.
 
@@ -216,6 +229,8 @@ def check_top(name: str, config: Any, settings: Collection[str]) -> None:
             near = difflib.get_close_matches(str(key), settings, n=1)
             guess = f" Did you mean {near[0]}?" if near else ""
             raise SettingError(f"{name}: {key!r} must be a setting, and it is none.{guess}")
+        if key in GROUPS and not isinstance(config[key], dict | str | None):
+            raise SettingError(f"{name}: {key} must hold settings, {{name: value}}, got {config[key]!r}.")
 
 
 def _replaced(config: Any, before: Any, prefix: str = "") -> Iterator[str]:
