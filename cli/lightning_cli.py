@@ -211,6 +211,7 @@ class Cli(PrivateCLI):
         if config.ckpt_path is not None:
             check_made_by(self.model, read_notes(config.ckpt_path))
         self.folder = self._take_folder(config, dry)
+        self._say_what_runs(config)
         self.save_config_kwargs = {"folder": self.folder}
         export = config.run.export and self.subcommand == "fit" and not dry
         self.results = Results(str(self.folder), export, config.run.generations, config.run.wandb_generations)
@@ -229,6 +230,12 @@ class Cli(PrivateCLI):
             settings["logger"] = self._loggers(config)
         trainer: L.Trainer = built(self.build_trainer, settings, extra)
         return trainer
+
+    @rank_zero_only
+    def _say_what_runs(self, config: Any) -> None:
+        if sys.stderr.isatty():
+            start = config.ckpt_path or self.model.checkpoint
+            sys.stderr.write(f"casehard {self.subcommand}: {type(self.model).__name__} from {start}, in {self.folder}\n")
 
     def _take_folder(self, config: Any, dry: bool) -> Path:
         """The run's folder, from which other runs are kept out while this one goes on.

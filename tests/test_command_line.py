@@ -217,6 +217,14 @@ def test_help_needs_no_torch(args):
 # ---- what a start prints
 
 
+def test_a_start_says_what_runs_and_where(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run = ["--run.root", str(tmp_path), "--run.wandb", "disabled", "--trainer.accelerator", "cpu"]
+    first, second, *_ = call("fit", "--config", "sbr", *run, "--data.sources.benign", "[nowhere.jsonl]", fails=True).splitlines()
+    assert first == "casehard fit: reading the settings, and what they need"
+    assert second == f"casehard fit: SBRModule from models/sandbox/aligned, in {tmp_path}/sbr/version_0"
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_start_says_at_once_what_goes_on_where_somebody_looks(call, monkeypatch, is_terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
