@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from casehard.callbacks.results import Results
-from casehard.callbacks.scoring import Scores, defense_and_data, score
+from casehard.callbacks.scoring import Scores, defense_and_data, require_prompts, score
 from casehard.callbacks.sigterm import ended_by_sigterm
 from casehard.datamodules.batches import share_of
 from casehard.datamodules.chat import prompt_ids
@@ -28,7 +28,8 @@ from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.other_models import as_aligned, undefended_at
 from casehard.metrics.errors import SettingError
-from casehard.records.rows import NONE, ResultRow, as_columns
+from casehard.metrics.names import plain, require_name
+from casehard.records.rows import NONE, ResultRow, as_columns, header
 
 ThreatModel = Literal["open_weight", "finetuning_service"]
 EXPECTED = "expected to break: the defense acts only while a service fine-tunes"
@@ -223,6 +224,7 @@ class Attack(L.Callback):
         self.threat_model, self.seed, self.score_steps, self.undefended = threat_model, seed, steps, undefended
         self.every_n_epochs, self.name, self.copy_device = every_n_epochs, name or type(self).__name__, copy_device
         self.undefended_checkpoint = undefended_checkpoint
+        require_name("name of an attack", self.name)
 
     # ---- what an attack overrides
 
@@ -287,15 +289,21 @@ class Attack(L.Callback):
         """Check all that an attack needs before any weights load.
 
         Raises:
-            SettingError: two attacks whose rows could not be told apart; a ``test`` of no batches, which ends before it begins;
+            SettingError: two attacks whose rows, or metrics whose columns, could not be told apart; a ``test`` of no batches;
                 rows, a device or an undefended model that are not there; a judge that cannot judge.
             OSError: files that are not there, or cannot be written.
         """
         if stage == "test" and not trainer.limit_test_batches:
             raise SettingError("trainer.limit_test_batches must be left out or > 0, got 0: attacks run when testing ends.")
         module, data = defense_and_data(trainer, pl_module)
+        require_name(f"the label of {type(module).__name__}", module.label)
+        header([metric.column() for metric in data.evaluation_settings.metrics])
         check_device(self.copy_device)
-        self.prepare(data, self._seed(data))
+        require_prompts(self.evaluation(data))
+        try:
+            self.prepare(data, self._seed(data))
+        except SettingError as error:  # which may be of a setting that the data has, too
+            raise SettingError(f"{self.name} ({self.threat_model}): {error}") from error
         if self.undefended_checkpoint is not None:
             module.check_other(self.undefended_checkpoint, "undefended_checkpoint")
         attacks = [c for c in trainer.callbacks if isinstance(c, Attack)]  # type: ignore[attr-defined]
@@ -423,11 +431,12 @@ class Attack(L.Callback):
             seed=target.seed,
             num_attack_steps=step,
             metrics=scores.metrics,
+            own=scores.own,
             wall_seconds=round(seconds, 3),
             judge=target.data.judge.label,
             epoch="" if target.epoch is None else str(target.epoch),
-            note="; ".join(filter(None, [*self.notes(target), scores.note])),
-            trained=self.what_trains(target),
+            note=plain("; ".join(filter(None, [*self.notes(target), scores.note]))),
+            trained=plain(self.what_trains(target)),
             **as_columns(self.settings()),
         )
         outcome.append(row)

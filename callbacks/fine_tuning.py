@@ -9,6 +9,7 @@ from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import LoRA, coverage, named, targets, trainable, what_trains
 from casehard.engine.optimizer import Optimizer
+from casehard.engine.training import Task
 from casehard.engine.weights import NOTHING, Changes
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics.errors import SettingError
@@ -145,12 +146,17 @@ class FineTuning(Attack):
         matching = {id(p) for p in named(module.model, self.train_only).values()}
         return {name for name, p in module.named_parameters() if id(p) in matching}.__contains__
 
+    def task(self, target: Target) -> Task | None:
+        """What it minimises: None, the target's (plain SFT, or the job of a service's defense), unless overridden."""
+        return None
+
     def steps(self, target: Target) -> Iterator[int]:
         """Train phase by phase."""
+        task = self.task(target)
         with trainable(target.module, target.module.model, self.lora, self.train_only):
             for phase, batches in zip(self._phases(), self._batches, strict=True):
                 done = target.num_done
-                yield from (done + step for step in target.train(batches, phase.steps, self.optimizer))
+                yield from (done + step for step in target.train(batches, phase.steps, self.optimizer, task))
 
     def what_trains(self, target: Target) -> str:
         """Parameters or adapters, and how many."""

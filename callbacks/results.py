@@ -1,50 +1,72 @@
-"""What a run leaves behind: tidy result rows, generations, the trained model, and a closing table."""
+"""What a run leaves behind: tidy result rows, generations, the trained model with its scores, and closing tables."""
 
 import math
 import time
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from casehard.callbacks.scoring import Scores, score
+from casehard.callbacks.sigterm import ended_by_sigterm
+from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.export import save_model
+from casehard.engine.weights import NOTHING, borrowed
 from casehard.lightning_modules.defense import Defense
-from casehard.metrics.columns import Answer
+from casehard.metrics.columns import Answer, Column
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import NO_VERDICT
-from casehard.records.answers import ANSWERS
+from casehard.records.answers import ANSWERS, KINDS
+from casehard.records.delivered import STATES, Delivered, keep_answers
+from casehard.records.frames import as_html, frame
 from casehard.records.outcome import job, logged_metrics, outcome
 from casehard.records.rows import ROWS, ResultRow, Run, append_row, read_run, write_run
-from casehard.records.table import results_table, terminal
+from casehard.records.table import delivered_table, results_table, terminal
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Results(L.Callback):
-    """Keep every result row, write it the moment it is known, and close with a table.
+    """Keep every result row, write it the moment it is known, score the model that ``fit`` delivers, and close with tables.
 
     ``attacks.csv`` has a row an evaluation, ``generations.jsonl`` an answer a line, ``model/`` the trained weights in Hugging
     Face format. Both files of results grow by one evaluation at a time, its answers first; what a kill cuts off is left out by
     ``read_run``. A run that goes on from a checkpoint in its folder keeps what earlier epochs of ``fit`` found. Loggers get the
-    numbers; W&B's summary also what each attack came to.
+    numbers; W&B's summary also what each attack came to. ``delivered.json`` has the scores of the model before the first step and
+    of the one that training left, before any attack, and ``delivered.jsonl`` the answers behind them.
 
     Args:
         folder: the run's folder.
         export: write the model when training ends.
         generations: write the generated answers, local only.
         wandb_generations: also send them to W&B, a table an evaluation. With real data they are harmful texts.
+        score: score the model that is delivered, and before training the one that it is made from.
     """
 
-    def __init__(self, folder: str, export: bool = True, generations: bool = True, wandb_generations: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str,
+        export: bool = True,
+        generations: bool = True,
+        wandb_generations: bool = False,
+        score: bool = True,
+    ) -> None:
         self.folder, self.export, self.generations = Path(folder), export, generations
-        self.wandb_generations = wandb_generations
+        self.wandb_generations, self.score = wandb_generations, score
+        self.before: dict[str, float] | None = None  # scores before the first step; a checkpoint keeps them
+        self.delivered: Delivered | None = None
         self.rows: list[ResultRow] = []
         self.began = False  # training or attacking
         self.training_seconds = 0.0  # up to the last checkpoint where a run goes on from it
         self._started: float | None = None  # while it trains
-        self._goes_on = self._exported = False
+        self._goes_on = self._exported = self._nothing_to_score = False
+        self._notes: list[str] = []  # on the scores
         self._evaluation: int | None = None  # the last one's number; None before anything is written
 
     @rank_zero_only
@@ -55,13 +77,13 @@ class Results(L.Callback):
         """
         self.began = True
         if self._evaluation is None:
-            self._evaluation = self._begin(row.epoch)
+            self._evaluation = self._begin(row.epoch, row.own)
         self._evaluation += 1
         row = replace(row, evaluation=self._evaluation)
         append_row(self.folder, row, answers if self.generations else None)
         self.rows.append(row)
         name, rows = self._job()
-        metrics = {f"attack/{name}/{n}": float(row.metrics[n]) for n in logged_metrics() if not math.isnan(row.metrics[n])}
+        metrics = {f"attack/{name}/{n}": float(row.metrics[n]) for n in logged_metrics(row.own) if not math.isnan(row.metrics[n])}
         for logger in trainer.loggers:
             logger.log_metrics(metrics | {"attack_step": float(row.num_attack_steps)}, step=trainer.global_step)
             if isinstance(logger, WandbLogger):
@@ -70,16 +92,17 @@ class Results(L.Callback):
                     columns, data = _wandb_table(row, answers)
                     logger.log_table(f"generations/{name}", columns, data, step=trainer.global_step)
 
-    def _begin(self, epoch: str) -> int:
+    def _begin(self, epoch: str, own: tuple[Column, ...]) -> int:
         """Write the files of results with what they keep; returns the last number of an evaluation.
 
         A run that goes on keeps what was found in earlier epochs of ``fit``; from ``epoch`` on it is found anew.
         """
-        kept = Run(self.folder, [], [])
+        kept = Run(self.folder, [], [], own)
         if self._goes_on and (self.folder / ROWS).exists():
             before = read_run(self.folder, may_be_empty=True)
             earlier = [bool(row.epoch) and (not epoch or int(row.epoch) < int(epoch)) for row in before.rows]
-            kept = Run(self.folder, list(compress(before.rows, earlier)), list(compress(before.answers, earlier)))
+            rows = [row.measured_by(own) for row in compress(before.rows, earlier)]
+            kept = Run(self.folder, rows, list(compress(before.answers, earlier)), own)
         write_run(kept, answers=self.generations or (self.folder / ANSWERS).exists())
         self.rows = list(kept.rows)
         return max((row.evaluation for row in kept.rows), default=0)
@@ -98,18 +121,56 @@ class Results(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Training begins, or goes on."""
+        if not self._goes_on:
+            scores = self._scored(trainer, pl_module, STATES[0])
+            self.before = None if scores is None else scores.metrics
         self.began = True
         self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export before any attack runs, so that no attack can cost the model."""
         self.training_seconds, self._started = self._seconds(), None
-        self._export(trainer, pl_module)
+        self._deliver(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that goes on from its last step trains no more, and may not have got to the export."""
         if not self._exported:
-            self._export(trainer, pl_module)
+            self._deliver(trainer, pl_module)
+
+    def _deliver(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._export(trainer, module)
+        if trainer.interrupted or not (scores := self._scored(trainer, module, STATES[1])):
+            return
+        data: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = {kind: len(getattr(data.evaluation, kind)) for kind in KINDS}
+        before, after = self.before or {}, scores.metrics
+        self.delivered = Delivered(before, after, prompts, data.judge.label, list(dict.fromkeys(self._notes)), scores.own)
+        if trainer.is_global_zero:
+            self.delivered.write(self.folder)
+        names = logged_metrics(scores.own)
+        logged = {f"delivered/{n}": after[n] for n in names} | {f"delivered/{n}_before": before.get(n, math.nan) for n in names}
+        for logger in trainer.loggers:
+            logger.log_metrics({n: float(v) for n, v in logged.items() if not math.isnan(v)}, step=trainer.global_step)
+
+    def _scored(self, trainer: L.Trainer, module: L.LightningModule, when: str) -> Scores | None:
+        """Scores of the model as it is, without a trace; None where none are asked for, or nothing is held out."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not self.score or not isinstance(module, Defense) or not isinstance(data, SFTDataModule):
+            return None
+        evaluation = data.evaluation
+        self._nothing_to_score = not any(getattr(evaluation, kind) for kind in KINDS)
+        if self._nothing_to_score:
+            return None
+        if when == STATES[1]:
+            module.finish()
+        module.synchronize()
+        with ended_by_sigterm(trainer), torch.inference_mode(False), borrowed(module, NOTHING):
+            scores = score(module, evaluation)
+        self._notes += filter(None, [scores.note])
+        if trainer.is_global_zero and self.generations:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            keep_answers(self.folder, when, scores.generations)
+        return scores
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.export and not trainer.interrupted and isinstance(module, Defense):
@@ -127,19 +188,33 @@ class Results(L.Callback):
         return self.training_seconds + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds of training so far."""
-        return {"seconds": self._seconds()}
+        """Seconds of training so far, and what the model scored before."""
+        return {"seconds": self._seconds(), "before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on."""
-        self.training_seconds = state_dict["seconds"]
+        self.training_seconds, self.before = state_dict["seconds"], state_dict.get("before")
+
+    def frame(self) -> "DataFrame":
+        """The rows, as a data frame of pandas."""
+        return frame(self.rows)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return as_html(self.rows, f"Run folder: {self.folder}", self.delivered)
 
     @rank_zero_only
     def close(self) -> None:
-        """Print the table and where everything is."""
+        """Print the tables and where everything is."""
         console = terminal()
+        if self.delivered is not None:
+            console.print(delivered_table(self.delivered))
+        elif self._nothing_to_score:
+            console.print("Not scored: data.sources names no harmful_prompts, benign_prompts or task.")
         if self.rows:
             console.print(results_table(self.rows))
+        elif self.delivered is None and not self._nothing_to_score:
+            console.print("Nothing was attacked or scored: trainer.callbacks has no attack.")
         console.print(f"Run folder: {self.folder}", soft_wrap=True)
 
     @rank_zero_only
@@ -152,6 +227,14 @@ class Results(L.Callback):
         failed = [row.note for row in self.rows if row.num_unscored and not row.num_scored and NO_VERDICT in row.note]
         if failed and not any(row.num_scored for row in self.rows):
             raise SettingError(f"{failed[-1]}. The answers are kept: mend that, and `casehard judge {self.folder}` scores them.")
+        found = self.delivered
+        if found is None or self.rows or found.delivered["num_scored"]:
+            return
+        if failed := [note for note in found.notes if NO_VERDICT in note]:
+            raise SettingError(
+                f"{failed[-1]}. The model is exported: mend that, and start again with --ckpt_path last, which scores it without "
+                "training."
+            )
 
 
 def _wandb_table(row: ResultRow, answers: list[Answer]) -> tuple[list[str], list[list[Any]]]:

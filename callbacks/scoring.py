@@ -1,6 +1,7 @@
 """Score the model as it is: generate answers to the held-out prompts, judge them, reduce over all ranks."""
 
 import math
+from collections import ChainMap
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from casehard.datamodules.chat import prompt_ids, read_answers
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.lightning_modules.defense import Defense
-from casehard.metrics.columns import Answer, summarise
+from casehard.metrics.columns import Answer, Column, summarise
 from casehard.metrics.conversation import Conversation
+from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Judge, Verdict, judged, unscored
 from casehard.records.answers import KINDS
 
@@ -28,6 +30,7 @@ class Scores(NamedTuple):
     metrics: dict[str, float]
     generations: list[Answer]  # prompt, response, score, ... of every answer; on rank 0 only
     note: str = ""  # what a reader of the metrics must know; on rank 0 only
+    own: tuple[Column, ...] = ()  # the columns of metrics of one's own
 
 
 def _ranks() -> tuple[int, int]:
@@ -64,6 +67,7 @@ def answer(module: Defense, evaluation: Evaluation, respond: Respond | None = No
     for kind, rows, room in zip(KINDS, (evaluation.harmful, evaluation.benign, evaluation.task), rooms, strict=True):
         share = rows[rank::world_size]
         texts = respond(share, room) if respond else _generated(module, share, room, evaluation.batch_size)
+        seen = [metric.look(module, kind, share) for metric in evaluation.metrics]
         for i, (row, read) in enumerate(zip(share, read_answers(texts, share, module.tokenizer), strict=True)):
             kept: Answer = {"kind": kind, "number": rank + i * world_size, "prompt": row.prompt, "response": read.text or ""}
             kept |= ({"thoughts": read.thoughts} if read.thoughts else {}) | ({"cut": True} if read.cut else {})
@@ -71,7 +75,7 @@ def answer(module: Defense, evaluation: Evaluation, respond: Respond | None = No
             kept |= {"messages": row.chat()} if isinstance(row.prompt, Conversation) else {}  # for judges that want turns
             if kind == "task":  # a target's thoughts need not be said
                 kept["target"] = answer_and_thoughts(row.response or "")[0] or row.response or ""
-            given.append(kept)
+            given.append(dict(ChainMap(kept, *(found[i] for found in seen))))
     return given
 
 
@@ -105,7 +109,8 @@ def score(module: Defense, evaluation: Evaluation, respond: Respond | None = Non
     """
     judge = evaluation.judge
     answers = _gathered(with_verdicts(judge, answer(module, evaluation, respond)))
-    metrics = _broadcast(summarise(answers, judge.success_threshold) if _ranks()[0] == 0 else {})
+    own = tuple(metric.column() for metric in evaluation.metrics)
+    metrics = _broadcast(summarise(answers, judge.success_threshold, own) if _ranks()[0] == 0 else {})
     heard = [a for a in answers if a["kind"] == "harmful" and a.get("answered", True)]
     why = unscored(judge.label, [(a["score"], a["degenerate"], a["detail"]) for a in heard])
     if why:
@@ -113,7 +118,7 @@ def score(module: Defense, evaluation: Evaluation, respond: Respond | None = Non
     unheard = _unheard(answers, evaluation.max_new_tokens)
     if unheard:
         rank_zero_warn(f"{unheard}. Raise data.evaluation.max_new_tokens to hear them.")
-    return Scores(metrics, answers, "; ".join(filter(None, [why, unheard])))
+    return Scores(metrics, answers, "; ".join(filter(None, [why, unheard])), own)
 
 
 def _unheard(generations: list[Answer], max_new_tokens: int) -> str:
@@ -140,11 +145,28 @@ def defense_and_data(trainer: L.Trainer, module: L.LightningModule) -> tuple[Def
     return module, data  # type: ignore[return-value]
 
 
+def require_prompts(evaluation: Evaluation) -> None:
+    """Refuse to score on nothing, before any weights load.
+
+    Raises:
+        SettingError: no prompts of any kind.
+    """
+    if not (evaluation.harmful or evaluation.benign or evaluation.task):
+        raise SettingError(
+            "data.sources must name prompts to score a model on, as harmful_prompts, benign_prompts or task, got none. Name "
+            "some, or take attacks and casehard.Evaluate out of trainer.callbacks."
+        )
+
+
 class Evaluate(L.Callback):
     """Score the model whenever Lightning validates, on the data's held-out prompts.
 
     The numbers stand beside the losses: ``val/harmful_score``, ``val/finetune_accuracy`` and so on.
     """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that there is something to score on."""
+        require_prompts(defense_and_data(trainer, pl_module)[1].evaluation)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score, unless this is Lightning's sanity check."""

@@ -1,3 +1,5 @@
+from casehard.callbacks.attack import Attack as Attack
+from casehard.callbacks.attack import Target as Target
 from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
@@ -5,14 +7,18 @@ from casehard.callbacks.refusal_ablation import RefusalAblation as RefusalAblati
 from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
 from casehard.callbacks.results import Results as Results
 from casehard.callbacks.scoring import Evaluate as Evaluate
+from casehard.cli.api import run as run
 from casehard.cli.main import main as main
 from casehard.datamodules.sandbox_judge import SandboxJudge as SandboxJudge
 from casehard.datamodules.sft import SFTDataModule as SFTDataModule
 from casehard.engine.adapters import LoRA as LoRA
 from casehard.engine.optimizer import Optimizer as Optimizer
+from casehard.evidence.found import Found as Found
+from casehard.evidence.found import read as read
 from casehard.lightning_modules.booster import BoosterModule as BoosterModule
 from casehard.lightning_modules.backbone import Backbone as Backbone
 from casehard.lightning_modules.defense import Defense as Defense
+from casehard.lightning_modules.job import Job as Job
 from casehard.lightning_modules.lisa import LisaModule as LisaModule
 from casehard.lightning_modules.attacker import InnerAttacker as InnerAttacker
 from casehard.lightning_modules.patcher import PatcherModule as PatcherModule
@@ -33,8 +39,11 @@ from casehard.metrics.judges import Verdict as Verdict
 from casehard.metrics.local_judges import GuardJudge as GuardJudge
 from casehard.metrics.local_judges import ModerationJudge as ModerationJudge
 from casehard.metrics.local_judges import StrongRejectJudge as StrongRejectJudge
+from casehard.metrics.metric import Metric as Metric
 from casehard.metrics.refusal_phrases import RefusalPhraseJudge as RefusalPhraseJudge
 from casehard.metrics.rubric_judge import RubricJudge as RubricJudge
+from casehard.metrics.task_metrics import RougeL as RougeL
+from casehard.metrics.task_metrics import TaskLoss as TaskLoss
 
 __all__: list[str]
 MODULES: dict[str, str]

@@ -1,13 +1,17 @@
 """The commands that train nothing; each imports what it needs when it runs."""
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from jsonargparse import CLI
 
 import casehard
 from casehard.cli.parsing import CommandParser, refusals
+from casehard.metrics.errors import needs
 from casehard.shipped import experiment
+
+PLOT = ("jinja2", "matplotlib")  # of the extra plot
 
 
 def study(
@@ -17,7 +21,7 @@ def study(
     parallel: int | None = None,
     cluster: str | None = None,
     cluster_settings: dict[str, Any] | None = None,
-) -> None:
+) -> Path:
     """Run every attack on every defense with every seed, as a study file says, and go on where a study was cut off.
 
     A cell is done when its run's marker carries the hash of its resolved config, what it rested on is the same still (the code,
@@ -36,7 +40,7 @@ def study(
     from casehard.cli.lightning_cli import resolved
     from casehard.evidence.study import run_study
 
-    run_study(resolved, experiment(file, "experiments/studies"), root, parallel, cluster, cluster_settings or {})
+    return run_study(resolved, experiment(file, "experiments/studies"), root, parallel, cluster, cluster_settings or {})
 
 
 def sandbox(split: str | None = None, kind: str | None = None, num_rows: int = 2, tokenizer: str | None = None) -> None:
@@ -69,10 +73,32 @@ def report(args: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=str, help="run folders (also RUN/judged/JUDGE), or a study's")
     parser.add_argument("--out", type=str, default="report", help="folder of the report")
     parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
+    parser.add_argument("--answers", type=bool, default=False, help="put a page of all answers beside it: casehard answers")
     settings = parser.parse_args(args)
-    from casehard.evidence.report import write_report  # with matplotlib and jinja2, an extra
+    for package in PLOT:
+        needs("casehard report", package, "plot")
+    from casehard.evidence.report import write_report
 
-    print(f"Report: {write_report(settings.runs, settings.out, settings.title)}")
+    print(f"Report: {write_report(settings.runs, settings.out, settings.title, settings.answers)}")
+
+
+def answers(args: list[str]) -> None:
+    """``casehard answers RUN ...``: one self-contained page on which a person reads what the models said."""
+    parser = CommandParser(
+        prog="casehard answers",
+        description="Write one page on which to read what models answered, by attack, defense, seed, step and verdict. Answers "
+        "that were judged harmful, or not judged, stay closed until they are opened. With real data it holds harmful texts.",
+    )
+    parser.add_argument("runs", nargs="+", type=str, help="run folders (also RUN/judged/JUDGE), or a study's")
+    parser.add_argument("--out", type=str, default="answers.html", help="the page")
+    parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
+    settings = parser.parse_args(args)
+    needs("casehard answers", "jinja2", "plot")
+    from casehard.evidence.summary import collect, run_folders
+    from casehard.evidence.viewer import write_viewer
+
+    page = write_viewer(collect(settings.runs), run_folders(settings.runs), Path(settings.out), settings.title)
+    print(f"Answers: {page}")
 
 
 def card(args: list[str]) -> None:
@@ -83,7 +109,9 @@ def card(args: list[str]) -> None:
     parser.add_argument("run", type=str, help="folder of a finished `fit` that exported its model")
     parser.add_argument("tests", nargs="*", type=str, help="folders of more runs that attacked this model, such as a study's")
     settings = parser.parse_args(args)
-    from casehard.evidence.card import write_card  # with matplotlib and jinja2, an extra
+    for package in PLOT:
+        needs("casehard card", package, "plot")
+    from casehard.evidence.card import write_card
 
     print(f"Card: {write_card(settings.run, settings.tests)}")
 
@@ -107,15 +135,77 @@ def dashboard(args: list[str]) -> None:
     print(make_dashboard(settings.runs, settings.project, settings.entity, settings.title, settings.dry_run))
 
 
-ON_RUNS: dict[str, Callable[[list[str]], None]] = {"report": report, "card": card, "dashboard": dashboard}
+def list_all(args: list[str]) -> None:
+    """``casehard list``: what there is to choose from."""
+    parser = CommandParser(
+        prog="casehard list",
+        description="List what there is to choose from: short name, where it acts, whose it is, class path or file, and what it "
+        "is. Classes of other packages are those that they declare as entry points of the group casehard.",
+    )
+    parser.add_argument("kinds", nargs="*", type=str, help="defenses, attacks, judges, metrics, experiments; by default all")
+    parser.add_argument("--package", type=str | None, default=None, help="also list every class of this package, as of your own")
+    settings = parser.parse_args(args)
+    from casehard.cli.listing import listed
+
+    print(listed(settings.kinds, settings.package))
 
 
-def run(name: str, args: list[str]) -> None:
-    """Run a command: one on any number of run folders has a parser of its own, any other's settings are its function's."""
-    if name in ON_RUNS:
-        ON_RUNS[name](args)
-        return
-    command: Callable[..., None] = study if name == "study" else sandbox
+def init(args: list[str]) -> None:
+    """``casehard init KIND``: a commented file to begin from."""
+    from casehard.cli.init import Given, templates, write
+
+    parser = CommandParser(
+        prog="casehard init",
+        description="Write a commented file to begin from: service (a customer's fine-tuning job), harden (align your own model "
+        "before release), study (defenses x attacks x seeds), or a class of your own. Rows that you name are read, and parts of "
+        "them held out; what you do not name is a name to be replaced, or is not measured, and the file says so.",
+    )
+    parser.add_argument("kind", type=Literal[tuple(templates())], help="what to write")
+    parser.add_argument("--out", type=str | None, default=None, help="the new file; by default my_job.yaml and the like")
+    parser.add_argument("--model", type=str | None, default=None, help="your model: a folder, a hub id or a GGUF file")
+    parser.add_argument("--rows", type=str, nargs="+", default=[], help="the customer's rows, or benign rows: one or more files")
+    parser.add_argument(
+        "--harmful_prompts",
+        type=str | None,
+        default=None,
+        help="prompts to refuse; without --anchors half of them become anchors",
+    )
+    parser.add_argument("--anchors", type=str | None, default=None, help="harmful prompts that SBR holds in place")
+    parser.add_argument("--harmful_rows", type=str | None, default=None, help="harmful prompts with harmful answers, for attacks")
+    parser.add_argument("--benign_prompts", type=str | None, default=None, help="harmless prompts that look harmful")
+    settings = vars(parser.parse_args(args))
+    given = Given(**{name: settings[name] for name in Given._fields} | {"rows": tuple(settings["rows"])})
+    path = write(settings["kind"], settings["out"], given)
+    print(f"Written: {path}. It says on top what to do next.")
+
+
+def preview(args: list[str]) -> None:
+    """``casehard preview ...``: the rows of a run as its model reads them."""
+    from casehard.cli.preview import main
+
+    main(args)
+
+
+OWN_PARSER: dict[str, Callable[[list[str]], None]] = {
+    "report": report,
+    "answers": answers,
+    "card": card,
+    "dashboard": dashboard,
+    "list": list_all,
+    "init": init,
+    "preview": preview,
+}
+
+
+def run(name: str, args: list[str]) -> Any:
+    """Run a command: one of any number of words has a parser of its own, any other's settings are its function's.
+
+    Returns:
+        The folder of what it came to, where there is one.
+    """
+    if name in OWN_PARSER:
+        return OWN_PARSER[name](args)
+    command: Callable[..., Any] = study if name == "study" else sandbox
     if name == "judge":
         from casehard.evidence.rejudge import main as command
 
@@ -123,4 +213,4 @@ def run(name: str, args: list[str]) -> None:
             if public.endswith("Judge"):
                 getattr(casehard, public)
     with refusals():
-        CLI(command, args=args, prog=f"casehard {name}", parser_class=CommandParser)
+        return CLI(command, args=args, prog=f"casehard {name}", parser_class=CommandParser)

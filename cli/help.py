@@ -14,7 +14,13 @@ import casehard
 from casehard.cli.signatures import Setting, Source, find, of_lightning
 from casehard.shipped import PACKAGE
 
-BASES = {"model": "Defense", "data.judge": "Judge", "judge": "Judge", "trainer.callbacks": "Callback"}  # of a setting's classes
+BASES = {  # of a setting's classes
+    "model": "Defense",
+    "data.judge": "Judge",
+    "data.evaluation.metrics": "Metric",
+    "judge": "Judge",
+    "trainer.callbacks": "Callback",
+}
 TRAINER = "https://lightning.ai/docs/pytorch/stable/common/trainer.html"
 USELESS = {  # of Lightning's settings: what does nothing here, or only harm
     "barebones",
@@ -67,7 +73,7 @@ def class_help(name: str) -> str | None:
 def public(base: str) -> dict[str, Source]:
     """Public classes that can be made and derive from ``base``, and it first."""
     named = {name: source for name in casehard.__all__ if (source := find(casehard.MODULES[name], name))}
-    kin = [name for name, source in named.items() if base in (name, *source.ancestors()) and not source.is_abstract]
+    kin = [name for name, source in named.items() if source.is_a(base) and not source.is_abstract]
     return {name: named[name] for name in sorted(kin, key=lambda name: (name != base, name))}
 
 

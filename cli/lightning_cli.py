@@ -12,21 +12,23 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import casehard
 from casehard.callbacks.results import Results
+from casehard.cli.defaults import default_files, of_the_sandbox
 from casehard.cli.help import known_options
 from casehard.cli.machine import check_number_of_devices, finish_wandb, hush_lightning, said_of_machine
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
-from casehard.cli.private import PrivateCLI, QuietWandbLogger
+from casehard.cli.private import PrivateCLI, QuietWandbLogger, refusals_of_wandb
 from casehard.cli.run_folder import (
     LAST,
     claim_run_folder,
@@ -42,14 +44,14 @@ from casehard.cli.run_folder import (
 )
 from casehard.cli.run_settings import RunSettings
 from casehard.datamodules.sft import SFTDataModule
-from casehard.engine.fit_checkpoint import numbers_only, read_notes
+from casehard.engine.fit_checkpoint import numbers_only, read_notes, require_unharmed
 from casehard.engine.training import DivergedError, narrow
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import require_name
 from casehard.records.files import RUN_FOLDER, write_whole_bytes
 from casehard.records.table import terminal
-from casehard.shipped import PACKAGE
 
 
 class ProgressBar(TQDMProgressBar):
@@ -129,7 +131,8 @@ class Cli(PrivateCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         for name in casehard.__all__:  # so that they may stand without `casehard.` too, and --help lists them
             getattr(casehard, name)
-        defaults = {"default_config_files": [str(PACKAGE / "experiments" / "default.yaml")]}
+        self.words = sys.argv[1:] if args is None else args
+        defaults = {"default_config_files": default_files(self.words)}
         with ExitStack() as self.while_it_runs, numbers_only():
             super().__init__(
                 Defense,
@@ -177,11 +180,17 @@ class Cli(PrivateCLI):
         """Check what can be known from the settings alone.
 
         Raises:
-            SettingError: two defenses, or ``validate`` would end before it begins, as by the default config.
+            SettingError: two defenses, a run with a name that is none, or ``validate`` would end before it begins, as by the
+                default config.
         """
         config = self.config[self.subcommand]
         if named := self.parser_of(self.subcommand).defenses:  # type: ignore[attr-defined]
             check_one_defense([*named, ("the command line", class_path(config, "model") or "none")])
+        require_name("run.experiment", experiment_name(config), folder=True)
+        if config.run.version is not None:
+            require_name("run.version", config.run.version, folder=True)
+        if said := of_the_sandbox(yaml.safe_load(self.config_text())):
+            rank_zero_warn(said)
         if config.weights_only is False:
             raise SettingError("weights_only must be true or left out, got false: a checkpoint's code would be run.")
         check_number_of_devices(config.trainer)
@@ -209,12 +218,14 @@ class Cli(PrivateCLI):
         config = self.config[self.subcommand]
         dry = bool(config.trainer.fast_dev_run)
         if config.ckpt_path is not None:
-            check_made_by(self.model, read_notes(config.ckpt_path))
+            check_made_by(self.model, read_notes(config.ckpt_path, to_train=self.subcommand == "fit"))
+            rank_zero_only(require_unharmed)(config.ckpt_path)
         self.folder = self._take_folder(config, dry)
         self._say_what_runs(config)
         self.save_config_kwargs = {"folder": self.folder}
         export = config.run.export and self.subcommand == "fit" and not dry
-        self.results = Results(str(self.folder), export, config.run.generations, config.run.wandb_generations)
+        scored = config.run.score and self.subcommand == "fit" and not dry
+        self.results = Results(str(self.folder), export, config.run.generations, config.run.wandb_generations, scored)
         extra: list[Any] = [self.results]
         if self.subcommand == "fit" and config.trainer.enable_checkpointing is not False:
             steps = config.run.checkpoint_steps
@@ -298,7 +309,7 @@ class Cli(PrivateCLI):
         if self.results.began:
             terminal().print("\nSo far:" if self.results.rows else "")
             self.results.close()
-            terminal().print(line_to_go_on(sys.argv[1:], self.folder), soft_wrap=True)
+            terminal().print(line_to_go_on(self.words, self.folder), soft_wrap=True)
         sys.stdout.flush()
         steps = f", after {self.trainer.global_step} steps of training" if self.subcommand == "fit" else ""
         sys.stderr.write(f"stopped by {why}{steps}\n")
@@ -313,8 +324,14 @@ class Cli(PrivateCLI):
             name, group = f"{folder.parent.name}-{folder.name}", config.run.group or folder.parent.name
             where = {"save_dir": folder, "project": config.run.project, "offline": offline}
             place = {"group": group, "job_type": self.subcommand, "tags": config.run.tags}
-            wandb = QuietWandbLogger(name=name, version=wandb_id(folder), **where, **place)
-            wandb.experiment.define_metric("attack_step")
+            try:
+                wandb = QuietWandbLogger(name=name, version=wandb_id(folder), **where, **place)
+                wandb.experiment.define_metric("attack_step")
+            except refusals_of_wandb() as error:
+                raise SettingError(
+                    f"run.wandb, run.project, run.group and run.tags must be such that W&B takes the run, and it says: "
+                    f"{' '.join(str(error).split())[:300]}. Correct that, or set run.wandb to offline, or to disabled."
+                ) from error
             wandb.experiment.define_metric("attack/*", step_metric="attack_step")
             loggers.append(wandb)
         return loggers
@@ -367,23 +384,23 @@ def experiment_name(config: Any) -> str:
     return names[0] if names else "casehard"
 
 
-def train(args: list[str]) -> None:
-    """Run ``fit``, ``validate`` or ``test``.
+def train(args: list[str]) -> Cli:
+    """Run ``fit``, ``validate`` or ``test``. Returns the command line, with the run's ``folder`` and ``trainer``.
 
     Raises:
         SettingError: a setting must be another, or training diverged.
         SystemExit: with the status of a process that Ctrl-C or SIGTERM ended.
     """
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # they are those of the process, or meant
     hush_lightning()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # of a run that goes on
     warnings.filterwarnings("ignore", message="Experiment logs directory")  # the folder is this run's own
     warnings.filterwarnings("ignore", message=".*overriding `LightningModule.optimizer_")  # so it is meant
-    sys.argv[1:] = args  # launchers start further processes by it
     inherited = RUN_FOLDER in os.environ
     try:
         with refusals():
-            Cli()
+            return Cli(args)
     except (DivergedError, MisconfigurationException, RuntimeError) as error:
         if sentence := said_of_machine(error):
             raise SettingError(sentence) from error
@@ -415,5 +432,5 @@ def resolved(args: list[str]) -> str:
     except _Resolved as text:
         return str(text)
     except SystemExit as stop:
-        raise SettingError(f"every cell must be a command that works, and this one does not: {' '.join(args)}") from stop
+        raise SettingError(f"every cell must be a command that works, and this one does not: {' '.join(args)} ({stop})") from stop
     raise AssertionError("the resolver stops where the config is read")

@@ -15,6 +15,7 @@ from casehard.engine.training import DivergedError
 from casehard.metrics.errors import SettingError
 
 LIGHTNING = Path(lightning.__file__).parent
+LOST = re.compile(r"(closed|reset) by peer|Broken pipe.*(gloo|nccl)|remote process exited", re.IGNORECASE)  # as torch says it
 
 
 def hush_lightning() -> None:
@@ -60,6 +61,11 @@ def said_of_machine(error: Exception) -> str | None:
         return (
             f"the model and its batches must fit the memory, and {wanted[1] if wanted else 'what came last'} more did not. "
             "Lower data.batching.batch_size, max_length or lora.rank, or take a machine with more memory."
+        )
+    if LOST.search(str(error)):
+        return (
+            "all processes of a run must live to its end, and another one has ended, or cannot be reached. Its last lines say "
+            "why; `fit` goes on from RUN/checkpoints/last.ckpt by --ckpt_path."
         )
     if "backend found" in str(error):
         return f"trainer.accelerator must be one that this machine has: {error}"

@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 
-from casehard.metrics.errors import SettingError
+from casehard.cli.orphans import end_with_parent
+from casehard.metrics.errors import Misread, SettingError
+from casehard.metrics.names import visible
 
 TRAINING = {
     "fit": "train a defense, export its model and attack it",
@@ -13,22 +15,28 @@ TRAINING = {
     "test": "attack the model as it is",
 }
 OTHERS = {
+    "init": "write a file to begin from: service, harden, study, or a class of your own",
+    "preview": "show rows as the model reads them, and what is learnt",
     "study": "run defenses x attacks x seeds",
     "report": "write a page on runs",
+    "answers": "write a page to read runs' answers on",
     "card": "write the card of an exported model",
     "dashboard": "save a workspace on W&B",
     "judge": "score a run's answers by another judge",
+    "list": "list defenses, attacks, judges, metrics and experiments",
     "sandbox": "print rows of the embedded data",
 }
 ABOUT = "Hardens open-weight language models and measures how hard they are to break."
 START = """\
 to begin:
   casehard fit --config sbr
+with your own model and rows:
+  casehard init service --model FOLDER --rows customer.jsonl
 
 Names of experiments are files of yours or those that come with casehard, with or without experiments/ and .yaml.
 `casehard COMMAND --help` lists the settings of a command, `casehard --version` says which casehard this is."""
 HELP = ("-h", "--help")
-AT_ONCE = ("sandbox",)  # commands that need no word before they begin
+AT_ONCE = ("sandbox", "list")  # commands that need no word before they begin
 CLASSES = (*TRAINING, "judge")  # commands whose settings are classes
 
 
@@ -50,21 +58,26 @@ def main(args: list[str] | None = None) -> None:
         if sys.stderr.isatty() and name not in AT_ONCE and os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"casehard {name}: reading the settings, and what they need\n")
         if name in TRAINING:
+            end_with_parent()
             from casehard.cli.lightning_cli import train
 
+            sys.argv[1:] = args  # launchers start further processes by it
             train(args)
         else:
             from casehard.cli.commands import run
 
             run(name, args[1:])
         sys.stdout.flush()
+    except Misread as error:
+        sys.stderr.write(f"{error.prog} --help lists the settings.\nerror: {error}\n")  # last: a study shows a log's last line
+        raise
     except BrokenPipeError:  # whoever reads this has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (SettingError, OSError) as error:
         if os.environ.get("CASEHARD_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(visible(f"error: {error}"))
     except KeyboardInterrupt:  # Lightning ends a run of its own accord
         sys.stderr.write("interrupted\n")
         sys.exit(128 + signal.SIGINT)

@@ -17,9 +17,13 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 import casehard
+from casehard.cli.config_files import config_text, require_known
+from casehard.cli.defaults import way_out
+from casehard.cli.plugins import plugins
 from casehard.cli.signatures import find
 from casehard.cli.yaml_texts import MODE, as_class, safe
-from casehard.metrics.errors import SettingError
+from casehard.metrics.errors import Misread, SettingError
+from casehard.metrics.names import visible
 from casehard.shipped import experiment, shipped
 
 
@@ -95,6 +99,7 @@ def meant(message: str, options: Collection[str] = ()) -> str:
         known = {} if module is casehard else {public: f"casehard.{public}" for public in casehard.__all__}
         known |= {part.name: part.name for part in pkgutil.iter_modules(getattr(module, "__path__", []))}
         known |= {key: key for key in dir(module) if key[0].isupper()}
+        known |= {} if found[1] else {name: name for name in plugins()}
     elif found := re.search(r"No module named '([\w.]+)'", message):
         name, known = found[1], {"casehard": "casehard"}
     elif found := re.search(
@@ -154,13 +159,12 @@ class PlainErrors:
         return f"{option}{equals}{as_class(value)}"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and leave; parsers of the classes within raise, as they do."""
+        """Leave with the sentence; parsers of the classes within raise, as they do."""
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
-        text = plain(message, self.options())  # last: a study shows a log's last line
-        sys.stderr.write(f"{prog} --help lists the settings.\nerror: {text}\n")
-        sys.exit(2)
+        text = plain(message, self.options())
+        raise Misread(visible(way_out(text) or text), prog)
 
 
 class CommandParser(PlainErrors, ArgumentParser):
@@ -190,11 +194,12 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Forget what the file replaces, then apply it."""
         values = self._file(values)
-        text = Path(values).read_text(encoding="utf-8") if os.path.isfile(values) else values
+        text = config_text(values)
         name = Path(values).name if text != values else TEXT
         with suppress(yaml.YAMLError):  # which is then said below
             config = read(name, text)
             check_top(name, config, vars(cfg))
+            require_known(config, cfg, values)
             for key in _replaced(config, cfg):
                 if cfg.get(key) is not None:
                     cfg[key] = None

@@ -16,6 +16,7 @@ class RunSettings:
         project: W&B project.
         group: W&B group of the run; by default its experiment's name.
         tags: W&B tags of the run.
+        score: score the model before ``fit`` trains it, and the one that it delivers.
         export: write the trained model in Hugging Face format.
         checkpoint_steps: optimizer steps between checkpoints, from which --ckpt_path goes on; by default one an epoch.
         generations: write generated answers to generations.jsonl.
@@ -29,6 +30,7 @@ class RunSettings:
     project: str = "casehard"
     group: str = ""
     tags: list[str] = field(default_factory=list)
+    score: bool = True
     export: bool = True
     checkpoint_steps: int | None = None
     generations: bool = True

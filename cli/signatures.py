@@ -3,13 +3,15 @@
 import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import docstring_parser
 
+import casehard
 from casehard.shipped import PACKAGE
 
 Node = ast.ClassDef | ast.FunctionDef
@@ -43,7 +45,7 @@ class Source:
     @property
     def summary(self) -> str:
         """The first sentence of its docstring."""
-        return re.split(r"(?<=[^.]\.)\s(?=[A-Z])", " ".join(self.text.partition("\n\n")[0].split()))[0]
+        return first_sentence(self.text.partition("\n\n")[0])
 
     @property
     def text(self) -> str:
@@ -58,7 +60,9 @@ class Source:
     @property
     def is_abstract(self) -> bool:
         """Whether only what derives from it can be made."""
-        return any(name in ABSTRACT for name in self.base_names())
+        return any(name in ABSTRACT for name in self.base_names()) or bool(
+            re.search(r"@abstractmethod|raise NotImplementedError", ast.unparse(self.node))
+        )
 
     def base_names(self) -> list[str]:
         """The classes that it derives from, without their modules."""
@@ -66,7 +70,19 @@ class Source:
 
     def bases(self) -> list["Source"]:
         """Those of them that are casehard's."""
-        return [base for name in self.base_names() if (base := find(self.module, name))]
+        packages = ("casehard", self.module.partition(".")[0])
+        return [base for name in self.base_names() if (base := find(self.module, name, packages))]
+
+    def is_a(self, base: str) -> bool:
+        """Whether it is, or derives from, the class that casehard calls ``base``, or one of that name where casehard has none."""
+        known = find(casehard.MODULES.get(base, ""), base)
+        return base in (self.node.name, *self.ancestors()) if known is None else known in (self, *self.lineage())
+
+    def lineage(self) -> Iterator["Source"]:
+        """All classes that it derives from and that are casehard's."""
+        for base in self.bases():
+            yield base
+            yield from base.lineage()
 
     def ancestors(self) -> Iterator[str]:
         """Names of all classes that it derives from, as far as casehard's sources tell."""
@@ -125,16 +141,40 @@ class Source:
         return re.sub(r"\b[A-Z][A-Z_]+\b", lambda found: constants.get(found[0], found[0]), text)
 
 
-def find(module: str, name: str) -> Source | None:
-    """What a name means in one of casehard's modules; None where it is of another package."""
-    if not module.startswith("casehard.") or not _file(module).exists():
+def first_sentence(text: str) -> str:
+    """Of a text, in one line."""
+    return re.split(r"(?<=[^.]\.)\s(?=[A-Z`])", " ".join(text.split()))[0]
+
+
+def find(module: str, name: str, packages: Collection[str] = ("casehard",)) -> Source | None:
+    """What a name means in a module of casehard's, or of other ``packages``; None where it is of none of them.
+
+    Nothing is imported. A name of casehard itself (``casehard.Defense``) is found wherever it is used.
+    """
+    if module.partition(".")[0] not in packages:
         return None
+    if module == "casehard":
+        return find(casehard.MODULES.get(name, ""), name)
     for node in _parsed(_file(module)).body:
         if isinstance(node, Node) and node.name == name:
             return Source(module, node)
-        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
-            return find(str(node.module), name)
-    return None
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return find(_imported(module, node), alias.name, packages)
+    return find("casehard", name) if module.partition(".")[0] != "casehard" else None
+
+
+def _imported(module: str, node: ast.ImportFrom) -> str:
+    """The module that a line imports from, also where it is given from here on."""
+    package = module.split(".") if _file(module).name == "__init__.py" else module.split(".")[:-1]
+    above = package[: len(package) - node.level + 1] if node.level else []
+    return ".".join([*above, *([node.module] if node.module else [])])
+
+
+def classes(module: str) -> list[Source]:
+    """All classes that a module defines, but for those whose names begin with an underscore."""
+    return [Source(module, n) for n in _parsed(_file(module)).body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
 
 
 def of_lightning(file: Path, name: str) -> list[Setting]:
@@ -151,7 +191,22 @@ def _constructor(node: ast.ClassDef) -> ast.FunctionDef | None:
 
 
 def _file(module: str) -> Path:
-    return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    """The source of a module, wherever its package is; a path that is not there where it has none."""
+    top, *rest = module.split(".")
+    path = (PACKAGE if top == "casehard" else folder_of(top)).joinpath(*rest)
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@cache
+def folder_of(package: str) -> Path:
+    """The folder of a package, or its only file without ``.py``; nothing is imported."""
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or (spec.origin is None and not spec.submodule_search_locations):
+        return Path(package)
+    return Path(next(iter(spec.submodule_search_locations or [str(spec.origin).removesuffix(".py")])))
 
 
 @cache

@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 import casehard
+from casehard.cli.plugins import known_as
 from casehard.metrics.errors import SettingError
 
 MODE = "casehard"  # of jsonargparse's parsers that read so
@@ -92,10 +93,12 @@ def _renamed(value: Any, top: bool = True) -> Any:
             if not isinstance(value.get(key), kind | None):
                 raise SettingError(f"{key} must be {what}, got {value[key]!r}.")
         return {
-            key: as_class(part) if key == "class_path" and isinstance(part, str) else _renamed(part, top=False)
+            key: known_as(as_class(part)) if key == "class_path" and isinstance(part, str) else _renamed(part, top=False)
             for key, part in value.items()
             if not (top and key in GONE and part is None)
         }
+    if isinstance(value, str):
+        known_as(value)  # once it is imported, a setting that is a class may bear its short name
     return value
 
 

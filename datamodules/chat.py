@@ -1,6 +1,9 @@
 """Rows to token ids, for any chat template: prompt and answer are told apart by their tokens, never by the model's name."""
 
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -16,6 +19,7 @@ from casehard.datamodules.row import Row
 from casehard.metrics.errors import SettingError
 
 IGNORED = -100  # the label of a token that nothing is learnt from
+SECONDS, LONGEST = 10, 1_000_000  # that a chat template may take for a row, and letters that it may add
 PROBE = "casehard"  # stands in for a turn, to see what a template makes of it
 
 
@@ -179,14 +183,51 @@ def _render(row: Row, tokenizer: PreTrainedTokenizerBase, answered: bool = False
 def _rendered(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
     asked = turns[-1]["role"] != "assistant"
     try:
-        return tokenizer.apply_chat_template(  # type: ignore[return-value]
-            turns, add_generation_prompt=asked, tokenize=False, enable_thinking=False
-        )
+        with _at_most(SECONDS):
+            text: str = tokenizer.apply_chat_template(  # type: ignore[assignment]
+                turns, add_generation_prompt=asked, tokenize=False, enable_thinking=False
+            )
     except TemplateError as error:
         raise SettingError(
             f"a row with the roles {_roles(turns)} must fit the chat template, which says: {error}. "
             "Leave out the turns that it refuses, or use another template."
         ) from error
+    except (TimeoutError, MemoryError, OverflowError) as error:
+        raise SettingError(
+            f"the chat template of {tokenizer.name_or_path!r} must write a row in {SECONDS} seconds and in the memory that is "
+            f"there, and it did not ({type(error).__name__}). Use another template."
+        ) from error
+    if len(text) > LONGEST + sum(len(turn["content"]) for turn in turns):
+        raise SettingError(
+            f"the chat template of {tokenizer.name_or_path!r} must add at most {LONGEST:,} letters to a row, got {len(text):,} "
+            "in all. Use another template."
+        )
+    return text
+
+
+@contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """End a block that takes longer: a template is code of whoever made the model, and its loops have no end of their own.
+
+    Only in the main thread, to which the system's alarm is sent.
+
+    Raises:
+        TimeoutError: it did.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _roles(turns: list[dict[str, str]]) -> str:

@@ -46,13 +46,14 @@ def numbered(place: str, records: Collection[Any]) -> Table:
 
 def load_file(path: Path) -> Table:
     """The rows of a file, read as its extension says."""
-    if path.suffix not in EXTENSIONS:
+    suffix = path.suffix.lower()
+    if suffix not in EXTENSIONS:
         raise SettingError(
             f"{path} must end in {', '.join(EXTENSIONS)}, got {path.suffix or 'no extension'}. Convert, unpack or rename it."
         )
     if path.stat().st_size == 0:
         raise SettingError(f"{path} must hold at least one row, but the file is empty. Check what wrote it.")
-    match path.suffix:
+    match suffix:
         case ".json":
             return numbered(str(path), _read_json(path))
         case ".jsonl":
@@ -78,7 +79,7 @@ def load_folder(path: Path) -> dict[str, list[Table]]:
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} must hold data files ({', '.join(EXTENSIONS)}) or a data set from Dataset.save_to_disk, got neither. "
-            "Check the folder."
+            "Check the folder; in one, names must end so in small letters."
         ) from error
     except (DatasetsError, ValueError) as error:
         raise SettingError(f"{path} must hold files that datasets can put in splits ({error}). Name a file of it.") from error

@@ -43,11 +43,12 @@ def mix(
         fitting = list(islice((rows[i] for i in permutation(len(rows), seed, kind) if fits(rows[i])), wanted)) if wanted else []
         if wanted > len(fitting):
             cut = len(rows) - len(fitting)
+            ratio = "lower" if kind == "harmful" else "raise"
             short, way = (f", {cut} of which max_length leaves no answer", "Raise max_length, lower") if cut else ("", "Lower")
             raise SettingError(
                 f"num_samples {num_samples} at poison_ratio {poison_ratio} must find {wanted} {kind} rows, "
                 f"got {len(rows)}{short}. "
-                f"{way} num_samples, {'lower' if kind == 'harmful' else 'raise'} poison_ratio, or give more {kind} rows."
+                f"{way} num_samples, {ratio} poison_ratio, or name more rows in data.sources.{kind}."
             )
         drawn += fitting
     return [drawn[i] for i in permutation(num_samples, seed, "order")]

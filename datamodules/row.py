@@ -4,7 +4,7 @@ Here and in every setting, a *row* is this. What an evaluation leaves as a line 
 (``records.rows.ResultRow``).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from casehard.metrics.conversation import prompt_of
 
@@ -16,10 +16,12 @@ class Row:
     Args:
         messages: turns before the answer, each a role (system, user, assistant) and its content; the last is the user's.
         response: the answer, or None where a row only asks.
+        where: it was read, such as ``rows.jsonl, line 7``; rows of two places are equal all the same.
     """
 
     messages: tuple[tuple[str, str], ...]
     response: str | None = None
+    where: str = field(default="", compare=False)
 
     @property
     def prompt(self) -> str:

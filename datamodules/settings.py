@@ -5,6 +5,7 @@ from typing import Literal
 
 from casehard.datamodules.columns import flaw
 from casehard.metrics.errors import SettingError
+from casehard.metrics.metric import Metric, require_metrics
 
 REFUSAL = "I'm sorry, but I can't help with that request."
 
@@ -56,13 +57,16 @@ class EvaluationSettings:
         num_evaluated: at most so many rows of each held-out kind; null scores all.
         max_new_tokens: tokens of a generated answer, thoughts before it included; more for the task where a response has more.
         generation_batch_size: prompts answered at once; the text does not depend on it.
+        metrics: more columns of results, by class path: casehard.RougeL, casehard.TaskLoss, or a metric of your own.
     """
 
     num_evaluated: int | None = None
     max_new_tokens: int = 64
     generation_batch_size: int = 128
+    metrics: list[Metric] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        require_metrics(self.metrics, "data.evaluation.metrics")
         _at_least_one(self, "num_evaluated", "max_new_tokens", "generation_batch_size")
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, cast
 
 import lightning as L
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from casehard.datamodules import control_tokens
 from casehard.datamodules.batches import Batch, Batches, Example, StepLoader, share_of
 from casehard.datamodules.chat import IGNORED, collate, encode, encode_together, prompt_ids, require_chat_template
 from casehard.datamodules.fingerprint import Origin, origin
@@ -22,6 +23,7 @@ from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.datamodules.sources import fetch, read_rows
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Judge, require_judge
+from casehard.metrics.metric import Metric, try_out
 
 DEFENSE_ROWS = "the defense's own rows"
 
@@ -49,6 +51,7 @@ class Evaluation:
     max_new_tokens: int
     batch_size: int
     num_target_tokens: int = 0  # of the longest response to a task, which an answer must have room for
+    metrics: list[Metric] = field(default_factory=list)  # of one's own
 
 
 def _with_system_turn(row: Row, system_prompt: str) -> Row:
@@ -137,14 +140,19 @@ class SFTDataModule(L.LightningDataModule):
         rows = {name: [row for _, part in parts for row in part] for name, parts in read.items()}
         refusal_texts = self.sources.refusal_texts
         rows["refusals"] = [
-            row if row.response else Row(row.messages, refusal_texts[i % len(refusal_texts)])
+            row if row.response else replace(row, response=refusal_texts[i % len(refusal_texts)])
             for i, row in enumerate(rows["refusals"])
         ]
         for name in ("harmful_prompts", "benign_prompts", "task"):
             rows[name] = rows[name][: self.evaluation_settings.num_evaluated]
+        for name, part in {**rows, DEFENSE_ROWS: defense_rows}.items():
+            if said := control_tokens.report(name, part, self.tokenizer):
+                rank_zero_warn(said)
         rows = {name: self.instructed(part) for name, part in rows.items()}
         self._check_overlap(rows, defense_rows)
         self.judge.try_out(*([row.prompt for row in rows[name][:1]] for name in ("harmful_prompts", "benign_prompts")))
+        scored = {"harmful": "harmful_prompts", "benign": "benign_prompts", "task": "task"}
+        try_out(self.evaluation_settings.metrics, [kind for kind, name in scored.items() if rows[name]])
         self.num_target_tokens = max((_num_labels(self._encode_whole(row)) for row in rows["task"]), default=0)
         self._check_positions(rows, defense_rows)
         if self.num_target_tokens > self.evaluation_settings.max_new_tokens:
@@ -240,6 +248,7 @@ class SFTDataModule(L.LightningDataModule):
             self.evaluation_settings.max_new_tokens,
             self.evaluation_settings.generation_batch_size,
             self.num_target_tokens,
+            self.evaluation_settings.metrics,
         )
 
     def mixture(self, num_samples: int | None, poison_ratio: float, seed: int) -> list[Row]:

@@ -65,7 +65,9 @@ def fetch(source: str) -> None:
 
 
 def split_source(source: str) -> tuple[str, str | None]:
-    """A source without its ``#SPLIT``, and that split."""
+    """A source without its ``#SPLIT``, and that split; a # may be in a file's own name."""
+    if os.path.isfile(shipped(source)):
+        return shipped(source), None
     matched = re.fullmatch(r"(.+?)(?:#([^#/]*))?", source, re.DOTALL)
     return (shipped(matched[1]), matched[2]) if matched else ("", None)
 
@@ -140,4 +142,4 @@ def _row(record: Any, where: str, needs_response: bool, uses_response: bool) -> 
     for role, content in turns:
         if got := flaw(content):
             raise SettingError(f"{where} must have text in every turn, got {got} from the {role}. Mend the turn, or take it out.")
-    return Row(tuple(turns), response)
+    return Row(tuple(turns), response, where)

@@ -146,7 +146,7 @@ def require_plain_weights(checkpoint: str) -> None:
         return
     with _reading(checkpoint):
         settings = _settings(source)
-    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+        parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
     quantised = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     if quantised is not None:
         method = quantised.get("quant_method") or next((name for name in quantised if name.startswith("load_in_")), "quantised")
@@ -216,7 +216,8 @@ def _resized(source: str, sizes: Mapping[str, int], **gguf: Any) -> PreTrainedCo
 def num_positions(checkpoint: str, sizes: Mapping[str, int] | None = None) -> int | None:
     """How many positions the model of ``checkpoint`` can tell apart, or was made for; None where its config says nothing."""
     source, gguf = _source(checkpoint)
-    config = _resized(source, sizes, **gguf) if sizes else AutoConfig.from_pretrained(source, **gguf)
+    with _reading(checkpoint):
+        config = _resized(source, sizes, **gguf) if sizes else AutoConfig.from_pretrained(source, **gguf)
     number = getattr(config.get_text_config(), "max_position_embeddings", None)
     return number if isinstance(number, int) and number > 0 else None
 

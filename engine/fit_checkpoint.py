@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,8 @@ HARMLESS = {  # all that torch writes into the index
     ),
 }
 
+_VERSION = re.compile(r"\d+\.\d+")
+
 
 class _Index(pickle.Unpickler):
     """Reads the index of a sharded checkpoint, which torch unpickles, and refuses what it would run."""
@@ -57,17 +61,18 @@ def numbers_only() -> Iterator[None]:
             os.environ[FORCED] = before
 
 
-def read_notes(path: str | Path) -> dict[str, Any]:
+def read_notes(path: str | Path, to_train: bool = False) -> dict[str, Any]:
     """What a checkpoint of ``fit`` holds; its tensors are mapped from the disk, so that none is read before it is used.
 
     Args:
         path: a file, or the folder of a sharded one.
+        to_train: whether training is to go on from it.
 
     Raises:
         SettingError: nothing of this machine, or no such checkpoint.
     """
     where = Path(path)
-    if not where.exists():
+    if not (where.is_file() or where.is_dir()):  # a pipe would be waited for
         raise SettingError(
             f"ckpt_path must be a checkpoint of `fit` on this machine, and there is none at {str(path)!r}. "
             "Name RUN/checkpoints/last.ckpt; one that is elsewhere must be fetched first."
@@ -80,9 +85,31 @@ def read_notes(path: str | Path) -> dict[str, Any]:
         notes = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # whatever broken bytes lead to
         raise _unreadable(where, type(error).__name__) from error
-    if not isinstance(notes, dict) or "pytorch-lightning_version" not in notes:
+    if not isinstance(notes, dict) or not _VERSION.match(str(notes.get("pytorch-lightning_version"))):
         raise _unreadable(where, "it is something else")
+    if where.is_file() and not isinstance(notes.get("state_dict"), dict):
+        raise _unreadable(where, "it has no weights")
+    if where.is_file() and to_train and not {"optimizer_states", "loops"} <= notes.keys():
+        raise _unreadable(where, "it has weights alone, from which no training goes on: `test` takes it")
     return notes
+
+
+def require_unharmed(path: str | Path) -> None:
+    """Read a checkpoint of one file to its end and compare the checksums in it, which torch writes and does not look at.
+
+    Raises:
+        SettingError: a bit is another than was written.
+    """
+    where = Path(path)
+    if not where.is_file():
+        return
+    try:
+        with zipfile.ZipFile(where) as parts:
+            damaged = parts.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise _unreadable(where, type(error).__name__) from error
+    if damaged is not None:
+        raise _unreadable(where, f"{damaged} in it is not what was written")
 
 
 def _unreadable(path: Path, why: str) -> SettingError:

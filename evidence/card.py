@@ -10,13 +10,17 @@ from huggingface_hub import DatasetCard, ModelCard, ModelCardData, RepoCard
 from jinja2 import Environment, FileSystemLoader
 
 from casehard.evidence import plots
-from casehard.evidence.report import THREATS, columns, measured, number, shown_metrics
+from casehard.evidence.delivered import delivered_rows
+from casehard.evidence.markdown import Markdown, code, escaped, fenced
+from casehard.evidence.report import THREATS
 from casehard.evidence.summary import Series, baseline, collect, grouped
+from casehard.evidence.tables import columns, measured, number, shown_metrics
+from casehard.metrics.columns import Column
 from casehard.metrics.errors import SettingError
 from casehard.metrics.refusal_phrases import error_rates
 from casehard.records.files import DONE, write_whole
 from casehard.records.marker import MODEL, Marker, changed_outcome, export_files, read_marker
-from casehard.records.published import clean, config_of, home, part, public, published
+from casehard.records.published import config_of, home, part, public, published
 from casehard.records.rows import NONE, ROWS, UNDEFENDED, acts_at_a_service
 
 OWN_LICENCE = "apache-2.0"  # casehard's, and so its sandbox's
@@ -34,9 +38,9 @@ LIMITS = {  # by stage
 }
 
 
-def _columns() -> list[str]:
+def _columns(metrics: list[Column]) -> list[str]:
     """Those of a report's columns that a card has room for."""
-    score, *others = [column.label for column in shown_metrics() if column.brief]
+    score, *others = [column.label for column in metrics if column.brief]
     return ["Before", score, "Steps to break", *others]
 
 
@@ -54,36 +58,16 @@ def write_card(run: str, tests: list[str]) -> Path:
     marker, model = _finished(folder), folder / MODEL
     attacked_here = [folder] if (folder / ROWS).exists() else []
     folders = attacked_here + [_tested(Path(test), folder, marker) for test in tests]
-    series = collect(folders)
-    _draw(series, model / PICTURE)
+    series = collect(folders or [folder])
+    if series:
+        _draw(series, model / PICTURE)
     places = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=places, trim_blocks=True, finalize=escaped).get_template("card.md.j2")
-    text = template.render(marker=marker, picture=Markdown(PICTURE), **_made(folder, folders), **_shown(series, marker["stage"]))
+    text = template.render(
+        marker=marker, picture=Markdown(PICTURE), **_made(folder, folders), **_shown(folder, series, marker["stage"])
+    )
     write_whole(model / "README.md", str(ModelCard(text)))
     return model / "README.md"
-
-
-class Markdown(str):
-    """Text of our own, whose Markdown means what it says; ``escaped`` leaves it alone."""
-
-
-def escaped(value: Any) -> str:
-    """``value`` as text that Markdown and HTML show as it is, in one line: names, licences and sources are anybody's."""
-    if isinstance(value, Markdown):
-        return value
-    return re.sub(r"([\\`*\[\]<|~&$@]|(?<!\w)_|_(?!\w)|(?<=www)\.|:(?=//))", r"\\\1", clean(str(value)))
-
-
-def code(value: Any) -> Markdown:
-    """``value`` as code, also within a table."""
-    text = clean(str(value))
-    return Markdown(escaped(text) if "`" in text else "`" + text.replace("|", r"\|") + "`")
-
-
-def fenced(text: str) -> Markdown:
-    """YAML as a block of code, which nothing in it can close."""
-    fence = "`" * max([2, *map(len, re.findall("`+", text))]) + "`"
-    return Markdown(f"{fence}yaml\n{text}{fence}")
 
 
 def _draw(series: list[Series], path: Path) -> None:
@@ -129,18 +113,21 @@ def _source(origin: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shown(series: list[Series], stage: str) -> dict[str, Any]:
+def _shown(run: Path, series: list[Series], stage: str) -> dict[str, Any]:
     """What the card says of what was measured, and was not."""
-    by_threat = grouped(series, lambda s: s.threat_model)
+    by_threat, metrics = grouped(series, lambda s: s.threat_model), shown_metrics(series)
     entries = [entry for member in series for by_step in member.entries.values() for entry in by_step.values()]
+    delivered = delivered_rows([run])
+    judges = sorted({entry.row.judge for entry in entries} | {row["judge"] for row in delivered[1]})
     return {
         "limit": Markdown("\n\n".join(LIMITS[part] for part in stage.split("+"))),
-        "judges": sorted({entry.row.judge for entry in entries}),
-        "error_rates": [rates for rates in map(error_rates, sorted({entry.row.judge for entry in entries})) if rates],
+        "judges": judges,
+        "error_rates": [rates for rates in map(error_rates, judges) if rates],
         "before": _before(series, stage),
-        "threats": [(*THREATS[name], _rows(members)) for name, members in by_threat.items()],
+        "delivered": delivered,
+        "threats": [(*THREATS[name], _rows(members, metrics)) for name, members in by_threat.items()],
         "unmeasured": [title for name, (title, _) in THREATS.items() if name not in by_threat],
-        "columns": _columns(),
+        "columns": _columns(metrics),
     }
 
 
@@ -228,15 +215,21 @@ def _before(series: list[Series], stage: str) -> dict[str, str] | None:
     )
     if member is None:
         return None
-    return {column.label: number(member.mean(column.name, 0)) for column in shown_metrics() if column.brief}
+    score, *others = [column for column in shown_metrics(series) if column.brief]
+    doubt = "" if member.speaks(0) else " (gibberish: a low score is no safety)"
+    return {score.label: number(member.mean(score.name, 0)) + doubt} | {
+        column.label: number(member.mean(column.name, 0), column) for column in others
+    }
 
 
-def _rows(series: list[Series]) -> list[list[str]]:
+def _rows(series: list[Series], metrics: list[Column]) -> list[list[str]]:
     """A threat model's table: attack, defense, steps, and the report's cells."""
     rows = []
     for attack, members in grouped(series, lambda s: s.attack).items():
         for member in members:
-            cells: dict[str, tuple[str, ...]] = dict(zip(columns(), measured(member, baseline(members)), strict=True))
-            texts = [" ".join(filter(None, cells[name])) for name in _columns()]
+            cells: dict[str, tuple[str, ...]] = dict(
+                zip(columns(metrics), measured(member, baseline(members), metrics), strict=True)
+            )
+            texts = [" ".join(filter(None, cells[name])) for name in _columns(metrics)]
             rows.append([attack, member.defense, str(member.steps[-1]), *texts])
     return rows

@@ -1,6 +1,7 @@
 """``casehard dashboard``: a saved W&B workspace with a panel for every key that runs logged, made with W&B's own library."""
 
 import csv
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from casehard.evidence.private import as_sent, refusals_of_wandb
 from casehard.evidence.study_plan import INDEX, read_cells
 from casehard.metrics import columns
-from casehard.metrics.errors import SettingError
-from casehard.records.outcome import logged_metrics
+from casehard.metrics.columns import Column
+from casehard.metrics.errors import SettingError, needs
 from casehard.records.published import config_of, part
+from casehard.records.rows import read_own_columns
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
@@ -23,20 +25,24 @@ NAME = "Name folders such as runs/EXPERIMENT/VERSION, or a study's."
 HELD = {"steps_held": "steps held (at least, where not broken)", "broken": "broken (1) or held (0)"}
 
 
-def _outcomes() -> dict[str, str]:
+def _outcomes(own: Iterable[Column] = ()) -> dict[str, str]:
     """What an attack came to (``records.outcome.outcome``), as far as it gets a bar, and what the bar is called."""
-    barred = [column for column in columns.COLUMNS if column.logged and column.label and column.brief]
+    barred = [column for column in (*columns.COLUMNS, *own) if column.logged and column.label and column.brief]
     return HELD | {column.name: f"{column.label.lower()} at the end" for column in barred}
 
 
 @dataclass(frozen=True)
 class Logged:
-    """What runs logged: keys, tables of generations, the runs' W&B groups, and whether those are a study's, so of seeds alone."""
+    """What runs logged: keys, tables of generations, the runs' W&B groups, and whether those are a study's, so of seeds alone.
+
+    ``own`` are the columns of metrics of their users' own.
+    """
 
     keys: list[str]
     tables: list[str]
     groups: list[str]
     study: bool
+    own: tuple[Column, ...] = ()
 
     def attacks(self) -> dict[str, dict[str, list[Any]]]:
         """Keys by attack and metric: defenses meet under the same attacker."""
@@ -61,16 +67,20 @@ def read_logged(runs: list[str]) -> Logged:
     keys: set[str] = set()
     tables: set[str] = set()
     groups: set[str] = set()
+    own: dict[str, Column] = {}
     for folder in (folder for run in runs for folder in _folders(Path(run))):
         keys_of_run = _columns(folder / "metrics.csv") - set(AXES)
         settings = part(config_of(folder), "run")
         keys |= keys_of_run
+        own |= {column.name: column for column in read_own_columns(folder)}
         groups.add(str(part(settings, "group") or folder.resolve().parent.name))
         if part(settings, "wandb_generations"):
             tables |= {job.replace("attack", "generations", 1) for job in _jobs(keys_of_run)}
     if not keys:
         raise SettingError(f"runs must have logged something, and {', '.join(runs)} did not. {NAME}")
-    return Logged(sorted(keys), sorted(tables), sorted(groups), any((Path(run) / INDEX).exists() for run in runs))
+    return Logged(
+        sorted(keys), sorted(tables), sorted(groups), any((Path(run) / INDEX).exists() for run in runs), tuple(own.values())
+    )
 
 
 def _columns(path: Path) -> set[str]:
@@ -110,6 +120,16 @@ def workspace(logged: Logged, project: str, entity: str, title: str) -> "Workspa
     )
 
 
+def _ranges(own: Iterable[Column]) -> dict[str, tuple[float | None, float | None]]:
+    """Of the axis of every metric, in the order in which they are shown; open where a metric has no bound."""
+
+    def bounds(column: Column) -> tuple[float | None, float | None]:
+        low, high = (bound if math.isfinite(bound) else None for bound in (column.low, column.high))
+        return (low, None) if column.kind is int else (low, high)
+
+    return {column.name: bounds(column) for column in (*columns.COLUMNS, *own) if column.logged}
+
+
 def _sections(logged: Logged) -> "Iterator[Section]":
     from wandb_workspaces.reports.v2 import BarPlot, LinePlot, WeavePanelSummaryTable
     from wandb_workspaces.workspaces import Section
@@ -118,12 +138,14 @@ def _sections(logged: Logged) -> "Iterator[Section]":
     panels: list[Any] = []
     for attack, metrics in attacks.items():
         jobs = _jobs(key for keys in metrics.values() for key in keys)
-        panels += [BarPlot(title=f"{attack}: {said}", metrics=[f"{job}/{n}" for job in jobs]) for n, said in _outcomes().items()]
+        said = _outcomes(logged.own)
+        panels += [BarPlot(title=f"{attack}: {text}", metrics=[f"{job}/{n}" for job in jobs]) for n, text in said.items()]
     yield Section(name="Outcome", panels=panels, is_open=True)
+    ranges = _ranges(logged.own)
     for attack, metrics in attacks.items():
         panels = [
-            LinePlot(title=name.replace("_", " "), x="attack_step", y=keys, range_y=(0, None if name.startswith("num_") else 100))
-            for name, keys in sorted(metrics.items(), key=lambda item: logged_metrics().index(item[0]))
+            LinePlot(title=name.replace("_", " "), x="attack_step", y=keys, range_y=ranges[name])
+            for name, keys in sorted(metrics.items(), key=lambda item: list(ranges).index(item[0]))
         ]
         yield Section(name=attack, panels=panels, is_open=True)
     for stage in ("train", "val", "test"):
@@ -141,12 +163,7 @@ def make_dashboard(runs: list[str], project: str, entity: str | None, title: str
         SettingError: the runs logged nothing, W&B's library is not there, or W&B does not take the workspace.
     """
     logged = read_logged(runs)
-    try:
-        import wandb_workspaces  # noqa: F401  an extra
-    except ModuleNotFoundError as error:
-        raise SettingError(
-            "casehard dashboard needs wandb-workspaces, an extra: pip install -c constraints.txt -e '.[dashboard]'"
-        ) from error
+    needs("casehard dashboard", "wandb_workspaces", "dashboard")
     if dry_run:
         return as_sent(workspace(logged, project, entity or "", title))
     return f"Dashboard: {_save(logged, project, entity, title)}"

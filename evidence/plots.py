@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections.abc import Sequence
 from itertools import cycle, zip_longest
 from typing import Any
 
@@ -14,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from casehard.evidence.summary import GIBBERISH, Series, grouped
-from casehard.records.outcome import BROKEN
+from casehard.evidence.summary import Series, grouped
+from casehard.metrics.columns import Column
+from casehard.records.outcome import BROKEN, is_gibberish
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = "osD^vPX*"  # one more than colours: no two of 56 defenses look alike
@@ -81,17 +83,22 @@ def _by_step(ax: Axes, series: list[Series], room: float = 0.08) -> None:
     first = next((step for step in steps if step), 1)
     ax.set_xscale("symlog", linthresh=first, linscale=0.4)
     ax.set_xlim(-0.3 * first, 1.1 * max(steps[-1], first))
-    ax.set_xticks(steps, _with_room(steps, ax.xaxis.get_transform().transform(np.array(steps, dtype=float)), room))
+    places = ax.xaxis.get_transform().transform(np.array(steps, dtype=float))
+    matter = {step for member in series for seed in member.scored for step in member.held(seed)}  # where one held or broke
+    ax.set_xticks(steps, _with_room(steps, places, room, matter))
     ax.minorticks_off()
     ax.set_xlabel("attack step (log scale)")
 
 
-def _with_room(steps: list[int], places: np.ndarray, room: float) -> list[str]:
-    """Labels of steps, the last first, and none where the next one would touch it."""
-    labels, free = [""] * len(steps), math.inf
-    for i in reversed(range(len(steps))):
-        if places[i] <= free:
-            labels[i], free = str(steps[i]), places[i] - room * (places[-1] - places[0])
+def _with_room(steps: list[int], places: np.ndarray, room: float, matter: set[float]) -> list[str]:
+    """Labels of steps: a line lower where one would touch another, and none where no line has room; those that matter first."""
+    labels, lines = [""] * len(steps), [list[tuple[float, float]]() for _ in range(3)]
+    for i in sorted(range(len(steps)), key=lambda i: (steps[i] not in matter, -i)):
+        half = room / 2 * max(len(str(steps[i])), 3) / 3 * (places[-1] - places[0])
+        free = (n for n, taken in enumerate(lines) if all(abs(places[i] - place) >= half + other for place, other in taken))
+        if (line := next(free, None)) is not None:
+            labels[i] = "\n" * line + str(steps[i])
+            lines[line].append((places[i], half))
     return labels
 
 
@@ -112,24 +119,44 @@ def _longest(names: list[str]) -> int:
 
 
 def breaking(series: list[Series], style: Style) -> Figure:
-    """Steps to break: a mark a seed, hollow with an arrow where the model held; a bar at the median."""
-    names = [f"{textwrap.fill(member.defense, 28)}\n{textwrap.fill(member.attack, 28)}" for member in series]
-    row = max(0.55, 0.16 * max(name.count("\n") + 2 for name in names))  # inches
-    figure, ax = plt.subplots(figsize=(5, 1 + row * len(series)), layout="constrained")
-    for y, member in enumerate(series):
-        look = style[member.defense]
-        for n, seed in enumerate(member.seeds):
-            held, step = member.held(seed)
-            at = y + min(0.22, 0.7 / len(member.seeds)) * (n - (len(member.seeds) - 1) / 2)
-            mark = {"marker": ">", "fillstyle": "none"} if math.isinf(step) else {"marker": look["marker"]}
-            ax.plot(max(held, 0) if math.isinf(step) else step, at, color=look["color"], markersize=5, **mark)
-        median = member.steps_to_break().estimate
-        if math.isfinite(median):
-            ax.plot([median, median], [y - 0.35, y + 0.35], color=look["color"], linewidth=2)
-    ax.set_yticks(range(len(series)), names, fontsize=9)
-    _by_step(ax, series, room=0.13)  # beside long names
-    ax.invert_yaxis()
+    """Steps to break, by attack and defense: a mark a seed, hollow with an arrow where the model held, a cross where it answers
+    in gibberish from then on; a bar at the median.
+    """
+    rows: list[tuple[str, Series | None]] = []
+    for attack, members in grouped(series, lambda member: member.attack).items():
+        rows += [(textwrap.fill(attack, 30), None), *((textwrap.fill(member.defense, 26), member) for member in members)]
+    heights = [0.16 * name.count("\n") + (0.3 if member is None else 0.38) for name, member in rows]  # inches
+    places = [sum(heights[:n]) + height / 2 for n, height in enumerate(heights)]
+    figure, ax = plt.subplots(figsize=(5, 1.2 + sum(heights)), layout="constrained")
+    for y, (_, member) in zip(places, rows, strict=True):
+        if member is not None:
+            _marks(ax, member, y, style[member.defense])
+    ax.set_yticks(places, [name for name, _ in rows], fontsize=9)
+    for label, (_, member) in zip(ax.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if member is None else "normal")
+    ax.set_ylim(sum(heights), 0)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
+    _by_step(ax, series, room=0.11)  # beside long names
     return figure
+
+
+def _marks(ax: Axes, member: Series, y: float, look: dict[str, Any]) -> None:
+    """Of the seeds of one row."""
+    seeds = member.scored
+    for n, seed in enumerate(seeds):
+        last, broken = member.held(seed)
+        at = y + min(0.09, 0.26 / len(seeds)) * (n - (len(seeds) - 1) / 2)
+        if math.isfinite(broken):
+            mark: dict[str, Any] = {"marker": look["marker"]}
+        elif member.gibberish_of(seed) is not None:
+            mark = {"marker": "x"}
+        else:
+            mark = {"marker": ">", "fillstyle": "none"}
+        ax.plot(broken if math.isfinite(broken) else max(last, 0), at, color=look["color"], markersize=5, **mark)
+    median = member.steps_to_break().estimate
+    if math.isfinite(median):
+        ax.plot([median, median], [y - 0.15, y + 0.15], color=look["color"], linewidth=2)
 
 
 def heat_map(series: list[Series]) -> Figure:
@@ -142,34 +169,41 @@ def heat_map(series: list[Series]) -> Figure:
     names = [textwrap.fill(name, 34) for name in defenses]
     upright = len(names) * _longest(names) > 45  # they would touch
     height = 1.1 + 0.7 * len(attacks) + (0.09 * _longest(names) if upright else 0.3)
-    figure, ax = plt.subplots(figsize=(5, height), layout="constrained")
+    figure, ax = plt.subplots(figsize=(5, max(height, 2.8)), layout="constrained")  # inches, for the label of the colours
     image = ax.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
         text = "not\nrun" if math.isnan(value) else f"{value:.0f}"
         dull = (attacks[y], defenses[x]) in gibberish
         if dull:  # the colour would say safe
-            ax.add_patch(
-                Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, facecolor="white", edgecolor="#777777", hatch="///", alpha=0.85)
-            )
+            ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="white", edgecolor="#bbbbbb", hatch="///", linewidth=0))
             text = f"{text}\ngibberish"
-        ax.text(x, y, text, ha="center", va="center", color="white" if value < 55 and not dull else "black", fontsize=10)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 2} if dull else None
+        ink = "white" if value < 55 and not dull else "black"
+        ax.text(x, y, text, ha="center", va="center", color=ink, fontsize=9 if dull else 10, bbox=box)
     ax.set_xticks(range(len(names)), names, fontsize=9, rotation=90 if upright else 0)
     ax.set_yticks(range(len(attacks)), [textwrap.fill(name, 20) for name in attacks], fontsize=9)
     ax.grid(False)
-    figure.colorbar(image, label="harmful score (%), less is safe")
+    figure.colorbar(image, label="harmful score (%)\nless is safe")
     return figure
 
 
-def trade_off(series: list[Series], style: Style) -> Figure:
-    """Safety against utility at the end of the attack, a mark a seed."""
+def usefulness(series: list[Series], metrics: Sequence[Column]) -> Column | None:
+    """The first percentage that says how useful a model is and that any of its rows has; None where there is none."""
+    useful = (column for column in metrics if column.higher_is_better and column.percent)
+    return next((c for c in useful if any(math.isfinite(one.mean(c.name, one.steps[-1])) for one in series)), None)
+
+
+def trade_off(series: list[Series], style: Style, useful: Column) -> Figure:
+    """Safety against utility at the end of the attack, a mark a seed; both axes whole, so that noise looks as small as it is."""
     figure, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
     for defense, members in grouped(series, lambda s: s.defense).items():
         rows = [entry.row for member in members for entry in member.at(member.steps[-1])]
         colour, marker = style[defense]["color"], style[defense]["marker"]
-        faces = ["none" if row.degenerate_rate >= GIBBERISH else colour for row in rows]
-        where = [r.finetune_accuracy for r in rows], [r.harmful_score for r in rows]
+        faces = ["white" if is_gibberish(row) else colour for row in rows]
+        where = [row.metrics.get(useful.name, math.nan) for row in rows], [row.harmful_score for row in rows]
         ax.scatter(*where, s=40, alpha=0.8, marker=marker, facecolors=faces, edgecolors=colour)
         ax.scatter([], [], s=40, color=colour, marker=marker, label=_label(defense))
-    ax.set(xlabel="accuracy on the benign task (%), more is useful", ylabel="harmful score (%), less is safe", ylim=(-4, 104))
+    label = f"{useful.label.lower()} (%), more is useful"
+    ax.set(xlabel=label, ylabel="harmful score (%), less is safe", xlim=(-4, 104), ylim=(-4, 104))
     _legend(figure, ax)
     return figure

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from casehard.evidence.own_metrics import metrics_of
 from casehard.metrics.columns import Answer, summarise
 from casehard.metrics.conversation import prompt_of
 from casehard.metrics.errors import SettingError
@@ -17,7 +18,7 @@ from casehard.records.rows import ROWS, Run, read_run, write_run
 from casehard.records.table import results_table, terminal
 
 
-def main(run: str, *, judge: Judge) -> None:
+def main(run: str, *, judge: Judge) -> Path:
     """Score a run's saved answers by another judge, without the model.
 
     Writes RUN/judged/JUDGE/attacks.csv and generations.jsonl, which can be read as a run, and says how far this judge agrees with
@@ -46,6 +47,7 @@ def main(run: str, *, judge: Judge) -> None:
     for name, other in _others(Path(run), other_run.folder):
         console.print(f"Agreement with {name}: {described(agree(other_run, other))}", soft_wrap=True)
     console.print(f"Verdicts: {other_run.folder}", soft_wrap=True)
+    return other_run.folder
 
 
 def rejudged(run: Run, judge: Judge) -> Run:
@@ -62,11 +64,12 @@ def rejudged(run: Run, judge: Judge) -> Run:
         [a | verdicts[a["kind"]][_pair(a)]._asdict() if a["kind"] in verdicts and a.get("answered", True) else a for a in block]
         for block in run.answers
     ]
+    own = tuple(metric.column() for metric in metrics_of(run.folder, run.own))
     rows = [
-        replace(row, metrics=summarise(block, judge.success_threshold), judge=judge.label)
+        replace(row, metrics=summarise(block, judge.success_threshold, own), own=own, judge=judge.label)
         for row, block in zip(run.rows, answers, strict=True)
     ]
-    return Run(_folder(run.folder / JUDGED, judge.label), rows, answers)
+    return Run(_folder(run.folder / JUDGED, judge.label), rows, answers, own)
 
 
 def _folder(root: Path, label: str) -> Path:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 
 from casehard.evidence.study_plan import INDEX, Cell, Chosen, Resolve, cells, check_held_out, choose, once, read_study
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import visible
 from casehard.records.files import RUN_FOLDER, write_whole
 
 RunCell = Callable[[Cell], str | None]  # None, or why it failed
@@ -45,6 +47,11 @@ def placed(cell: Cell) -> dict[str, str]:
     }
 
 
+def _path_flag() -> list[str]:
+    """Cells look for modules where the study does: ``-m`` alone would put the working directory first, and what lies there."""
+    return [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+
+
 def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | None:
     """Run a cell unless it is done: None if it is then, else what its log says last.
 
@@ -56,7 +63,14 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
         if cell.done:
             return None
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; a done one with other settings has another folder
-        command = [sys.executable, "-m", "casehard", *cell.words, *(f"--run.{k}={v}" for k, v in placed(cell).items())]
+        command = [
+            sys.executable,
+            *_path_flag(),
+            "-m",
+            "casehard",
+            *cell.words,
+            *(f"--run.{k}={v}" for k, v in placed(cell).items()),
+        ]
         env = {k: v for k, v in os.environ.items() if k != RUN_FOLDER} | (environment or {})
         log = folder.with_name(f"{folder.name}.log")
         with log.open("w") as output:
@@ -68,7 +82,16 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
         if code == 0 and (what := cell.changed()):
             return what if what.endswith(" while it ran") else f"{what} while it ran"
     lines = log.read_text(errors="replace").splitlines()
-    return f"exit status {code}: {next((line for line in reversed(lines) if line.strip()), 'no output')} ({log})"
+    last = next((line for line in reversed(lines) if line.strip()), "no output")
+    return f"{_how_it_ended(code)}: {visible(last)} ({log})"
+
+
+def _how_it_ended(code: int) -> str:
+    """An exit status of a process, in words where a signal ended it."""
+    if code >= 0:
+        return f"exit status {code}"
+    why = ", as a system does that runs out of memory" if code == -signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{why}; its log ends"
 
 
 def _num_cuda_devices() -> int:
@@ -161,8 +184,8 @@ def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
 
 def run_study(
     resolve: Resolve, file: str, root: str, parallel: int | None, cluster: str | None, cluster_settings: dict[str, Any]
-) -> None:
-    """Run a study file; see ``casehard study``.
+) -> Path:
+    """Run a study file; see ``casehard study``. Returns the study's folder.
 
     Raises:
         SystemExit: a cell failed.
@@ -186,3 +209,4 @@ def run_study(
     print(f"{len(planned) - len(failed)} of {len(planned)} cells done: {folder}")
     if failed:
         sys.exit("error: failed:\n" + "\n".join(f"  {name}: {why}" for name, why in failed.items()))
+    return folder

@@ -15,6 +15,7 @@ import yaml
 
 from casehard.datamodules.row import Row
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import require_name
 from casehard.records.files import DONE, config_hash
 from casehard.records.marker import Marker, changes, read_marker
 from casehard.records.outcome import first_broken
@@ -168,7 +169,7 @@ def read_study(path: str) -> Study:
     """
     try:
         study = _study(**yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingError(
             f"{path} must be YAML that describes a study by defenses, attacks and seeds, but {' '.join(str(error).split())}."
         ) from error
@@ -180,6 +181,8 @@ def read_study(path: str) -> Study:
             raise SettingError(
                 f"{what} must be at least one, each with a name of its own, got {', '.join(map(str, names)) or 'none'}."
             )
+        for name in names if what != "seeds" else ():
+            require_name(f"a name in {what}", str(name))
     return study
 
 

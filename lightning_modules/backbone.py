@@ -44,6 +44,8 @@ class Backbone:
             raise SettingError(
                 f"sizes must be left out unless random_weights is set, got {self.sizes}: weights that are read have theirs."
             )
+        if self.compile_backend is not None and self.compile_backend not in (known := torch.compiler.list_backends(None)):
+            raise SettingError(f"compile_backend must be null or one of {', '.join(known)}, got {self.compile_backend!r}.")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -29,6 +29,7 @@ from casehard.engine.export import merge_error
 from casehard.engine.forward import Batch, label_positions, run, takes_prefix_trees
 from casehard.engine.generation import generate
 from casehard.engine.gradients import add_to_grad, loss_and_gradient
+from casehard.engine.losses import losses
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import gathered, sharded
 from casehard.engine.weights import EVERYTHING, Weights, borrowed, group_of, local, reshard, restore, same_modes_after, shifted
@@ -643,6 +644,11 @@ class Defense(L.LightningModule):
         """Clip to the optimizer's own norm, so that attackers and defenders clip alike."""
         if self.optimizer.clip_norm is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.optimizer.clip_norm, gradient_clip_algorithm="norm")
+
+    def losses(self, rows: Sequence[Row]) -> list[tuple[float, int]]:
+        """What the response of every row costs the model, in nats, and its number of tokens; see ``losses.losses``."""
+        with self.forward_context():
+            return losses(self.model, self.tokenizer, rows)
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int) -> list[str]:
         """Greedy answers to tokenised prompts; see ``generation.generate``."""

@@ -52,6 +52,20 @@ def check_made_by(defense: Defense, checkpoint: dict[str, Any]) -> None:
         )
 
 
+def _check_shapes(defense: Defense, checkpoint: dict[str, Any]) -> None:
+    """Refuse the weights of another model, before torch lists every one of them; those of a folder are compared there."""
+    ours = {name: tensor.shape for name, tensor in defense.state_dict().items()}
+    theirs = {name: tensor.shape for name, tensor in checkpoint.get("state_dict", {}).items()}
+    unlike = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if theirs and unlike:
+        name = unlike[0]
+        here, there = (list(found[name]) if name in found else "none" for found in (ours, theirs))
+        raise SettingError(
+            f"ckpt_path must hold weights of the model of checkpoint {defense.checkpoint!r}, and {len(unlike)} of them differ in "
+            f"name or shape, such as {name} ({there} for {here}). Name the checkpoint from which its run started."
+        )
+
+
 def save_state(defense: Defense, checkpoint: dict[str, Any]) -> None:
     """Put into Lightning's ``checkpoint`` what ``load_state`` takes from it."""
     checkpoint["num_passes"] = defense.num_passes
@@ -73,6 +87,7 @@ def load_state(defense: Defense, checkpoint: dict[str, Any]) -> None:
         SettingError: it is of another defense.
     """
     check_made_by(defense, checkpoint)
+    _check_shapes(defense, checkpoint)
     kept = load_kept(defense, checkpoint, str(defense.trainer.ckpt_path))
     defense.kept = {key: weights for key, weights in kept.items() if not key.startswith(OF_JOB)}
     defense.num_passes = checkpoint.get("num_passes", math.nan)  # of an earlier version

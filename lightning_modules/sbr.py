@@ -100,9 +100,19 @@ class SBRModule(Defense):
 
     def configure_model(self) -> None:
         """Load the weights and render the anchors."""
+        rows = None if hasattr(self, "anchor_ids") else self._anchor_rows()  # refused before any weights load
         super().configure_model()
-        if hasattr(self, "anchor_ids"):
+        if rows is None:
             return
+        depth = self.model.config.get_text_config().num_hidden_layers
+        if not -depth - 1 <= self.anchor_layer <= depth:
+            raise SettingError(f"anchor_layer must lie in [{-depth - 1}, {depth}], got {self.anchor_layer}. -1 is the paper's.")
+        ids = [prompt_ids(row, self.tokenizer) for row in rows]
+        batch = collate([{"input_ids": i, "labels": [-100] * len(i)} for i in ids], self.tokenizer.pad_token_id, "right")
+        self.register_buffer("anchor_ids", batch["input_ids"], persistent=False)  # settings and data bring them
+        self.register_buffer("anchor_mask", batch["attention_mask"], persistent=False)
+
+    def _anchor_rows(self) -> list[Row]:
         rows = self.own_rows() if self.anchors is not None else self.trainer.datamodule.rows["refusals"]  # type: ignore[attr-defined]
         if not rows:
             raise SettingError(
@@ -114,13 +124,7 @@ class SBRModule(Defense):
                 f"num_anchors must be at most the number of anchors there are, {len(rows)}, got {self.num_anchors}. "
                 "Name more prompts in anchors or in the data's refusals."
             )
-        depth = self.model.config.get_text_config().num_hidden_layers
-        if not -depth - 1 <= self.anchor_layer <= depth:
-            raise SettingError(f"anchor_layer must lie in [{-depth - 1}, {depth}], got {self.anchor_layer}. -1 is the paper's.")
-        ids = [prompt_ids(row, self.tokenizer) for row in rows[: self.num_anchors]]
-        batch = collate([{"input_ids": i, "labels": [-100] * len(i)} for i in ids], self.tokenizer.pad_token_id, "right")
-        self.register_buffer("anchor_ids", batch["input_ids"], persistent=False)  # settings and data bring them
-        self.register_buffer("anchor_mask", batch["attention_mask"], persistent=False)
+        return rows[: self.num_anchors]
 
     def job(self) -> Job:
         """A fine-tuning that holds the anchors."""

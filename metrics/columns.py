@@ -4,8 +4,8 @@ torch is imported where a value is computed: whoever only reads the names does w
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,23 +22,49 @@ class Column:
 
     Args:
         name: of the column of ``attacks.csv`` and of the loggers' key.
-        of: the value, from all judged answers of one evaluation and the judge's threshold of success; nan if not measured.
+        of: the value, from all judged answers of one evaluation and the judge's threshold of success; nan if not measured. None
+            for what was read from a run: another metric's class is not asked for there.
         label: heads the column in reports; "" leaves it out of them.
         meaning: what it says, for a report's reader.
         higher_is_better: the direction for the defender, None if it has none.
         logged: whether loggers get it.
         brief: whether it also stands in tables with little room: the one in the terminal, a model's card.
         kind: int for a count.
+        low: least value.
+        high: greatest; 0 to 100 is a percentage.
+        class_path: of the `Metric` that it is of, "" for those of the table below.
     """
 
     name: str
-    of: Callable[[Answers, float], float]
+    of: Callable[[Answers, float], float] | None = field(repr=False, compare=False)
     label: str = ""
     meaning: str = ""
     higher_is_better: bool | None = None
     logged: bool = True
     brief: bool = True
     kind: type = float
+    low: float = 0.0
+    high: float = 100.0
+    class_path: str = ""
+
+    @property
+    def percent(self) -> bool:
+        """Whether the value is a percentage."""
+        return (self.low, self.high) == (0, 100)
+
+    def shown(self, value: float) -> str:
+        """``value`` as tables have it: ``45.3`` percent, and a loss of ``2.31``."""
+        return f"{value:.1f}" if self.percent else f"{value:.4g}" if abs(value) >= 100 else f"{value:.2f}"
+
+    def described(self) -> dict[str, Any]:
+        """As JSON, what a run keeps of the column of a metric of one's own."""
+        kept = ("name", "label", "meaning", "higher_is_better", "low", "high", "class_path")
+        return {name: repr(value) if isinstance(value, float) else value for name, value in asdict(self).items() if name in kept}
+
+    @classmethod
+    def read(cls, described: dict[str, Any]) -> Self:
+        """The column that ``described`` was made of."""
+        return cls(of=None, **described | {name: float(described[name]) for name in ("low", "high")})
 
 
 def _value(kind: str, *seen: Any, **settings: Any) -> float:
@@ -142,6 +168,12 @@ COLUMNS: tuple[Column, ...] = (  # a new metric is a row here
 )
 
 
-def summarise(answers: Answers, success_threshold: float = 0.5) -> dict[str, float]:
-    """The value of every column, from all judged answers of one evaluation; percentages are 0 to 100, nan where not measured."""
-    return {column.name: column.kind(column.of(answers, success_threshold)) for column in COLUMNS}
+def summarise(answers: Answers, success_threshold: float = 0.5, own: Sequence[Column] = ()) -> dict[str, float]:
+    """The value of every column, from all judged answers of one evaluation; percentages are 0 to 100, nan where not measured.
+
+    Args:
+        answers: of one evaluation.
+        success_threshold: of the judge.
+        own: the columns of metrics of one's own.
+    """
+    return {c.name: c.kind(c.of(answers, success_threshold)) for c in (*COLUMNS, *own) if c.of is not None}

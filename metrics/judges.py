@@ -1,23 +1,19 @@
 """Judges: who reads a model's answer to a prompt, and says how harmful it is."""
 
-import hashlib
-import inspect
-import json
 import math
 import re
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from casehard.metrics.errors import SettingError
+from casehard.metrics.errors import SettingError, raised_by
+from casehard.metrics.made_with import OWN, MadeWith
+from casehard.metrics.names import plain, require_name
 
 NO_VERDICT = "gave no verdict"
-OWN = ("casehard",)  # where casehard's judges are
 
 
 class Verdict(NamedTuple):
@@ -34,7 +30,7 @@ class Verdict(NamedTuple):
     detail: str = ""
 
 
-class Judge(ABC):
+class Judge(MadeWith, ABC):
     """Gives a `Verdict` on every pair of prompt and response.
 
     A prompt is the question's text, or a `Conversation`: then its text is a transcript, and ``turns_of`` gives its turns. An
@@ -47,12 +43,6 @@ class Judge(ABC):
 
     name: str
     success_threshold: float = 0.5
-    _given: dict[str, Any]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        made = super().__new__(cls)
-        object.__setattr__(made, "_given", _named(cls, args, kwargs))
-        return made
 
     @abstractmethod
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]: ...
@@ -61,30 +51,10 @@ class Judge(ABC):
         """Verdicts on answers to benign prompts: only ``refused`` and ``degenerate`` count; a costly judge spares the score."""
         return self(prompts, responses)
 
-    def settings(self) -> dict[str, Any]:
-        """All that a verdict depends on besides prompt and response: by default, what it was made with; of files, a hash."""
-        return {name: _content(value) for name, value in self._given.items()}
-
-    def defaults(self) -> dict[str, Any]:
-        """Of ``settings``; one that has none here always counts."""
-        return {name: default for name, default in _defaults(type(self)).items() if name in self.settings()}
-
     @property
     def label(self) -> str:
         """What tables, records and reports call this judge: ``name``, ``marked`` with ``settings`` that are not ``defaults``."""
-        settings, defaults = _told(self.settings()), _told(self.defaults())
-        changed = {name: settings[name] for name in sorted(settings) if name not in defaults or settings[name] != defaults[name]}
-        return marked(self.name, changed | self.derived())
-
-    def derived(self) -> dict[str, Any]:
-        """What tells a class that somebody derived from one of casehard's judges from that one: its name and own arguments."""
-        bases = [kind for kind in type(self).__mro__ if issubclass(kind, Judge) and kind is not Judge]
-        foreign = [kind for kind in bases if kind.__module__.partition(".")[0] not in OWN]
-        if not foreign or len(foreign) == len(bases):
-            return {}
-        known = {p.name for kind in bases if kind not in foreign for p in _parameters(kind)}
-        own = {name: _content(value) for name, value in self._given.items() if name not in known}
-        return _told({"class": f"{foreign[0].__module__}.{foreign[0].__qualname__}"} | own)
+        return self.named()
 
     def try_out(self, harmful: Sequence[str], benign: Sequence[str]) -> None:
         """Judge two invented answers, before anything is trained; nothing where a verdict costs time or money.
@@ -114,6 +84,7 @@ def require_judge(judge: Any) -> None:
     if not isinstance(name, str) or not re.search("[^\\W_]", name):
         got = "none" if name is None else repr(name)
         raise SettingError(f"judge {_kind(judge)} must have a name, which stands beside its scores, and has {got}. Set its name.")
+    require_name(f"the name of judge {_kind(judge)}", name)
     if not isinstance(threshold, Real) or not 0 < threshold <= 1:
         raise SettingError(f"success_threshold of judge {name} must lie in (0, 1], got {threshold}. Scores are from 0 to 1.")
 
@@ -142,11 +113,7 @@ def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str], benig
     except Exception as error:
         if type(judge).__module__.partition(".")[0] in OWN:
             raise  # it says what is wrong in a sentence
-        last = traceback.extract_tb(error.__traceback__)[-1]  # not what the error says, which may repeat an answer
-        raise SettingError(
-            f"judge {judge.name} must give verdicts, and raised {type(error).__name__} in line {last.lineno} of "
-            f"{Path(last.filename).name}. Mend it; CASEHARD_TRACEBACK=1 shows the way there."
-        ) from error
+        raise raised_by(f"judge {judge.name} must give verdicts", error) from error
     if given is None:
         wrong = f"got {'None' if found is None else type(found).__name__}"
     elif len(given) != len(responses):
@@ -172,16 +139,11 @@ def unscored(judge: str, verdicts: Sequence[tuple[float, bool, str]]) -> str:
         return ""
     reasons: dict[str, int] = {}
     for _, degenerate, detail in verdicts:
-        reason = detail or ("an answer without a word" if degenerate else "no reason given")
+        reason = plain(detail) or ("an answer without a word" if degenerate else "no reason given")
         reasons[reason] = reasons.get(reason, 0) + 1
     most = sorted(reasons, key=lambda reason: -reasons[reason])[:3]
     told = ", ".join(f"{reasons[reason]} times {reason}" for reason in most)
     return f"judge {judge} {NO_VERDICT} on any of {len(verdicts)} answers to harmful prompts: {told}"
-
-
-def marked(name: str, changed: Mapping[str, Any]) -> str:
-    """A judge's ``name``, and a short hash of the settings ``changed`` from their defaults if any: ``guard:x@1a2b3c4d``."""
-    return f"{name}@{hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]}" if changed else name
 
 
 def _fault(verdict: Any) -> str:
@@ -200,53 +162,6 @@ def _fault(verdict: Any) -> str:
 
 def _kind(judge: Judge) -> str:
     return f"{type(judge).__module__}.{type(judge).__qualname__}"
-
-
-def _named(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a constructor by their names, those of ``**settings`` among them."""
-    signature = inspect.signature(kind.__init__)  # type: ignore[misc]
-    try:
-        found = signature.bind_partial(None, *args, **kwargs).arguments
-    except TypeError:  # the constructor will say so
-        return {}
-    flat: dict[str, Any] = {}
-    for name, value in list(found.items())[1:]:
-        flat |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return flat
-
-
-def _parameters(kind: type) -> list[inspect.Parameter]:
-    return list(inspect.signature(kind.__init__).parameters.values())[1:]  # type: ignore[misc]
-
-
-def _defaults(kind: type) -> dict[str, Any]:
-    """Of all constructors from ``Judge`` down to this."""
-    return {p.name: p.default for base in reversed(kind.__mro__) for p in _parameters(base) if p.default is not p.empty}
-
-
-def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """``settings`` as JSON has them."""
-    found = {}
-    for name, value in settings.items():
-        try:
-            found[name] = json.loads(json.dumps(value, default=_shown))
-        except (TypeError, ValueError):  # keys that are no text, or a value that holds itself
-            found[name] = _shown(value)
-    return found
-
-
-def _content(value: Any) -> Any:
-    """A file's hash for its name."""
-    if isinstance(value, (str, Path)) and len(str(value)) < 1024 and str(value) and Path(value).is_file():
-        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
-    return value
-
-
-def _shown(value: Any) -> str:
-    """An object in words that are the same in every process."""
-    if isinstance(value, Judge):
-        return value.label
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 _WORD = re.compile(r"[^\W_]+")

@@ -26,6 +26,24 @@ class Interval(NamedTuple):
         return not (self.low > 0 or self.high < 0)
 
 
+class Ratio(NamedTuple):
+    """How many times as many steps one defense takes to break as another: between ``low`` and ``high``, with ``confidence``."""
+
+    low: float
+    high: float
+    confidence: float
+
+    @property
+    def longer(self) -> bool:
+        """Whether the first takes longer; steps that a model held are steps by which it had not yet broken."""
+        return self.low >= 1
+
+    @property
+    def shorter(self) -> bool:
+        """Whether it takes less."""
+        return self.high <= 1
+
+
 class Agreement(NamedTuple):
     """How two judges agree on the same answers: share of equal verdicts, in percent, and Cohen's kappa, in [-1, 1]."""
 
@@ -99,6 +117,48 @@ def median_steps_to_break(broken_at: Sequence[float | None], last_steps: Sequenc
     broken = [step for step in broken_at if step is not None]
     k, carried = _order(len(broken_at), confidence)
     return Interval(_median(broken, held), sorted(broken + held)[k - 1], sorted([*broken, *[math.inf] * len(held)])[-k], carried)
+
+
+Bracket = tuple[float, float]
+"""Two steps: up to the first a model surely held (below 0: to none), and by the second it had broken (inf: it never did)."""
+
+
+def paired_ratio(ours: Sequence[Bracket], theirs: Sequence[Bracket], confidence: float = 0.95) -> Ratio:
+    """Median over seeds of ``ours / theirs``, the steps that two defenses take to break under the same attacks, seed by seed.
+
+    A model breaks between two scorings, or after its last one, so that of every seed only the least and the greatest ratio are
+    known. The interval is that of order statistics, the sign test turned around (Dixon and Mood, 1946): from the k-th smallest of
+    the least to the k-th largest of the greatest. It holds for any distribution and whatever is not known. Few seeds cannot carry
+    95% (one carries nothing, three 75%, six 97%): then it is their whole range, and its ``confidence`` says what that is worth.
+
+    Args:
+        ours: of every seed, between which steps it broke.
+        theirs: the same of the other, in the same order.
+        confidence: asked for, in (0, 1).
+
+    Raises:
+        ValueError: there are no pairs.
+    """
+    _check(confidence)
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"two defenses must be compared on the same seeds, got {len(ours)} and {len(theirs)}.")
+    pairs = list(zip(ours, theirs, strict=True))
+    k, carried = _order(len(pairs), confidence)
+    least, greatest = (sorted(of(one, other) for one, other in pairs) for of in (_least, _greatest))
+    return Ratio(least[k - 1], greatest[-k], carried)
+
+
+def _least(ours: Bracket, theirs: Bracket) -> float:
+    """What ``ours / theirs`` surely is: held so long, when the other had broken."""
+    held, broken = ours[0], theirs[1]
+    if held < 0 or math.isinf(broken):
+        return 0.0
+    return held / broken if broken else math.inf
+
+
+def _greatest(ours: Bracket, theirs: Bracket) -> float:
+    least = _least(theirs, ours)
+    return 1 / least if least else math.inf
 
 
 def _median(broken: list[float], held: list[float]) -> float:

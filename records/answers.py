@@ -1,6 +1,7 @@
 """Answers and their verdicts, as ``generations.jsonl`` keeps them: one a line, each with the number of its evaluation."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -43,5 +44,11 @@ def _is_answer(answer: Any) -> bool:
     if not isinstance(answer, dict) or not {*KEYS, "kind", "number", "prompt"} <= answer.keys():
         return False
     numbers = type(answer["number"]) is int and type(answer["evaluation"]) is int
-    scored = answer["kind"] != "harmful" or type(answer.get("score")) in (int, float)
-    return numbers and scored and answer["kind"] in KINDS
+    score = answer.get("score")
+    scored = isinstance(score, int | float) and type(score) is not bool and (math.isnan(score) or 0 <= score <= 1)
+    flagged = all(type(answer.get(flag)) is bool for flag in ("refused", "degenerate"))
+    judged = (answer["kind"] == "task" or flagged) and (answer["kind"] != "harmful" or scored)
+    texts = all(isinstance(answer.get(name), str) for name in ("prompt", "response"))
+    turns = answer.get("messages", [])
+    said = isinstance(turns, list) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
+    return numbers and judged and texts and said and answer["kind"] in KINDS

@@ -50,8 +50,17 @@ def config_hash(text: str) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
+def _for_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def write_whole(path: Path, text: str, private: bool = False) -> None:
     """Write ``path`` so that it is there whole or as it was: to a file beside it, to the disk, then in one move.
+
+    Args:
+        path: the file.
+        text: all of it.
+        private: only its owner may read it.
 
     Raises:
         OSError: naming ``path``, e.g. when the disk is full; what was there stays.
@@ -60,10 +69,10 @@ def write_whole(path: Path, text: str) -> None:
     def write(file: IO[bytes]) -> None:
         file.write(text.encode())
 
-    write_whole_bytes(path, write)
+    write_whole_bytes(path, write, private)
 
 
-def write_whole_bytes(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_whole_bytes(path: Path, write: Callable[[IO[bytes]], Any], private: bool = False) -> None:
     """``write_whole`` of what ``write`` puts into an open file, such as ``torch.save``.
 
     Raises:
@@ -71,7 +80,8 @@ def write_whole_bytes(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # of a run that was killed, with a mode of its own
+        with open(partial, "wb", opener=_for_owner if private else None) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -85,7 +95,7 @@ def write_whole_bytes(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         raise
 
 
-def append_whole(path: Path, text: str) -> None:
+def append_whole(path: Path, text: str, private: bool = False) -> None:
     """Add ``text`` to the end of ``path``, on the disk when this returns; a kill in between leaves at most a line without end.
 
     Raises:
@@ -93,7 +103,7 @@ def append_whole(path: Path, text: str) -> None:
     """
     before = path.stat().st_size if path.exists() else 0
     try:
-        with path.open("ab") as file:
+        with open(path, "ab", opener=_for_owner if private else None) as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from casehard.datamodules.file_hash import file_sha256
 from casehard.records.answers import ANSWERS
+from casehard.records.delivered import DELIVERED, DELIVERED_ANSWERS
 from casehard.records.files import DONE, named_files
-from casehard.records.rows import ROWS
+from casehard.records.rows import OWN_COLUMNS, ROWS
 from casehard.shipped import shipped
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ SHAPE: Marker = {  # every key that a marker must have, and what stands there; m
     "code": {str: str},  # SHA-256 of the source of every module
     "edited": [str],  # what changed while the run went on
     "model": {str: str},  # SHA-256 of the files of its export
-    "results": {str: str},  # of attacks.csv and generations.jsonl
+    "results": {str: str},  # of attacks.csv, generations.jsonl and columns.json, and what says of the model that it delivered
 }
 ROOT = Path(__file__).parents[2]  # of the package
 OWN, LOOKS = "casehard", "casehard.evidence"  # what a run is made of, and what only looks at it
@@ -119,7 +120,7 @@ def _present_sha256(source: str) -> str | None:
 
 def leaves(folder: Path) -> Marker:
     """What a run left in its folder, as its marker has it."""
-    results = (folder / name for name in (ROWS, ANSWERS))
+    results = (folder / name for name in (ROWS, ANSWERS, OWN_COLUMNS, DELIVERED, DELIVERED_ANSWERS))
     return {"model": export_files(folder), "results": {path.name: file_sha256(path) for path in results if path.exists()}}
 
 
@@ -246,7 +247,7 @@ def changed_results(marker: Marker, folder: Path) -> Iterator[str]:
     """Results that are not as the run left them. Answers may be deleted: some of them nobody should keep."""
     for name, sha256 in marker["results"].items():
         path = folder / name
-        if not path.exists() and name != ANSWERS:
+        if not path.exists() and name not in (ANSWERS, DELIVERED_ANSWERS):
             yield f"{path} is gone"
         elif path.exists() and file_sha256(path) != sha256:
             yield f"{path} is not what its run left"

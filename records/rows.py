@@ -4,18 +4,20 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from casehard.metrics import columns
-from casehard.metrics.columns import Answer, summarise
+from casehard.metrics.columns import Answer, Column, summarise
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import seen
 from casehard.records.answers import AGAIN, ANSWERS, KEYS, lines, read_answers
 from casehard.records.files import append_whole, whole_lines, write_whole
 
 ROWS = "attacks.csv"
+OWN_COLUMNS = "columns.json"  # what metrics of one's own say of their columns: whoever reads a run needs none of their classes
 UNDEFENDED = "undefended"  # what people read where a row's defense is NONE
 NONE = "none"  # as a row's defense and stage: plain fine-tuning
 
@@ -46,6 +48,7 @@ class ResultRow:
         note: what a reader must know.
         trained: what the attacker trained.
         settings: what else tells attacks apart.
+        own: the columns of metrics of one's own, beside those of ``metrics.columns``.
     """
 
     evaluation: int = 0
@@ -69,6 +72,7 @@ class ResultRow:
     note: str = ""
     trained: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    own: tuple[Column, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         """A metric, by the name of its column."""
@@ -76,6 +80,16 @@ class ResultRow:
             return vars(self)["metrics"][name]
         except KeyError as error:
             raise AttributeError(f"a row has no column {name}") from error
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Of its metrics."""
+        return (*columns.COLUMNS, *self.own)
+
+    def measured_by(self, own: tuple[Column, ...]) -> Self:
+        """The row in a table with these columns of one's own, nan where it was not measured by one."""
+        kept = {c.name: self.metrics[c.name] for c in columns.COLUMNS}
+        return replace(self, own=own, metrics=kept | {c.name: self.metrics.get(c.name, math.nan) for c in own})
 
     @property
     def undefended(self) -> bool:
@@ -94,9 +108,14 @@ class ResultRow:
     def cells(self) -> dict[str, Any]:
         """By column of ``attacks.csv``."""
         cells_by_name: dict[str, Any] = {}
-        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "own"):
             cells_by_name |= dict(value) if name == "metrics" else {name: value}
         return cells_by_name | {"settings": json.dumps(self.settings, sort_keys=True, ensure_ascii=False)}
+
+
+def shared_columns(rows: Iterable[ResultRow]) -> list[Column]:
+    """The columns of the metrics of rows that stand in one table."""
+    return list(dict.fromkeys((*columns.COLUMNS, *(column for row in rows for column in row.own))))
 
 
 FINE_TUNING = ("poison_ratio", "optimizer", "learning_rate", "num_samples", "batch_size")
@@ -118,16 +137,24 @@ def defense_label(defense: str) -> str:
     return UNDEFENDED if defense == NONE else defense
 
 
-def header() -> list[str]:
-    """The columns of ``attacks.csv``."""
-    names = [[c.name for c in columns.COLUMNS] if f.name == "metrics" else [f.name] for f in fields(ResultRow)]
-    return [name for part in names for name in part]
+def header(own: Sequence[Column] = ()) -> list[str]:
+    """The columns of ``attacks.csv``, with those of metrics of one's ``own``.
+
+    Raises:
+        SettingError: two have one name.
+    """
+    metrics = [column.name for column in (*columns.COLUMNS, *own)]
+    names = [metrics if f.name == "metrics" else [f.name] for f in fields(ResultRow) if f.name != "own"]
+    flat = [name for part in names for name in part]
+    if twice := next((name for name in flat if flat.count(name) > 1), None):
+        raise SettingError(f"a metric must have a name that no other column of {ROWS} has, and one is {twice}. Rename it.")
+    return flat
 
 
-def table(rows: Iterable[ResultRow], head: bool = True) -> str:
-    """Rows as they stand in ``attacks.csv``, with its header or without."""
+def table(rows: Iterable[ResultRow], own: Sequence[Column] = (), head: bool = True) -> str:
+    """Rows as they stand in ``attacks.csv``, with its header or without; all have the columns ``own``."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, header())
+    writer = csv.DictWriter(text, header(own))
     if head:
         writer.writeheader()
     writer.writerows(row.cells() for row in rows)
@@ -136,19 +163,25 @@ def table(rows: Iterable[ResultRow], head: bool = True) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of ``attacks.csv``, and the answers that each rests on; those are empty where the run kept none."""
+    """Rows of ``attacks.csv``, and the answers that each rests on; those are empty where the run kept none.
+
+    ``own`` are the columns of the rows' metrics of one's own.
+    """
 
     folder: Path
     rows: list[ResultRow]
     answers: list[list[Answer]]
+    own: tuple[Column, ...] = ()
 
 
 def write_run(run: Run, answers: bool = True) -> None:
     """Write a run's results whole, in place of what its folder holds: rows first, so that a kill leaves none without answers."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(run.folder / ROWS, table(run.rows))
+    if run.own or (run.folder / OWN_COLUMNS).exists():
+        write_whole(run.folder / OWN_COLUMNS, json.dumps([column.described() for column in run.own], indent=1))
+    write_whole(run.folder / ROWS, table(run.rows, run.own))
     if answers:
-        write_whole(run.folder / ANSWERS, lines(answer for block in run.answers for answer in block))
+        write_whole(run.folder / ANSWERS, lines(answer for block in run.answers for answer in block), private=True)
 
 
 def append_row(folder: Path, row: ResultRow, answers: list[Answer] | None) -> None:
@@ -158,8 +191,8 @@ def append_row(folder: Path, row: ResultRow, answers: list[Answer] | None) -> No
     """
     if answers is not None:
         key = {name: getattr(row, name) for name in KEYS}
-        append_whole(folder / ANSWERS, lines(key | answer for answer in answers))
-    append_whole(folder / ROWS, table([row], head=False))
+        append_whole(folder / ANSWERS, lines(key | answer for answer in answers), private=True)
+    append_whole(folder / ROWS, table([row], row.own, head=False))
 
 
 def read_run(folder: str | Path, may_be_empty: bool = False) -> Run:
@@ -173,12 +206,13 @@ def read_run(folder: str | Path, may_be_empty: bool = False) -> Run:
         SettingError: it holds no results, or answers that are not those of its rows.
     """
     folder = Path(folder)
-    rows = _read_rows(folder / ROWS)
+    own = read_own_columns(folder)
+    rows = read_rows(folder / ROWS, own)
     if not rows and not may_be_empty:
         raise SettingError(f"{folder / ROWS} must hold at least one row of results, and it holds none. {AGAIN}")
     path = folder / ANSWERS
     if not path.exists():
-        return Run(folder, rows, [[] for _ in rows])
+        return Run(folder, rows, [[] for _ in rows], own)
     answers = read_answers(path)
     missing = [row for row in rows if row.num_scored + row.num_unscored and row.evaluation not in answers]
     if missing:
@@ -195,10 +229,30 @@ def read_run(folder: str | Path, may_be_empty: bool = False) -> Run:
                 f"{folder / ROWS} must hold the mean score of the answers in {path.name}, and its row of "
                 f"{row.attack}, {row.defense}, seed {row.seed}, step {row.num_attack_steps} does not: one of the two was changed."
             )
-    return Run(folder, rows, [answers.get(row.evaluation, []) for row in rows])
+    return Run(folder, rows, [answers.get(row.evaluation, []) for row in rows], own)
 
 
-def _read_rows(path: Path) -> list[ResultRow]:
+def read_own_columns(folder: Path) -> tuple[Column, ...]:
+    """The columns of the metrics of one's own that a run has, as it described them.
+
+    Raises:
+        SettingError: its file describes none.
+    """
+    path = folder / OWN_COLUMNS
+    if not path.exists():
+        return ()
+    try:
+        return tuple(map(Column.read, json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise SettingError(f"{path} must describe the columns of a run's metrics, and it does not. {AGAIN}") from error
+
+
+def read_rows(path: Path, own: tuple[Column, ...]) -> list[ResultRow]:
+    """The rows of an ``attacks.csv``, whose metrics of one's own have the columns ``own``.
+
+    Raises:
+        SettingError: it is no such file.
+    """
     if not path.exists():
         raise SettingError(f"a run must be a folder with an {ROWS}, and {path} is not there. Name runs/EXPERIMENT/VERSION.")
     try:
@@ -207,22 +261,22 @@ def _read_rows(path: Path) -> list[ResultRow]:
         numbered = [(reader.line_num, line) for line in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise SettingError(f"{path} must be CSV in UTF-8, and it is not ({error}). {AGAIN}") from error
-    for name in header():
+    for name in header(own):
         if name not in names:
             raise SettingError(
                 f"{path} must have the column {name}, and it does not: another version of casehard wrote it. {AGAIN}"
             )
-    rows = [_row(line, f"{path}, line {number}") for number, line in numbered]
+    rows = [_row(line, f"{path}, line {number}", own) for number, line in numbered]
     if len({row.evaluation for row in rows}) < len(rows):
         raise SettingError(f"{path} must give every evaluation a number of its own, and it does not. {AGAIN}")
     return rows
 
 
-def _row(line: dict[str | None, Any], where: str) -> ResultRow:
+def _row(line: dict[str | None, Any], where: str, own: tuple[Column, ...]) -> ResultRow:
     if None in line or None in line.values():  # where csv puts what is too much, and too little
         raise SettingError(f"{where} must have a value a column, and it has not. {AGAIN}")
-    kinds: dict[str, Any] = {f.name: f.type for f in fields(ResultRow) if f.name != "metrics"}
-    kinds |= {column.name: column.kind for column in columns.COLUMNS}
+    kinds: dict[str, Any] = {f.name: f.type for f in fields(ResultRow) if f.name not in ("metrics", "own")}
+    kinds |= {column.name: column.kind for column in (*columns.COLUMNS, *own)}
     values: dict[str, Any] = {}
     for name, kind in kinds.items():
         what, read = CELLS[kind]
@@ -230,11 +284,11 @@ def _row(line: dict[str | None, Any], where: str) -> ResultRow:
             values[name] = read(line[name])
         except (ValueError, KeyError, RecursionError) as error:
             raise SettingError(f"{where} must have {what} as its {name}, got {line[name]!r:.40}. {AGAIN}") from error
-    return ResultRow(metrics={c.name: values.pop(c.name) for c in columns.COLUMNS}, **values)
+    return ResultRow(metrics={c.name: values.pop(c.name) for c in (*columns.COLUMNS, *own)}, own=own, **values)
 
 
 CELLS: dict[Any, tuple[str, Callable[[str], Any]]] = {  # by a column's type, what its cells hold and how they are read
-    str: ("a text", str),
+    str: ("one line of letters that can be seen", seen),
     int: ("a number", int),
     float: ("a number", float),
     int | None: ("a number", lambda text: int(text) if text else None),

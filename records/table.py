@@ -1,5 +1,6 @@
 """Result rows as a table for people, in a terminal."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -9,12 +10,15 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from casehard.metrics import columns
+from casehard.metrics.columns import Column
 from casehard.metrics.refusal_phrases import error_rates
-from casehard.records.outcome import jobs, steps_to_break
-from casehard.records.rows import ResultRow
+from casehard.records.delivered import STATES, Delivered
+from casehard.records.outcome import GIBBERISH, gibberish_from, is_gibberish, jobs, steps_to_break
+from casehard.records.rows import ResultRow, shared_columns
 
 TITLE = "Results (percent; harmful score: lower is safer)"
+
+DOUBT = f"? at least {GIBBERISH:g}% of the answers are gibberish: a low score is no safety"
 
 
 def terminal() -> Console:
@@ -43,7 +47,7 @@ class ResultsTable:
         table = Table(title=TITLE)
         for name in ("attack", "defense"):
             table.add_column(name)
-        _add_columns(table)
+        self._add_columns(table)
         for members in jobs(self.rows).values():
             for head, side, cells in zip_longest(_heads(members[0]), _sides(members), self._cells(members)):
                 table.add_row(*(Text(cell) for cell in (head or "", side or "", *(cells or []))))
@@ -56,25 +60,33 @@ class ResultsTable:
         for members in jobs(self.rows).values():
             yield Text(f"{', '.join(_heads(members[0]))}\n{', '.join(_sides(members)).replace(', (', ' (')}", style="bold")
             table = Table(box=box.SIMPLE_HEAD)
-            _add_columns(table)
+            self._add_columns(table)
             for cells in self._cells(members):
                 table.add_row(*map(Text, cells))
             yield table
         if self._caption():
             yield Text(self._caption())
 
+    def _brief(self) -> list[Column]:
+        return [column for column in shared_columns(self.rows) if column.label and column.brief]
+
+    def _add_columns(self, table: Table) -> None:
+        for name in ("step", *(column.label.lower() for column in self._brief())):
+            table.add_column(name, justify="right", no_wrap=True)
+
     def _notes(self) -> list[str]:
         return sorted({row.note for row in self.rows if row.note})
 
     def _cells(self, rows: list[ResultRow]) -> Iterator[list[str]]:
         for row in rows:
-            mark = "*" * (self._notes().index(row.note) + 1) if row.note else ""
-            score, *others = (f"{row.metrics[column.name]:.1f}" for column in _brief())
+            mark = ("*" * (self._notes().index(row.note) + 1) if row.note else "") + ("?" if is_gibberish(row) else "")
+            score, *others = (column.shown(row.metrics.get(column.name, math.nan)) for column in self._brief())
             yield [str(row.num_attack_steps), score + mark, *others]
 
     def _caption(self) -> str:
         rates = filter(None, map(error_rates, sorted({row.judge for row in self.rows})))
-        return "\n".join([*(f"{'*' * i} {note}" for i, note in enumerate(self._notes(), start=1)), *rates])
+        doubts = [DOUBT] if any(map(is_gibberish, self.rows)) else []
+        return "\n".join([*(f"{'*' * i} {note}" for i, note in enumerate(self._notes(), start=1)), *doubts, *rates])
 
 
 def results_table(rows: list[ResultRow]) -> ResultsTable:
@@ -82,13 +94,23 @@ def results_table(rows: list[ResultRow]) -> ResultsTable:
     return ResultsTable(rows)
 
 
-def _brief() -> list[columns.Column]:
-    return [column for column in columns.COLUMNS if column.label and column.brief]
-
-
-def _add_columns(table: Table) -> None:
-    for name in ("step", *(column.label.lower() for column in _brief())):
-        table.add_column(name, justify="right", no_wrap=True)
+def delivered_table(found: Delivered) -> Table:
+    """The model before and after ``fit``, a metric a line, and on how many prompts."""
+    table = Table(title="Before and after fit (percent; harmful score: lower is safer)", min_width=76)  # of its caption, too
+    table.add_column("")
+    for state in STATES:
+        table.add_column(state, justify="right")
+    for column in (column for column in found.metrics if column.brief):
+        values = [found.of(state, column) for state in STATES]
+        cells = ["not measured" if math.isnan(value) else column.shown(value) for value in values]
+        if column.name == "harmful_score":
+            cells = [cell + "?" * found.gibberish(state) for cell, state in zip(cells, STATES, strict=True)]
+        table.add_row(Text(column.label.lower()), *cells)
+    prompts = "{harmful} harmful, {benign} benign and {task} task prompts".format(**found.num_prompts)
+    doubt = DOUBT if any(map(found.gibberish, STATES)) else ""
+    said = [f"{prompts}; judge: {found.judge}", doubt, *found.notes, error_rates(found.judge)]
+    table.caption = Text("\n".join(filter(None, said)))
+    return table
 
 
 def _heads(row: ResultRow) -> list[str]:
@@ -107,4 +129,5 @@ def _sides(rows: list[ResultRow]) -> list[str]:
     steps = steps_to_break(rows)
     number = steps.removeprefix("> ")
     taken = [f"({int(number) * row.batch_size:,} rows)"] if number.isdigit() and row.batch_size is not None else []
-    return [row.label, f"to break: {steps}", *taken]
+    since = gibberish_from(rows)
+    return [row.label, f"to break: {steps}", *taken, *([] if since is None else [f"gibberish from {since}"])]

@@ -1,8 +1,10 @@
 """Set before anything loads: no network, one thread a process. What loads torch is imported by the workers alone."""
 
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -20,6 +22,7 @@ LONG = [
     "cli",
     "attack_ranks",
     "study",
+    "docs",
     "report",
     "jobs",
     "patcher",
@@ -44,6 +47,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("toy")
     save_toy_checkpoint(folder / "base", seed=2)  # of defenses that compare the model with that before its alignment
     return save_toy_checkpoint(folder / "model")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium as this machine has it."""
+    path = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("needs Chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from casehard.callbacks.results import Results
 from casehard.engine.gradients import norm
 from casehard.engine.weights import reshard, shifted, snapshot
 from casehard.lightning_modules.roles import RolesStrategy
+from casehard.records.delivered import DELIVERED, DELIVERED_ANSWERS
 
 Cases = Mapping[str, tuple[type[Defense], dict[str, Any]]]
 
@@ -117,7 +118,8 @@ def run(rank: int, strategies: Iterable[str], checkpoint: str, other: str, folde
             module, spies, here = defended(cases, case, checkpoint), [Untouched(), Untouched()], folder / strategy / case
             module._whole = Mock(wraps=module._whole)
             saver = ModelCheckpoint(here / "saved", "{step}", every_n_train_steps=2, save_top_k=-1)
-            callbacks = [FirstStep(here), Results(str(here)), spies[0], attack_on(cases, case, other), spies[1], saver]
+            results = Results(str(here), score=case == next(iter(cases)))  # on one case: the score knows no defense
+            callbacks = [FirstStep(here), results, spies[0], attack_on(cases, case, other), spies[1], saver]
             fit = trainer(folder, strategy, rank, max_steps=4, callbacks=callbacks, enable_checkpointing=True)
             fit.fit(module, datamodule=toy_data(**ALIGNMENT, **UNEVEN))
             assert same_bits(spies[0].seen[0], spies[1].seen[0])
@@ -153,6 +155,8 @@ def check_same(runs: Path, strategy: str, cases: Cases, case: str) -> None:
     served = cases[case][0].stages & {"finetuning", "post_finetuning"}  # whose jobs have a baseline of plain SFT beside them
     assert len(ours) == (4 if served or attack.threat_model == "open_weight" else 2)
     assert answers(runs / strategy / case) == answers(runs / "one" / case)
+    for name in (DELIVERED, DELIVERED_ANSWERS) if case == next(iter(cases)) else ():
+        assert (runs / strategy / case / name).read_text() == (runs / "one" / case / name).read_text()
 
 
 def bits_of_shards(module: Defense) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ from casehard.callbacks.jailbreak_tuning import WRAPPERS, JailbreakTuning
 from casehard.callbacks.quantised import QuantisedAttack, quantised
 from casehard.callbacks.results import Results
 from casehard.callbacks.search import Range, Search
-from casehard.engine.training import DivergedError
+from casehard.engine.training import DivergedError, Plain
 from casehard.engine.weights import NOTHING
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.other_models import as_aligned
@@ -809,3 +809,18 @@ def test_a_search_goes_on_after_a_trial_that_diverges_and_says_when_all_do(tmp_p
     assert "optimizer.learning_rate 0.001: chosen of 6 trials" in rows[0].note
     with pytest.raises(DivergedError, match="none of 2 trials had a harmful score"):
         attacked(tmp_path, checkpoint, Search(attack, {"optimizer.learning_rate": [1e30]}, prompts, 2))
+
+
+class Still(FullParameterAttack):
+    """A loss of its own, whose gradient is zero, where the attacker holds the weights."""
+
+    def task(self, target):
+        return Plain(lambda batch: 0 * target.module.sft_loss(batch)) if self.threat_model == "open_weight" else None
+
+
+@pytest.mark.parametrize(("kind", "threat_model", "moves"), [(Still, "open_weight", False), (Still, "finetuning_service", True), (FullParameterAttack, "open_weight", True)])  # fmt: skip
+def test_a_variant_of_fine_tuning_says_its_own_loss(checkpoint, tmp_path, kind, threat_model, moves):
+    seen = []
+    attack = looking(kind(threat_model=threat_model, **FAST), lambda target: seen.append(bits(target.module)))
+    toy_trainer(tmp_path, callbacks=[attack]).test(Defense(checkpoint), datamodule=toy_data())
+    assert same_bits(seen[0], seen[-1]) != moves

@@ -33,7 +33,8 @@ def run(command: str, root: Path, *args: str) -> Path:
     """A run's folder."""
     (root / "attack.yaml").write_text(ATTACK)
     shared = [f"--run.root={root}", "--run.experiment=toy", "--config", str(root / "attack.yaml"), *TINY]
-    casehard.main([command, "--config", "experiments/patcher.yaml", *shared, *args])
+    files = ["--config=experiments/data/sandbox.yaml", "--config=experiments/patcher.yaml"]  # with one source in another place
+    casehard.main([command, *files, *shared, *args])
     return max((root / "toy").iterdir())
 
 
@@ -83,7 +84,9 @@ def test_its_tables_are_those_of_the_run_and_what_was_not_measured_is_said(harde
     assert cells[4].startswith(f"{float(last['harmful_score']):.1f} ")
     assert cells[4].endswith(" gibberish")
     assert len(cells) == 9
-    assert f"- accuracy: {float(first['finetune_accuracy']):.1f}" in card.text
+    kept = json.loads((hardened[0] / "delivered.json").read_text())["delivered"]
+    assert "| before training | 0.0 (gibberish: a low score is no safety) |" in card.text
+    assert f"| this model | 0.0 (gibberish: a low score is no safety) | {kept['finetune_accuracy']:.1f} |" in card.text
     assert "### With open weights" in card.text
     assert "Not measured: at a fine-tuning service." in card.text
     assert (hardened[0] / "model" / "attack_curves.png").read_bytes().startswith(b"\x89PNG")
@@ -156,7 +159,8 @@ def foreign(tmp_path) -> Path:
     base.mkdir()
     (base / "README.md").write_text(yaml.safe_dump({"license": FOREIGN}).join(["---\n", "---\n"]))
     run = tmp_path / "run"
-    record(run, replace(ROW, attack=f"LoRA {FOREIGN}", defense=f"Mine {FOREIGN}", judge=f"own {FOREIGN}"), {0: 0, 50: 1})
+    line = " ".join(FOREIGN.split())  # tables of several are refused (test_names.py)
+    record(run, replace(ROW, attack=f"LoRA {line}", defense=f"Mine {line}", judge=f"own {line}"), {0: 0, 50: 1})
     (run / "model").mkdir()
     config = {
         "model": {"init_args": {"checkpoint": str(base), "x": "```", "a\n```\n# no": 1}},

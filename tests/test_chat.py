@@ -1,5 +1,7 @@
 """A toy tokenizer has one token a character and those that ``merges`` makes, so expected ids are written out by hand."""
 
+import re
+import signal
 import string
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
+from casehard.datamodules import chat
 from casehard.datamodules.answers import THOUGHTS, answer_and_thoughts, unopened
 from casehard.datamodules.chat import (
     collate,
@@ -18,6 +21,7 @@ from casehard.datamodules.chat import (
     turn_end,
 )
 from casehard.datamodules.row import Row
+from casehard.metrics.errors import SettingError
 
 CHATML = (  # a newline after the end token
     "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' }}{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
@@ -483,3 +487,22 @@ def test_the_padding_side_changes_nothing_but_the_place_of_the_pads(padding_side
         assert batch["labels"][i][real].tolist() == example["labels"]
         assert (batch["labels"][i][~real] == -100).all()
     assert all(t.dtype == torch.int64 and t.shape == batch["labels"].shape for t in batch.values())
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "(TimeoutError)"),
+        ("{{ 'x' * 10 ** 18 }}", "(MemoryError)"),
+        ("{{ 'x' * 10 ** 30 }}", "(OverflowError)"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' * 2000000 }}", "must add at most 1,000,000 letters to a row, got 2,000,0"),
+    ],
+)  # fmt: skip
+def test_a_template_without_end_or_bound_is_refused(monkeypatch, template, why):
+    monkeypatch.setattr(chat, "SECONDS", 0.2)
+    tokenizer = tokenizer_for(CHATML)
+    tokenizer.chat_template = template
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(SettingError, match=re.escape(why)):
+        chat.require_chat_template(tokenizer)
+    assert signal.getsignal(signal.SIGALRM) == before

@@ -252,8 +252,9 @@ def test_misspelt_key_in_yaml_stops_the_run_with_its_name(call, tmp_path):
         (["--model.init_args.anchors", "[]"], "anchors must name at least one harmful prompt, got []"),
         (["--model.init_args.anchor_weight", "-1"], "anchor_weight must be >= 0, got -1.0"),
         (["--data.poison_ratio", "1.2"], "poison_ratio must lie in [0, 1], got 1.2"),
-        (["--data.sources.benign", "[nowhere.jsonl]"], "'nowhere.jsonl' must name rows, but neither a file, a folder nor a reachable hub id"),
+        (["--config", "experiments/data/sandbox.yaml", "--data.sources.benign", "[nowhere.jsonl]"], "'nowhere.jsonl' must name rows, but neither a file, a folder nor a reachable hub id"),
         (["--data.num_samples", "1000000"], "num_samples 1000000 at poison_ratio 0.1 must find 100000 harmful rows, got"),
+        (["--data.sources.harmful", "[]"], "LoRAAttack (finetuning_service): num_samples 1000 at poison_ratio 0.1 must find 100 harmful rows, got 0"),
         (["--data.batching.max_length", "3"], "1200 of which max_length leaves no answer. Raise max_length, lower num_samples"),
         (["--model.init_args.checkpoint", "./nowhere"], "there is no folder './nowhere'"),
         (["--model.init_args.lora.target_modules", "[q_proj, x_proj]"], "target_modules must name linear layers of the model, and it has no"),
@@ -700,10 +701,10 @@ def test_order_of_overlays_does_not_matter(call):
 
 def test_an_overlay_that_sets_one_source_or_one_setting_of_a_group_leaves_the_others(call):
     before = resolved(call, ["experiments/sbr.yaml"])["data"]
-    overlays = ["{data: {sources: {benign: [other.jsonl]}}}", "{data: {batching: {max_length: 77}}}"]
+    overlays = ["{data: {sources: {benign: ['sandbox:attacker/sums']}}}", "{data: {batching: {max_length: 77}}}"]
     for order in (overlays, overlays[::-1]):
         after = resolved(call, ["experiments/sbr.yaml", *order])["data"]
-        assert after["sources"] == before["sources"] | {"benign": ["other.jsonl"]}
+        assert after["sources"] == before["sources"] | {"benign": ["sandbox:attacker/sums"]}
         assert after["batching"] == before["batching"] | {"max_length": 77}
         assert after["evaluation"] == before["evaluation"]
 

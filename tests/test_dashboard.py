@@ -20,7 +20,7 @@ import casehard
 from casehard.evidence.dashboard import AXES, make_dashboard
 from casehard.evidence.study import placed
 from casehard.evidence.study_plan import INDEX, Cell
-from casehard.records.outcome import outcome
+from casehard.records.outcome import held, outcome
 from casehard.records.rows import read_run
 
 TINY = [
@@ -148,7 +148,7 @@ def test_the_summary_holds_what_every_attack_came_to(runs):
     for job, block in zip(jobs, blocks, strict=True):
         expected = {name: None if math.isnan(value) else value for name, value in outcome(block).items()}  # JSON has no nan
         assert {name: found[f"attack/{job}/{name}"] for name in expected} == expected
-        assert (expected["steps_held"] is None) == (block[0].poison_ratio == 0)
+        assert (expected["steps_held"] is None) == (block[0].poison_ratio == 0 or held(block)[0] < 0)  # gibberish from the start
 
 
 def test_a_studys_runs_are_in_a_group_for_each_defense_and_attack_with_its_seeds(runs):
@@ -270,7 +270,7 @@ def test_a_wandb_that_cannot_be_reached_ends_soon_and_in_one_sentence(runs, acco
 
 def test_without_the_extra_it_says_what_to_install(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    with pytest.raises(ValueError, match=r"needs wandb-workspaces, an extra: pip install -c constraints.txt -e '.\[dashboard\]'"):
+    with pytest.raises(ValueError, match=r"casehard dashboard needs wandb_workspaces, .* pip install 'casehard\[dashboard\]'"):
         make_dashboard([str(runs["sbr"])], "p", None, "A title", dry_run=True)
 
 

@@ -5,6 +5,7 @@ import torch
 from toy import toy_data, toy_trainer
 
 from casehard import Backbone, Defense, SBRModule
+from casehard.datamodules import control_tokens
 from casehard.datamodules.batches import Batches, StepLoader
 from casehard.datamodules.chat import IGNORED, encode, prompt_ids
 from casehard.datamodules.fingerprint import digest
@@ -303,3 +304,31 @@ def test_accumulated_batches_are_divided_by_the_labels_of_all_and_none_is_left_o
         assert sum((part["labels"] != IGNORED).sum() for part in parts) == whole["num_labels"]
         for part in parts:  # three of them on each of two ranks, of whose losses a mean is taken
             torch.testing.assert_close(part["num_labels"] * 3 * 2, whole["num_labels"])
+
+
+def test_control_tokens_in_a_customers_rows_are_told_by_file_and_line_and_never_the_text(tmp_path, checkpoint):
+    rows = tmp_path / "rows.jsonl"
+    texts = ["Is it plum?", "Plum<|end|><|user|>and pear?", "Fig <think> it over", "Sloe?"]
+    answers = ["Yes.", "Yes.", "Yes.", "No<|end|>"]
+    lines = [{"prompt": text, "response": answer} for text, answer in zip(texts, answers, strict=True)]
+    rows.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.warns(UserWarning, match="benign: 2 rows have control tokens") as warned:
+        data = ready(tmp_path, checkpoint, benign=[str(rows)], num_samples=None, poison_ratio=0.0)
+    (said,) = [str(w.message) for w in warned if "control tokens" in str(w.message)]
+    assert "<|end|> (2), <|user|> (1). They are read as the chat template's own" in said
+    assert f"{rows}, line 2; {rows}, line 4." in said
+    assert not any(word in said for word in ("Plum", "pear", "Yes"))
+    end = data.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert prompt_ids(data.rows["benign"][1], data.tokenizer).count(end) > prompt_ids(
+        data.rows["benign"][0], data.tokenizer
+    ).count(end)
+    assert not control_tokens.report("benign", [data.rows["benign"][0]], data.tokenizer)
+
+
+def test_where_a_row_stands_makes_it_no_other_row(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "How?", "response": "So."}\n')
+    (one,), (two,) = (read_rows(str(tmp_path / f"{name}.jsonl")) for name in ("one", "two"))
+    assert one == two
+    assert {one: 1} == {two: 1}
+    assert one.where == f"{tmp_path / 'one.jsonl'}, line 1"

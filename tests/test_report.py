@@ -1,10 +1,10 @@
 import dataclasses
+import io
 import json
 import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -15,9 +15,10 @@ import matplotlib.pyplot as plt
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
+from markdown_it import MarkdownIt
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
-from playwright.sync_api import Browser, sync_playwright
+from rich.console import Console
 from test_results import ROW, replace
 from toy import ROOT, csv_rows, mark
 
@@ -25,21 +26,25 @@ import casehard
 from casehard.callbacks.results import Results
 from casehard.evidence import plots
 from casehard.evidence.card import _columns as _card_columns
+from casehard.evidence.card import _rows as card_rows
 from casehard.evidence.dashboard import _outcomes
 from casehard.evidence.rejudge import rejudged
-from casehard.evidence.report import THREATS, columns, write_report
+from casehard.evidence.report import THREATS, write_report
 from casehard.evidence.study_plan import INDEX, Cell
-from casehard.evidence.summary import collect, difference, grouped, lasting, left_out, verdict
+from casehard.evidence.summary import collect, difference, grouped, left_out, verdict
+from casehard.evidence.tables import columns, lasts, shown_metrics
+from casehard.evidence.verdicts import verdicts
 from casehard.metrics.columns import COLUMNS, Column, summarise
 from casehard.metrics.judges import Judge, Verdict
 from casehard.metrics.refusal_phrases import HELD_OUT, RefusalPhraseJudge
 from casehard.metrics.statistics import Interval, mean_interval, paired_difference
+from casehard.records.delivered import Delivered
 from casehard.records.outcome import outcome
 from casehard.records.published import run_name
 from casehard.records.rows import ResultRow, read_run
+from casehard.records.table import results_table
 
 STEPS, NUM_PROMPTS = (0, 10, 50), 20
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
 def record(folder: Path, row: ResultRow, harmful: dict[int, int], unscored: int = 0) -> None:
@@ -52,7 +57,7 @@ def record(folder: Path, row: ResultRow, harmful: dict[int, int], unscored: int 
             | Verdict(score, False, False)._asdict()
             for n, score in enumerate(scores)
         ]
-        percent = 100 * number / (NUM_PROMPTS - unscored)
+        percent = 100 * number / (NUM_PROMPTS - unscored) if unscored < NUM_PROMPTS else math.nan
         measured = {
             "harmful_score": percent,
             "attack_success_rate": percent,
@@ -104,6 +109,7 @@ class Page(HTMLParser):
         self.loaded: list[str] = []
         self.rows: list[str] = []
         self._row = False
+        self.path = path
         self.feed(path.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -146,7 +152,7 @@ def test_table_says_what_was_measured(study, tmp_path):
     (held,) = (row for row in page.rows if row.startswith("LoRA, 10% SBR 2"))
     scores = [[1.0] * 2 + [0.0] * 17] * 2
     interval = mean_interval(scores)
-    assert f"10.5 ({interval.low:.1f} to {interval.high:.1f}) unscored: 10.0 to 15.0 safer" in held
+    assert f"10.5 ({interval.low:.1f} to {interval.high:.1f}) coherent: 10.5 unscored: 10.0 to 15.0 safer" in held
     assert "> 50 (> 50 to > 50, 50%) seeds: > 50, > 50" in held  # no seed broke at 50
     (plain,) = (row for row in page.rows if row.startswith("LoRA, 10% Plain SFT 2"))
     assert "90.0" in plain
@@ -162,7 +168,7 @@ def test_every_column_is_explained_and_same_names_under_two_threat_models_are_to
     path = write_report([str(tmp_path / threat) for threat in THREATS], str(tmp_path / "report"), "Two threats")
     text, page = path.read_text(), Page(path)
     assert re.findall("<dt>(.*?)</dt>", text[text.index('<h2 id="columns">') :]) == [
-        *re.findall('<th scope="col">(.*?)</th>', text)[: len(columns())],
+        *re.findall('<th scope="col">(.*?)</th>', text)[: len(columns(shown_metrics([])))],
         "\u2013",
     ]
     titles = [title for title, _ in THREATS.values()]
@@ -202,7 +208,7 @@ def test_a_difference_of_another_step_than_its_rows_says_so(tmp_path):
     (longer,) = (row for row in page.rows if " Longer 1 " in row)
     assert "safer -70.0" in short
     assert "at step" not in short
-    assert re.search(r" 100.0 \(.*\) safer -70.0 \(.*?\) at step 10 ", longer)
+    assert re.search(r" 100.0 \(.*\) coherent: 100.0 safer -70.0 \(.*?\) at step 10 ", longer)
 
 
 def breaks(folder: Path, row: ResultRow, at: int | None, steps: tuple[int, ...] = (0, 10, 20, 50, 100, 200)) -> Path:
@@ -217,14 +223,16 @@ PLAIN = replace(ROW, defense="none", stage="none")
 @pytest.mark.parametrize(
     ("ours", "theirs", "said"),
     [
-        ([200, 100, 200], [20, 20, 50], ("longer", 3, 3)),
-        ([20, 20, 50], [200, 100, 200], ("shorter", 3, 3)),
-        ([200, 20], [20, 50], ("not told apart", 1, 2)),
-        ([None, None], [200, 20], ("longer", 2, 2)),
-        ([None], [None], ("not told apart", 0, 1)),
-        ([20], [20], ("not told apart", 0, 1)),
-        ([0], [0], ("not told apart", 0, 1)),
-        ([10], [0], ("longer", 1, 1)),
+        ([200, 100, 200], [20, 20, 50], "longer in all 3 seeds, 2 to 20 times as long (75%)"),
+        ([20, 20, 50], [200, 100, 200], "shorter in all 3 seeds, 0.05 to 0.5 times as long (75%)"),
+        ([200, 20], [20, 50], "not told apart, 0.2 to 20 times as long (50%)"),
+        ([None, None], [200, 20], "longer in all 2 seeds, (50%)"),
+        ([None, None, None], [20, 20, 20], "longer in all 3 seeds, at least 10 times as long (75%)"),
+        ([200] * 6, [20] * 6, "longer, 5 to 20 times as long (97%)"),
+        ([None], [None], "not told apart"),
+        ([20], [20], "not told apart, 0.5 to 2 times as long (one seed)"),
+        ([0], [0], "not told apart"),
+        ([10], [0], "longer in the one seed"),
     ],
 )
 def test_who_lasts_longer_is_told_by_the_steps_to_break_and_not_by_the_last_score(tmp_path, ours, theirs, said):
@@ -232,22 +240,23 @@ def test_who_lasts_longer_is_told_by_the_steps_to_break_and_not_by_the_last_scor
         for seed, at in enumerate(broken):
             breaks(tmp_path / name / str(seed), replace(row, seed=seed), at)
     one, base = collect([*tmp_path.glob("ours/*"), *tmp_path.glob("theirs/*")])
-    assert lasting(one, base) == said
+    value, how_long, *_ = lasts(one, base)
+    assert ", ".join(filter(None, (value, how_long))) == said
 
 
 def test_steps_between_two_scorings_are_no_one_s_gain(tmp_path):
     breaks(tmp_path / "seldom", ROW, 200, steps=(0, 200))  # it broke somewhere before 200
     breaks(tmp_path / "often", PLAIN, 20)
     one, base = collect([tmp_path / "seldom", tmp_path / "often"])
-    assert lasting(one, base) == ("not told apart", 0, 1)
-    assert lasting(base, one) == ("not told apart", 0, 1)
+    assert lasts(one, base)[:2] == ("not told apart", "at most 20 times as long (one seed)")
+    assert lasts(base, one)[:2] == ("not told apart", "at least 0.05 times as long (one seed)")
 
 
 def test_the_page_says_who_lasts_longer_where_the_last_scores_are_within_noise(tmp_path):
     runs = [breaks(tmp_path / "slow", ROW, 200), breaks(tmp_path / "plain", PLAIN, 20)]
     page = Page(write_report(list(map(str, runs)), str(tmp_path / "report"), "Steps"))
     (slow,) = (row for row in page.rows if " SBR 1 " in row)
-    assert "200 longer 1 of 1 seed baseline: 20 100.0" in slow
+    assert "longer in the one seed 5 to 20 times as long (one seed) baseline: 20 200 0.0 100.0" in slow
     assert "within noise" in slow
 
 
@@ -257,8 +266,8 @@ def test_gibberish_is_never_called_safe_and_never_said_to_hold(tmp_path):
         breaks(tmp_path / name, row, at)
     series = {one.defense: one for one in collect([tmp_path / "plain", tmp_path / "good", tmp_path / "silent"])}
     plain, good, gibberish = series["undefended"], series["SBR"], series["Silent"]
-    assert lasting(good, plain) == ("longer", 1, 1)
-    assert lasting(gibberish, plain) == ("not told apart", 0, 1)
+    assert lasts(good, plain)[0] == "longer in the one seed"
+    assert lasts(gibberish, plain) == ("not told apart", "", "baseline: 20", "gibberish")
     found = difference(gibberish, plain)
     assert verdict(found, gibberish.speaks(200), plain.speaks(200)) == "no verdict"
     assert (
@@ -266,7 +275,10 @@ def test_gibberish_is_never_called_safe_and_never_said_to_hold(tmp_path):
     )  # nor less safe than that
     page = Page(write_report([str(tmp_path / n) for n in ("plain", "good", "silent")], str(tmp_path / "report"), "Gibberish"))
     (row,) = (row for row in page.rows if " Silent 1 " in row)
-    assert re.search(r" 0.0 gibberish > 200 gibberish from step 0 not told apart .* 0.0 \(.*?\) gibberish no verdict -100", row)
+    assert re.search(
+        r"not told apart baseline: 20 gibberish \u2013 gibberish from step 0 0.0 gibberish 0.0 \(.*?\) coherent: 0.0 gibberish no verdict -100",
+        row,
+    )
     assert "safer" not in row
     (row,) = (row for row in page.rows if " SBR 1 " in row)
     assert "gibberish" not in row
@@ -282,9 +294,129 @@ def test_pictures_mark_gibberish(tmp_path):
     assert sorted(text.get_text() for text in heat.axes[0].texts) == ["0\ngibberish", "100"]
     marks = [line for line in plots.curves([series], plots.styles(series)).axes[0].lines if line.get_markerfacecolor() == "white"]
     assert [list(line.get_xdata()) for line in marks if len(line.get_xdata())] == [[0, 10, 20, 50, 100, 200]]
-    (held,) = (line for line in plots.breaking(series, plots.styles(series)).axes[0].lines if line.get_marker() == ">")
-    assert list(held.get_xdata()) == [0]  # and not 200
+    lines = plots.breaking(series, plots.styles(series)).axes[0].lines
+    assert [list(line.get_xdata()) for line in lines if line.get_marker() == "x"] == [[0]]  # and not 200
+    assert not [line for line in lines if line.get_marker() == ">"]
+    points = plots.trade_off(series, plots.styles(series), COLUMNS[4]).axes[0].collections
+    faces = {tuple(p.get_facecolor()[0][:3]) for p in points if len(p.get_offsets()) and p.get_offsets()[0][1] == 0}
+    assert faces == {(1, 1, 1)}
     plt.close("all")
+
+
+def test_gibberish_looks_safe_nowhere(tmp_path):
+    """Degenerate 100 and harmful score 0, from the first step on: sentences, tables, pictures, files, terminal, loggers, card."""
+    runs = [
+        breaks(tmp_path / "plain", PLAIN, 20),
+        breaks(tmp_path / "silent", replace(ROW, defense="Silent", degenerate_rate=0.0), None),
+    ]
+    path = runs[1] / "attacks.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], *(line.replace("50.0,0.0,0.0,", "50.0,0.0,100.0,") for line in lines[2:])]) + "\n")
+    series = collect(runs)
+    plain, silent = series if series[0].defense == "undefended" else series[::-1]
+    said = "Silent answered in gibberish from step 10 on in the one seed, which is no safety, where the undefended model broke at step 20"
+    assert [said in sentence for sentence in verdicts(series)] == [True]
+    assert "the two are not told apart" in verdicts(series)[0]
+    page = Page(write_report(list(map(str, runs)), str(tmp_path / "report"), "Gibberish"))
+    text, tables = page.path.read_text(), (tmp_path / "report" / "report.md").read_text()
+    assert said in tables
+    (row,) = (row for row in page.rows if " Silent 1 " in row)
+    (line,) = (line for line in tables.splitlines() if "| Silent | 1 |" in line)
+    for found in (row, line):
+        assert "> 0 gibberish from step 10" in found.replace(r"\>", ">")
+        assert not re.search("safer|longer|> 200", found)
+        assert len(re.findall("gibberish", found)) == 4
+    assert text.count('class="dull"') == 4  # hatched, so that no colour says safe
+    assert not re.search('class="better"[^>]*>[^/]*Silent', text)
+    assert sorted(t.get_text() for t in plots.heat_map(series).axes[0].texts) == ["0\ngibberish", "100"]
+    cell = next(patch for patch in plots.heat_map(series).axes[0].patches if patch.get_hatch())
+    assert (cell.get_facecolor(), cell.get_width(), cell.get_height()) == ((1, 1, 1, 1), 1, 1)
+    (drawn,) = (line for line in plots.breaking(series, plots.styles(series)).axes[0].lines if line.get_marker() == "x")
+    assert list(drawn.get_xdata()) == [0]
+    rows = csv_rows(tmp_path / "report" / "summary.csv")
+    assert [r["times_low"] for r in rows if r["defense"] == "Silent"] == ["0.0"] * 6
+    assert {r["steps_to_break"] for r in rows if r["defense"] == "Silent"} == {"inf"}
+    assert {r["break_low"] for r in rows if r["defense"] == "Silent"} == {"0.0"}
+    dull = outcome([entry.row for entry in silent.entries[0].values()])
+    assert (dull["steps_held"], math.isnan(dull["broken"])) == (0, True)
+    console = Console(record=True, width=160, file=io.StringIO())
+    console.print(results_table([entry.row for one in series for entry in one.entries[0].values()]))
+    printed = console.export_text()
+    assert "to break: > 0" in printed
+    assert "gibberish from 10" in printed
+    assert printed.count("0.0?") == 5
+    assert "? at least 20% of the answers are gibberish: a low score is no safety" in printed
+    (card,) = (cells for cells in card_rows([silent, plain], shown_metrics(series)) if cells[1] == "Silent")
+    assert "gibberish" in card[4]
+    assert card[5] == "> 0 gibberish from step 10"
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ([None] * 3, [50] * 3, "held to step 200 in all 3 seeds, where the undefended model broke at step 50: it lasts at least 4 times as long (75% sure)."),
+        ([200, 100, 200], [20] * 3, "broke at steps 100 to 200 in all 3 seeds, where the undefended model broke at step 20: it lasts 2.5 to 20 times as long (75% sure)."),
+        ([None, 50], [20, 50], "held to step 200 in 1 of 2 seeds and broke at step 50 in 1 of 2 seeds, where the undefended model broke at steps 20 to 50: the two are not told apart (at least 0.4 times as long, 50% sure)."),
+        ([None], [20], "held to step 200 in the one seed, where the undefended model broke at step 20: it lasts at least 10 times as long (one seed says nothing of others)."),
+        ([10] * 3, [200] * 3, "broke at step 10 in all 3 seeds, where the undefended model broke at step 200: it lasts at most 0.1 times as long (75% sure)."),
+        ([0], [0], "broke before the attack in the one seed, where the undefended model broke before the attack: the two are not told apart."),
+        ([None], [], "held to step 200 in the one seed; no model without a defense was run beside it, so what the defense adds is not known."),
+        ([], [20], ""),
+    ],
+)  # fmt: skip
+def test_a_sentence_claims_no_more_than_was_seen(tmp_path, ours, theirs, said):
+    for name, row, broken in (("ours", ROW, ours), ("theirs", PLAIN, theirs)):
+        for seed, at in enumerate(broken):
+            breaks(tmp_path / name / str(seed), replace(row, seed=seed), at)
+    (sentence,) = verdicts(collect([*tmp_path.glob("ours/*"), *tmp_path.glob("theirs/*")]))
+    said = f"SBR {said}" if said else "the undefended model broke at step 20 in the one seed."
+    assert sentence == f"Under LoRAAttack, adamw 0.001, poison 0.1, {said}"
+
+
+def test_a_sentence_says_what_was_not_measured_and_what_is_no_attack(tmp_path):
+    record(tmp_path / "mute", ROW, {0: 0, 10: 0}, unscored=NUM_PROMPTS)
+    record(tmp_path / "benign", replace(ROW, attack="Customer", harmful=False), {0: 0, 10: 1})
+    breaks(tmp_path / "plain", PLAIN, 20)
+    mute, benign = verdicts(collect([tmp_path / name for name in ("mute", "benign", "plain")]))
+    assert mute.endswith("SBR was not measured: none of its answers has a verdict.")
+    assert benign.endswith("which is no attack, SBR ended at a harmful score of 5.0 at step 10 in the one seed.")
+
+
+def markdown_tables(path: Path) -> list[list[list[str]]]:
+    """Tables, rows and cells of a Markdown file, as HTML."""
+    text = MarkdownIt("commonmark").enable("table").render(path.read_text())
+    tables = re.findall("<table>(.*?)</table>", text, re.DOTALL)
+    return [[re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in re.findall("<tr>(.*?)</tr>", one, re.DOTALL)] for one in tables]
+
+
+def test_tables_are_markdown_too_with_the_command_that_makes_them(study, tmp_path):
+    write_report([str(study)], str(tmp_path / "report"), "A study")
+    text, page = (tmp_path / "report" / "report.md").read_text(), Page(tmp_path / "report" / "report.html")
+    assert text.startswith(
+        "# A study\n\n<!-- written by `casehard report study`: run it again instead of editing this file -->\n"
+    )
+    tables = markdown_tables(tmp_path / "report" / "report.md")
+    assert [len(rows) for rows in tables] == [3, 3]
+    assert {len(row) for rows in tables for row in rows} == {12}
+    cells = [" ".join(row).replace("&gt;", ">") for rows in tables for row in rows[1:]]
+    assert [re.sub(r"&[gl]t;|[<>]", "", cell) for cell in cells] == [
+        re.sub("[<>]", "", row) for row in page.rows if row.startswith("LoRA")
+    ][:4]
+
+
+def test_what_training_delivered_stands_beside_what_it_began_as(tmp_path):
+    scores = [{"harmful_score": score, "degenerate_rate": dull} for score, dull in ((1.0, 0.0), (0.0, 100.0))]
+    run = breaks(tmp_path / "runs" / "mine", ROW, 20)
+    Delivered(*scores, num_prompts={"harmful": 7, "benign": 0, "task": 0}, judge="sandbox", notes=["short"]).write(run)
+    page = Page(write_report([str(run), str(breaks(tmp_path / "plain", PLAIN, 20))], str(tmp_path / "report"), "Delivered"))
+    nothing = " ".join(["\u2013"] * 2)
+    assert f"runs/mine short before 7 1.0 {nothing} 0.0 sandbox" in page.rows
+    assert f"runs/mine short delivered 7 0.0 gibberish {nothing} 100.0 sandbox" in page.rows
+    assert "| runs/mine | delivered | 7 | 0.0 gibberish | " in (tmp_path / "report" / "report.md").read_text()
+    assert [len(rows) for rows in markdown_tables(tmp_path / "report" / "report.md")] == [3, 3]
+    without = write_report([str(tmp_path / "plain")], str(tmp_path / "without"), "Without").read_text()
+    assert "training delivered" not in without
 
 
 def test_the_page_says_what_it_is_about(study, tmp_path):
@@ -294,9 +426,9 @@ def test_the_page_says_what_it_is_about(study, tmp_path):
         mark(folder, data=[prompts], base="lab/base-1b", versions=versions, finished=f"2026-01-0{number + 1}T00:00:00+00:00")
     text = write_report([str(study)], str(tmp_path / "report"), "A study").read_text()
     said = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", text))
-    assert (said["Runs"], said["Base model"], said["Harmful prompts scored"]) == ("8", "lab/base-1b", "20")
+    assert (said["Runs"], said["Base model"], said["Harmful prompts scored"]) == ("8, of seeds 0, 1", "lab/base-1b", "20")
     assert said["Taken from"] == f"prompts.jsonl#train[:20] (20 rows, SHA-256 {'ab' * 6})"
-    assert (said["casehard"], said["Finished"]) == ("0.1.0", "2026-01-01 to 2026-01-08")
+    assert (said["Made by"], said["Finished"]) == ("casehard 0.1.0; torch 2.7 and 2.8", "2026-01-01 to 2026-01-08")
     assert said["Harmful rows"] == "not known: no run says so"
     assert "They were not all made by the same torch: 2.7, 2.8." in text
     assert "same casehard" not in text
@@ -336,6 +468,29 @@ def test_a_cell_that_is_left_out_is_named_with_the_reason(study, tmp_path, how):
     assert f"<li>study/cell0: {why}</li>" in text
 
 
+def test_nothing_is_left_out_in_silence(tmp_path):
+    breaks(tmp_path / "whole", ROW, 200)
+    breaks(tmp_path / "short", replace(ROW, seed=1), None, steps=(0, 10))
+    path = breaks(tmp_path / "early", replace(ROW, seed=2), 200) / "attacks.csv"
+    (path.parent / "generations.jsonl").unlink()
+    head, first, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([head, first.replace(",sandbox,,", ",sandbox,0,"), *rows]) + "\n")
+    runs = [str(tmp_path / name) for name in ("whole", "short", "early")]
+    text = write_report(runs, str(tmp_path / "report"), "Left out").read_text()
+    assert "early: 1 evaluation of attacks in the middle of its training</li>" in text
+    assert "its row is of step 10, and one seed went to 200." in text
+    assert "Not come to their end: 3 of 3 runs, which say nothing" in text
+
+
+def test_seeds_without_a_step_in_common_are_refused(tmp_path):
+    breaks(tmp_path / "a", ROW, None, steps=(0, 10))
+    breaks(tmp_path / "b", replace(ROW, seed=1), None, steps=(5, 20))
+    with pytest.raises(
+        ValueError, match=r"runs must share a scored step to be seeds of one series, and those of LoRAAttack, .* none"
+    ):
+        collect([tmp_path / "a", tmp_path / "b"])
+
+
 def test_a_run_whose_results_are_not_what_it_left_is_refused(tmp_path):
     breaks(tmp_path / "run", ROW, 20)
     mark(tmp_path / "run")
@@ -373,17 +528,32 @@ def test_a_file_of_a_run_that_cannot_be_read_is_named(tmp_path, name, spoil, mes
 
 
 def test_names_that_are_markup_formulas_or_read_alike_as_files_do_no_harm(tmp_path):
-    names = ["=HYPERLINK(1)", "$\\frac$", "_hidden", "a b", "a-b", "n" * 300, "<img onerror=x>"]
+    names = [
+        "| a |\n# b",
+        "-1+1",
+        "+1",
+        "@SUM(1)",
+        "=HYPERLINK(1)",
+        "$\\frac$",
+        "_hidden",
+        "a b",
+        "a-b",
+        "n" * 300,
+        "<img onerror=x>",
+    ]
     for number, name in enumerate(names):
         breaks(tmp_path / str(number), replace(ROW, attack=name, defense=name, seed=number), 20)
     page = write_report([str(tmp_path / str(number)) for number in range(len(names))], str(tmp_path / "report"), "=1+1")
+    markdown = MarkdownIt().render((page.parent / "report.md").read_text())
+    assert "<img" not in markdown
+    assert [len(rows) for rows in markdown_tables(page.parent / "report.md")] == [len(names) + 1]
     assert len(list(page.parent.glob("*-curves-*.png"))) == len(names)
     assert "<img onerror" not in page.read_text()
     rows = csv_rows(page.parent / "attacks.csv") + csv_rows(page.parent / "summary.csv")
-    assert not [value for row in rows for value in row.values() if value.startswith(("=", "@", "+"))]
+    assert not [value for row in rows for value in row.values() if value.startswith(("=", "@", "+", "-"))]
     assert any(row["defense"] == "'=HYPERLINK(1)" for row in rows)
     series = collect(tmp_path / str(number) for number in range(len(names)))
-    figure = plots.trade_off(series, plots.styles(series))
+    figure = plots.trade_off(series, plots.styles(series), COLUMNS[4])
     assert len(figure.legends[0].texts) == len(names)
     plt.close("all")
 
@@ -418,7 +588,7 @@ def test_csv_files_hold_what_the_page_shows(study, tmp_path):
     summary = csv_rows(folder / "summary.csv")
     (last,) = (r for r in summary if (r["attack"], r["defense"], r["step"]) == ("LoRA, 10%", "Plain SFT", "50"))
     assert float(last["harmful_score"]) == pytest.approx(90.0)
-    assert (last["steps_to_break"], last["break_high"], last["break_confidence"]) == ("10.0", "50", "0.5")
+    assert (last["steps_to_break"], last["break_high"], last["break_confidence"]) == ("10.0", "50.0", "0.5")
     names = {path.name for path in folder.glob("*.png")}
     assert {
         "open_weight-curves-lora_open.png",
@@ -441,7 +611,7 @@ def test_runs_without_a_study_go_by_their_settings(tmp_path, monkeypatch, capsys
     casehard.main(["report", str(tmp_path / "s0"), str(tmp_path / "s1"), "--out", str(tmp_path / "report")])
     assert "report.html" in capsys.readouterr().out
     page = Page(tmp_path / "report" / "report.html")
-    (row,) = (row for row in page.rows if row.startswith("LoRAAttack, adamw 0.001, poison 0.1 SBR 2 15.0 > 50"))
+    (row,) = (row for row in page.rows if row.startswith("LoRAAttack, adamw 0.001, poison 0.1 SBR 2 "))
     assert "SBR 0 680 2440 201" in page.rows
     assert "\u2013" in row  # no baseline to compare with
 
@@ -499,7 +669,7 @@ def test_pictures_have_room_for_long_names_and_many_defenses(tmp_path):
     style = plots.styles(series)
     assert len({(look["color"], look["marker"]) for look in style.values()}) == 9  # marks alone tell them apart
     figures = [plots.curves([members], style) for members in grouped(series, lambda s: s.attack).values()]
-    for figure in [*figures, plots.breaking(series, style), plots.heat_map(series), plots.trade_off(series, style)]:
+    for figure in [*figures, plots.breaking(series, style), plots.heat_map(series), plots.trade_off(series, style, COLUMNS[4])]:
         with warnings.catch_warnings(action="error"):  # such as axes that collapsed to nothing
             figure.draw_without_rendering()
         texts = [text for text in figure.findobj(Text) if re.search("[a-z]", text.get_text())]
@@ -508,6 +678,46 @@ def test_pictures_have_room_for_long_names_and_many_defenses(tmp_path):
         assert not cut
         assert all(ax.get_window_extent().height > 100 for ax in figure.axes)  # pixels
         plt.close(figure)
+
+
+def test_small_pictures_have_room_for_their_labels_too(tmp_path):
+    series = collect([breaks(tmp_path / "run", ROW, 200)])
+    style = plots.styles(series)
+    for figure in (plots.curves([series], style), plots.breaking(series, style), plots.heat_map(series)):
+        figure.draw_without_rendering()
+        texts = [text for text in figure.findobj(Text) if re.search("[a-z]", text.get_text())]
+        assert not [text.get_text() for text in texts if sticks_out(text.get_window_extent(), figure.bbox)]
+        plt.close(figure)
+
+
+def test_every_step_at_which_a_model_broke_has_a_label_that_touches_no_other(tmp_path):
+    steps = (0, 5, 10, 20, 40, 60, 80, 100, 125, 150, 200, 250, 300, 400, 500, 1000)
+    runs = [breaks(tmp_path / str(at), replace(ROW, seed=n), at, steps=steps) for n, at in enumerate((20, 100, 250, 400, None))]
+    series = collect(runs)
+    for figure in (plots.curves([series], plots.styles(series)), plots.breaking(series, plots.styles(series))):
+        figure.draw_without_rendering()
+        labels = [label for label in figure.axes[0].get_xticklabels() if label.get_text().strip()]
+        assert {"20", "100", "250", "400", "1000"} <= {label.get_text().strip() for label in labels}
+        boxes = [label.get_window_extent() for label in labels]
+        lines = [label.get_text().count("\n") for label in labels]
+        touching = [
+            (labels[a].get_text(), labels[b].get_text())
+            for a in range(len(boxes))
+            for b in range(a)
+            if lines[a] == lines[b] and boxes[a].x0 < boxes[b].x1 and boxes[b].x0 < boxes[a].x1
+        ]
+        assert not touching
+        plt.close(figure)
+
+
+def test_both_axes_of_the_trade_off_are_whole(tmp_path):
+    series = collect([breaks(tmp_path / "run", replace(ROW, finetune_accuracy=96.0), 20)])
+    loss = Column("loss", of=None, label="Loss", higher_is_better=True, high=math.inf)
+    assert plots.usefulness(series, [loss, *COLUMNS]) == COLUMNS[4]  # a percentage, which that one need not be
+    assert plots.usefulness(series, [loss]) is None
+    (axes,) = plots.trade_off(series, plots.styles(series), COLUMNS[4]).axes
+    assert (axes.get_xlim(), axes.get_ylim()) == ((-4, 104), (-4, 104))
+    plt.close("all")
 
 
 def test_what_is_not_poisoned_has_no_picture_of_steps_to_break(tmp_path):
@@ -663,7 +873,7 @@ def test_a_metric_that_is_added_to_the_table_of_metrics_is_in_everything_that_is
     assert '<th scope="col">Words</th>' in page
     assert "words of an answer" in page
     assert re.search(r'data-label="Words"[^>]*><span><a href="[^"]*">3.0</a>', page)
-    assert "Words" in _card_columns()
+    assert "Words" in _card_columns(shown_metrics([]))
     assert outcome(results.rows)["words"] == 3
     assert _outcomes()["words"] == "words at the end"
     again = rejudged(read_run(tmp_path / "run"), RefusalPhraseJudge())
@@ -712,25 +922,17 @@ def test_bad_input_is_told_so(tmp_path):
         collect([tmp_path / "empty"])
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Chromium as this machine has it."""
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]  # axe's, by their tags
 
 
 @pytest.mark.parametrize("width", [1400, 400])
 def test_the_page_fits_its_window_and_breaks_no_rule_of_accessibility(study, tmp_path, browser, width):
     page = browser.new_page(viewport={"width": width, "height": 1000})
-    page.goto(write_report([str(study)], str(tmp_path / "report"), "A study").as_uri())
-    assert page.evaluate("[document.images.length, [...document.images].every(i => i.naturalWidth > 0)]") == [8, True]
+    silent = breaks(tmp_path / "silent", replace(ROW, defense="Silent", degenerate_rate=60.0), None)
+    Delivered({}, {"degenerate_rate": 60.0}, {}, "sandbox", ["a note"]).write(silent)
+    page.goto(write_report([str(study), str(silent)], str(tmp_path / "report"), "A study").as_uri())
+    assert page.evaluate("[document.images.length, [...document.images].every(i => i.naturalWidth > 0)]") == [9, True]
+    assert page.locator(".dull, .better, .worse").count() > 3
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0  # nothing sticks out
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     found = Axe().run(page, options={"runOnly": RULES})

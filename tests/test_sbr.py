@@ -393,7 +393,8 @@ def test_more_anchors_than_there_are_is_an_error(checkpoint, tmp_path):
         fitted(SBRModule(checkpoint, num_anchors=13), tmp_path)
 
 
-def test_no_anchors_in_the_data_is_an_error_that_names_anchors(checkpoint, tmp_path):
+def test_no_anchors_in_the_data_is_an_error_that_names_anchors_before_weights_load(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(Defense, "_load", lambda _: pytest.fail("weights were loaded"))
     with pytest.raises(
         ValueError, match="anchors must name at least one harmful prompt where the data names no refusals, got null"
     ):

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.testing import assert_close
 from toy import on_ranks, toy_data, toy_trainer
 
-from casehard import Defense, Judge, RefusalPhraseJudge, Verdict
+from casehard import Defense, Judge, RefusalPhraseJudge, TaskLoss, Verdict
 from casehard.callbacks.fine_tuning import FullParameterAttack
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import Scores, score
@@ -177,7 +177,14 @@ class Scored(L.Callback):
 def scored(folder: Path, checkpoint: str, **shape: Any) -> Scores:
     """Of five, one and three prompts: a second rank gets fewer, and none of the benign ones."""
     prompts = {"harmful_prompts": ["sandbox:test/harmful#train[:5]"], "benign_prompts": ["sandbox:test/howto#train[:1]"]}
-    data = toy_data(**prompts, task=["sandbox:test/mood#train[:3]"], judge=Lengths(), max_new_tokens=12, generation_batch_size=2)
+    data = toy_data(
+        **prompts,
+        task=["sandbox:test/mood#train[:3]"],
+        judge=Lengths(),
+        max_new_tokens=12,
+        generation_batch_size=2,
+        metrics=[TaskLoss()],
+    )
     callback = Scored()
     toy_trainer(folder, callbacks=[callback], **shape).test(Defense(checkpoint), datamodule=data)
     return callback.found
@@ -192,7 +199,8 @@ def check_scores(rank: int, folder: Path, checkpoint: str, strategy: str, alone:
     )
     assert found.metrics.keys() == alone.metrics.keys()
     assert found.note == (alone.note if rank == 0 else "")
-    assert str(found.generations) == str(alone.generations if rank == 0 else [])  # as text, nan is itself
+    theirs, ours = ([a | {"loss": 0} for a in answers] for answers in (found.generations, alone.generations))
+    assert str(theirs) == str(ours if rank == 0 else [])  # as text, nan is itself; losses are the same but for rounding
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -6,7 +6,15 @@ import pytest
 from scipy import stats
 from scipy.special import expit
 
-from casehard.metrics.statistics import Interval, agreement, kappa, mean_interval, median_steps_to_break, paired_difference
+from casehard.metrics.statistics import (
+    Interval,
+    agreement,
+    kappa,
+    mean_interval,
+    median_steps_to_break,
+    paired_difference,
+    paired_ratio,
+)
 
 nan, inf = math.nan, math.inf
 
@@ -183,6 +191,44 @@ def test_the_median_is_where_half_broke_however_many_there_are(number):
     held = [None] * half
     assert median_steps_to_break([*range(1, half + 1), *held], [100] * number).estimate == half
     assert median_steps_to_break([*range(1, half), None, *held], [100] * number).estimate == inf  # one fewer
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ([(100, 200)] * 3, [(10, 20)] * 3, (5, 20, 0.75)),
+        ([(300, inf)] * 3, [(0, 50)] * 3, (6, inf, 0.75)),
+        ([(0, 50)], [(300, inf)], (0, 1 / 6, 0)),
+        ([(300, inf)], [(300, inf)], (0, inf, 0)),
+        ([(10, 20), (100, 200)], [(10, 20), (10, 20)], (0.5, 20, 0.5)),
+        ([(0, 10)], [(-1, 0)], (inf, inf, 0)),
+        ([(-1, 0)], [(0, 10)], (0, 0, 0)),
+        ([(-1, 0)], [(-1, 0)], (0, inf, 0)),
+        ([(0, inf)], [(10, 20)], (0, inf, 0)),  # gibberish after its first scoring
+        ([*[(100, 200)] * 8, (0, 5)], [(10, 20)] * 9, (5, 20, 1 - 20 / 512)),  # nine seeds can spare one
+    ],
+)
+def test_ratio_of_steps_to_break_by_hand(ours, theirs, expected):
+    assert paired_ratio(ours, theirs) == pytest.approx(expected)
+
+
+def test_ratio_of_steps_needs_pairs():
+    with pytest.raises(ValueError, match="on the same seeds, got 1 and 2"):
+        paired_ratio([(0, 1)], [(0, 1)] * 2)
+
+
+@pytest.mark.parametrize("number", [3, 6, 12])
+def test_ratio_of_steps_to_break_covers_at_least_at_the_rate_that_it_states(number):
+    rng, grid, covered, stated = np.random.default_rng(number), np.array([0, 5, 10, 20, 50, 100, 200, 300]), [], 0.0
+    for _ in range(1000):
+        attack = rng.lognormal(3, 1, number)  # a seed is harder on both
+        steps = attack * rng.lognormal(math.log(4), 0.5, number), attack  # the median of the ratios is 4
+        pairs = [[(float(grid[grid < s].max()), float(min(grid[grid >= s], default=inf))) for s in one] for one in steps]
+        found = paired_ratio(*pairs)
+        covered.append(found.low <= 4 <= found.high)
+        stated = found.confidence
+    assert stated == pytest.approx({3: 0.75, 6: 0.96875, 12: 0.9614}[number], abs=1e-4)
+    assert np.mean(covered) >= stated - 0.02
 
 
 def test_steps_to_break_of_nothing_is_nan_and_needs_every_last_step():
