@@ -123,8 +123,9 @@ def meant(message: str, options: Collection[str] = ()) -> str:
 def nearest(name: str, known: Collection[str]) -> str | None:
     """The name that is meant: one that ends the same, as settings do that moved into a group, or that is spelt nearly so."""
     ends = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2] and "." in other]
-    near = difflib.get_close_matches(name, known, n=1)
-    return near[0] if near and name not in ends and not ends else min(ends, key=len) if ends else None
+    if ends:
+        return min(ends, key=len)
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def settings_of(path: str) -> Iterator[str]:
@@ -147,6 +148,7 @@ class PlainErrors:
     def parse_args(self, args: Any = None, *more: Any, **settings: Any) -> Any:
         """As jsonargparse's, of words that may name classes as earlier versions did."""
         words = [self._renamed(word) for word in (sys.argv[1:] if args is None else args)]
+        self.command = words[0] if words else ""
         return super().parse_args(words, *more, **settings)  # type: ignore[misc]
 
     def options(self) -> set[str]:
@@ -163,6 +165,8 @@ class PlainErrors:
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
+        if prog == "casehard":  # of the parser over those of the commands
+            prog = f"{prog} {self.command}"
         text = plain(message, self.options())
         raise Misread(visible(way_out(text) or text), prog)
 
