@@ -127,6 +127,7 @@ HEAVY = {"torch", "lightning", "transformers", "datasets", "numpy", "matplotlib"
             (["report", "--help"], HEAVY),
             (["card", "--help"], HEAVY),
             (["dashboard", "--help"], HEAVY),
+            (["preview", "--help"], HEAVY),
         ),
         (["sandbox", "--num_rows", "1"], HEAVY - {"numpy"}),
         (["report", "nowhere"], HEAVY - {"numpy", "matplotlib"}),
