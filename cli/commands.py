@@ -1,5 +1,6 @@
 """The commands that train nothing; each imports what it needs when it runs."""
 
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -183,9 +184,18 @@ def init(args: list[str]) -> None:
 
 def preview(args: list[str]) -> None:
     """``casehard preview ...``: the rows of a run as its model reads them."""
-    from casehard.cli.preview import main
+    parser = ArgumentParser(
+        "casehard preview",
+        usage="casehard preview [--num_rows NUM_ROWS] --config NAME [--SETTING VALUE ...]",
+        description="Show rows as the model reads them: rendered by its chat template, with what is learnt marked, their lengths "
+        "in tokens, and how many are cut or poisoned. All other settings are those of `casehard fit`. No weights are loaded.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--num_rows", type=int, default=3, help="rows to print (default: 3)")
+    own, settings = parser.parse_known_args(args)
+    from casehard.cli.preview import main  # with torch
 
-    main(args)
+    main(settings, own.num_rows)
 
 
 OWN_PARSER: dict[str, Callable[[list[str]], None]] = {

@@ -221,6 +221,7 @@ class Cli(PrivateCLI):
             check_made_by(self.model, read_notes(config.ckpt_path, to_train=self.subcommand == "fit"))
             rank_zero_only(require_unharmed)(config.ckpt_path)
         self.folder = self._take_folder(config, dry)
+        self._say_what_runs(config)
         self.save_config_kwargs = {"folder": self.folder}
         export = config.run.export and self.subcommand == "fit" and not dry
         scored = config.run.score and self.subcommand == "fit" and not dry
@@ -240,6 +241,12 @@ class Cli(PrivateCLI):
             settings["logger"] = self._loggers(config)
         trainer: L.Trainer = built(self.build_trainer, settings, extra)
         return trainer
+
+    @rank_zero_only
+    def _say_what_runs(self, config: Any) -> None:
+        if sys.stderr.isatty():
+            start = config.ckpt_path or self.model.checkpoint
+            sys.stderr.write(f"casehard {self.subcommand}: {type(self.model).__name__} from {start}, in {self.folder}\n")
 
     def _take_folder(self, config: Any, dry: bool) -> Path:
         """The run's folder, from which other runs are kept out while this one goes on.

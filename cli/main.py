@@ -55,7 +55,7 @@ def main(args: list[str] | None = None) -> None:
             if text := asked(name, (TRAINING | OTHERS)[name], args[1:]):
                 print(text, flush=True)
                 return
-        if sys.stderr.isatty() and name not in AT_ONCE:
+        if sys.stderr.isatty() and name not in AT_ONCE and os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"casehard {name}: reading the settings, and what they need\n")
         if name in TRAINING:
             end_with_parent()

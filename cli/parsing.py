@@ -57,9 +57,16 @@ def refusals() -> Iterator[None]:
         raise error
 
 
-NOISE = re.compile(r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but|Subclass types expect")
-
-
+NOISE = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Expected a path but"
+    r"|Subclass types expect|a class path \(|a dict with"
+)
+PLAINER = [  # what jsonargparse says, and how it is said here
+    (r"<class '([\w.]+)'>", r"\1"),
+    (r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1"),
+    (r"Unable to load config .*", "Expected settings, {name: value}, or a file with them"),
+    (r"Not a valid subclass of (\w+).*", r"Expected a \1 by its class_path, and its settings as init_args"),
+]
 OPTION = re.compile(r".*class_path '([\w.]+)': (?:.*: )?(?:Group '(\w+)' does not accept option|Option) '([\w.]+)'")
 
 
@@ -78,9 +85,10 @@ def plain(message: str, options: Collection[str] = ()) -> str:
         if text.startswith("Not a valid subclass") and any("class_path" in line or "Import path" in line for line in lines):
             break  # that class exists, and this is what else might have stood there
         if text and not in_value and not NOISE.match(text):
-            text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", text)
-            lines.append(re.sub(r"<class '([\w.]+)'>", r"\1", text))
-    text = "; ".join(lines).replace(":; ", ": ")
+            for theirs, plainer in PLAINER:
+                text = re.sub(theirs, plainer, text)
+            lines.append(text)
+    text = re.sub(r'(Parser key "[^"]+": [^;]+); \1', r"\1", "; ".join(dict.fromkeys(lines)).replace(":; ", ": "))
     return text + meant(text, options)
 
 
@@ -100,6 +108,8 @@ def meant(message: str, options: Collection[str] = ()) -> str:
         name, known = found[3], {setting: setting for setting in settings_of(found[1])}
         if found[2]:
             name = f"{found[2]}.{name}"
+    elif found := re.search(r"unrecognized arguments: ([^-\s]\S*)$", message):
+        return f". Did you mean --config {found[1]}?" if "config" in options else ""
     elif found := re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message):
         name, known = found[1] or found[2], {option: option for option in options}
     else:
@@ -113,8 +123,9 @@ def meant(message: str, options: Collection[str] = ()) -> str:
 def nearest(name: str, known: Collection[str]) -> str | None:
     """The name that is meant: one that ends the same, as settings do that moved into a group, or that is spelt nearly so."""
     ends = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2] and "." in other]
-    near = difflib.get_close_matches(name, known, n=1)
-    return near[0] if near and name not in ends and not ends else min(ends, key=len) if ends else None
+    if ends:
+        return min(ends, key=len)
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def settings_of(path: str) -> Iterator[str]:
@@ -137,6 +148,7 @@ class PlainErrors:
     def parse_args(self, args: Any = None, *more: Any, **settings: Any) -> Any:
         """As jsonargparse's, of words that may name classes as earlier versions did."""
         words = [self._renamed(word) for word in (sys.argv[1:] if args is None else args)]
+        self.command = words[0] if words else ""
         return super().parse_args(words, *more, **settings)  # type: ignore[misc]
 
     def options(self) -> set[str]:
@@ -153,6 +165,8 @@ class PlainErrors:
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
+        if prog == "casehard":  # of the parser over those of the commands
+            prog = f"{prog} {self.command}"
         text = plain(message, self.options())
         raise Misread(visible(way_out(text) or text), prog)
 
@@ -210,6 +224,9 @@ class ConfigFile(ActionConfigFile):
         return experiment(value) if is_name else value
 
 
+GROUPS = ("trainer", "model", "data", "run")
+
+
 def check_top(name: str, config: Any, settings: Collection[str]) -> None:
     """Refuse a key at the top of a config that is no setting, also where nothing stands under it.
 
@@ -221,6 +238,8 @@ def check_top(name: str, config: Any, settings: Collection[str]) -> None:
             near = difflib.get_close_matches(str(key), settings, n=1)
             guess = f" Did you mean {near[0]}?" if near else ""
             raise SettingError(f"{name}: {key!r} must be a setting, and it is none.{guess}")
+        if key in GROUPS and not isinstance(config[key], dict | str | None):
+            raise SettingError(f"{name}: {key} must hold settings, {{name: value}}, got {config[key]!r}.")
 
 
 def _replaced(config: Any, before: Any, prefix: str = "") -> Iterator[str]:

@@ -3,7 +3,6 @@
 import statistics
 import sys
 import unicodedata
-from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
@@ -38,21 +37,13 @@ class _Reader(Cli):
         raise _Read(self.model, self.datamodule)
 
 
-def main(args: list[str]) -> None:
+def main(settings: list[str], num_rows: int) -> None:
     """Print what ``fit`` with these settings would train on."""
-    parser = ArgumentParser(
-        "casehard preview",
-        description="Show rows as the model reads them: rendered by its chat template, with what is learnt marked, their lengths "
-        "in tokens, and how many are cut or poisoned. All other settings are those of `casehard fit`. No weights are loaded.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--num_rows", type=int, default=3, help="rows to print (default: 3)")
-    own, settings = parser.parse_known_args(args)
-    if own.num_rows < 0:
-        raise SettingError(f"--num_rows must be >= 0, got {own.num_rows}.")
+    if num_rows < 0:
+        raise SettingError(f"--num_rows must be >= 0, got {num_rows}.")
     module, data = read(settings)
     console = terminal()
-    for text in shown(module, data, own.num_rows, console.is_terminal):
+    for text in shown(module, data, num_rows, console.is_terminal):
         console.print(text, soft_wrap=True, highlight=False)
 
 

@@ -89,6 +89,9 @@ def _renamed(value: Any, top: bool = True) -> Any:
     if isinstance(value, list):
         return [_renamed(part, top=False) for part in value]
     if isinstance(value, dict):
+        for key, kind, what in (("class_path", str, "the path of a class"), ("init_args", dict, "its settings, {name: value}")):
+            if not isinstance(value.get(key), kind | None):
+                raise SettingError(f"{key} must be {what}, got {value[key]!r}.")
         return {
             key: known_as(as_class(part)) if key == "class_path" and isinstance(part, str) else _renamed(part, top=False)
             for key, part in value.items()

@@ -335,6 +335,17 @@ def test_what_a_constructor_refuses_is_said_in_its_one_sentence(call, tmp_path, 
         (attack_with(threat_model="weights"), ["Expected one of 'open_weight', 'finetuning_service'"]),
         (["--data.judge", "casehard.GuardJudge", "--data.judge.batch_sise", "3"], ["Did you mean batch_size?"]),
         (["--model", "test_cli.Raising", "--model.init_args.kint", "3"], ["Option 'kint' is not accepted. Did you mean kind?"]),
+        (["--data.sources", "[a]"], ['error: Parser key "data.sources": Expected settings, {name: value}, or a file with them']),
+        (["--trainer.callbacks", "[3]"], ["Expected a Callback by its class_path, and its settings as init_args"]),
+        (
+            ["--trainer.callbacks", "[{init_args: {a: 1}}]"],
+            ["Expected a Callback by its class_path, and its settings as init_args"],
+        ),
+        (["--trainer.plugins", "x"], ["Expected a dot import path string: x; Expected a list"]),
+        (["--model", "{class_path: 3}"], ["class_path must be the path of a class, got 3."]),
+        (["--model", "{init_args: 3}"], ["init_args must be its settings, {name: value}, got 3."]),
+        (["--config", "{trainer: 3}"], ["a config's text: trainer must hold settings, {name: value}, got 3."]),
+        (["sbr"], ["unrecognized arguments: sbr. Did you mean --config sbr?"]),
         (["--model", "mylab.L2SP"], ["No module named 'mylab'. Install mylab, or name the folder that has it in PYTHONPATH."]),
         (["--model", "casehard.LoRAAttack"], ["does not correspond to a subclass of Defense"]),
         (
@@ -347,6 +358,7 @@ def test_what_does_not_parse_is_said_without_the_types_tried_and_the_values(call
     error = call("fit", "--config", "experiments/sbr.yaml", *args, fails=True)
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert all(word in line for word in words)
+    assert line.count("Expected settings") < 2
     assert not any(noise in error for noise in ("Namespace", "NestedArg", "Union", "NoneType", "usage:", SECRET))
 
 

@@ -133,6 +133,11 @@ def test_an_earlier_config_with_the_settings_that_never_had_a_use_is_read(call):
     assert "unrecognized arguments: --optimizer Adam" in call("fit", "--optimizer", "Adam", fails=True)
 
 
+@pytest.mark.parametrize("text", ["{data: {num_samplse: 3}}", "{model: {init_args: {chekpoint: x}}}"])
+def test_a_mistake_names_the_help_of_its_command(call, text):
+    assert call("fit", "--config", text, fails=True).startswith("casehard fit --help lists the settings.\nerror: ")
+
+
 # ---- help
 
 
@@ -215,6 +220,14 @@ def test_help_needs_no_torch(args):
 
 
 # ---- what a start prints
+
+
+def test_a_start_says_what_runs_and_where(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run = ["--run.root", str(tmp_path), "--run.wandb", "disabled", "--trainer.accelerator", "cpu"]
+    first, second, *_ = call("fit", "--config", "sbr", *run, "--data.num_samples", "100000000", fails=True).splitlines()
+    assert first == "casehard fit: reading the settings, and what they need"
+    assert second == f"casehard fit: SBRModule from models/sandbox/aligned, in {tmp_path}/sbr/version_0"
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import WandbLogger
 from toy import ROOT
 
 import casehard
@@ -101,9 +102,13 @@ def test_private_names_of_dependencies_stand_in_private_py_alone():
     assert {name: found for name, found in taken.items() if found} == {}
 
 
-@pytest.mark.parametrize("name", ["_get", "_instantiate_trainer", "_parser", "_parse_ckpt_path"])
+@pytest.mark.parametrize("name", ["_get", "_instantiate_trainer", "_parser", "_parse_ckpt_path", "_run_subcommand"])
 def test_lightning_has_the_private_names_that_the_command_line_uses(name):
     assert callable(getattr(LightningCLI, name, None)), f"lightning has no LightningCLI.{name} any more: see cli/private.py"
+
+
+def test_wandbs_logger_has_the_private_settings_that_the_command_line_drops_one_of(tmp_path):
+    assert isinstance(getattr(WandbLogger(offline=True, save_dir=tmp_path), "_wandb_init", None), dict), "lightning: _wandb_init"
 
 
 # ---- what is imported
@@ -122,6 +127,7 @@ HEAVY = {"torch", "lightning", "transformers", "datasets", "numpy", "matplotlib"
             (["report", "--help"], HEAVY),
             (["card", "--help"], HEAVY),
             (["dashboard", "--help"], HEAVY),
+            (["preview", "--help"], HEAVY),
         ),
         (["sandbox", "--num_rows", "1"], HEAVY - {"numpy"}),
         (["report", "nowhere"], HEAVY - {"numpy", "matplotlib"}),

@@ -144,7 +144,7 @@ class Failing(casehard.Defense):
 
 
 FAILED = [
-    ["--data.sources.benign", "[nowhere.jsonl]"],
+    ["--data.num_samples", "100000000"],
     ["--trainer.accelerator", "gpu"],
     [
         "--config",
