@@ -118,9 +118,11 @@ def test_every_logged_key_has_a_panel_and_every_panel_keys_that_were_logged(runs
     history = {key for found in sent for key in found.history if not key.startswith("_")}
     summary = {key for found in sent for key in found.summary}
     tables = {key for key in history if key.startswith("generations/")}
-    assert shown == history - tables - set(AXES) - {"trainer/global_step"}
-    assert {line["xAxis"] for line in lines} <= history
     bars = {key for bar in panels(section, "Bar Chart") for key in bar["metrics"]}
+    delivered = {key for key in bars if key.startswith("delivered/")}
+    assert shown | delivered == history - tables - set(AXES) - {"trainer/global_step"}
+    assert delivered
+    assert {line["xAxis"] for line in lines} <= history
     columns = {name.removeprefix("summary:") for name in section["runSets"][0]["runFeed"]["columnPinned"]} - {"run:displayName"}
     assert bars | columns <= summary
     assert {key for key in summary if key.startswith("attack/")} - shown <= bars | columns
