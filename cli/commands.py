@@ -145,7 +145,9 @@ def list_all(args: list[str]) -> None:
         description="List what there is to choose from: short name, where it acts, whose it is, class path or file, and what it "
         "is. Classes of other packages are those that they declare as entry points of the group casehard.",
     )
-    parser.add_argument("kinds", nargs="*", type=str, help="defenses, attacks, judges, metrics, experiments; by default all")
+    parser.add_argument(
+        "kinds", nargs="*", type=str, default=[], help="defenses, attacks, judges, metrics, experiments; by default all"
+    )
     parser.add_argument("--package", type=str | None, default=None, help="also list every class of this package, as of your own")
     settings = parser.parse_args(args)
     from casehard.cli.listing import listed

@@ -149,6 +149,9 @@ def _sections(logged: Logged) -> "Iterator[Section]":
             for name, keys in sorted(metrics.items(), key=lambda item: list(ranges).index(item[0]))
         ]
         yield Section(name=attack, panels=panels, is_open=True)
+    delivered = [key for key in logged.keys if key.startswith("delivered/") and not key.endswith("_before")]
+    panels = [BarPlot(title=f"{key.replace('_', ' ')}, and before", metrics=[f"{key}_before", key]) for key in delivered]
+    yield Section(name="delivered", panels=panels, is_open=True)
     for stage in ("train", "val", "test"):
         names = [key.removeprefix(f"{stage}/") for key in logged.keys if key.startswith(f"{stage}/")]
         panels = [LinePlot(title=name.replace("_", " "), x="trainer/global_step", y=[f"{stage}/{name}"]) for name in names]

@@ -146,7 +146,10 @@ def test_a_package_that_declares_nothing_can_be_listed_too(package, tmp_path):
     assert "OwnHelper" not in text
     with pytest.raises(SettingError, match="package must be one that Python finds, and 'nolab' is none"):
         listed([], "nolab")
-    with pytest.raises(SettingError, match="kind must be one of defenses, attacks, judges, metrics, experiments, got 'defence'"):
+    with pytest.raises(
+        SettingError,
+        match=r"kind must be one of defenses, attacks, judges, metrics, experiments, got 'defence'\. Did you mean defenses",
+    ):
         listed(["defence"])
 
 
