@@ -34,6 +34,7 @@ from casehard.metrics.names import require_name
 from casehard.records.files import RUN_FOLDER
 from casehard.shipped import PACKAGE
 
+NO_ROOM = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)  # as torch says it
 LOST = re.compile(r"(closed|reset) by peer|Broken pipe.*(gloo|nccl)|remote process exited", re.IGNORECASE)  # as torch says it
 
 
@@ -301,6 +302,11 @@ def train(args: list[str]) -> None:
     except (DivergedError, MisconfigurationException) as error:
         raise SettingError(str(error)) from error
     except RuntimeError as error:
+        if NO_ROOM.search(str(error)):
+            raise SettingError(
+                "a run must have room in memory, and there was too little: lower the batch sizes, max_length or the rank of "
+                f"adapters, or take a smaller model ({' '.join(str(error).split())[:200]})."
+            ) from error
         if not LOST.search(str(error)):
             raise
         raise SettingError(
