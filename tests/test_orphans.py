@@ -97,5 +97,5 @@ def test_too_little_memory_is_said_in_a_sentence(monkeypatch):
 
     monkeypatch.setattr(lightning_cli, "Cli", Large)
     monkeypatch.setattr(sys, "argv", ["casehard"])
-    with pytest.raises(SettingError, match="a run must have room in memory, and there was too little: .*4000000000000000 bytes"):
+    with pytest.raises(SettingError, match=r"a run must have room in memory, and there was too little: .*4000000000000000 bytes"):
         lightning_cli.train(["fit"])
