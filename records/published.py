@@ -11,6 +11,7 @@ import yaml
 
 from casehard.metrics.errors import SettingError
 
+PARTS = ("model", "data", "trainer", "run")  # of a config
 JUDGED = "judged"  # folder in a run's, with a run of the same answers for every other judge
 NAMES = re.compile(r"(?=.*[_*/#\d]|.*\w[.:]\w)[\w.*?:/#\[\]@+=~-]+", re.ASCII)  # identifiers, patterns, paths: no words of prose
 
@@ -41,6 +42,10 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise SettingError(f"{path} must be a run's settings in YAML, and it cannot be read as such.") from error
     if not isinstance(config, dict):
         raise SettingError(f"{path} must be a run's settings in YAML, and it is a {type(config).__name__}.")
+    if wrong := [name for name in PARTS if not isinstance(config.get(name) or {}, dict)]:
+        raise SettingError(
+            f"{path} must be a run's settings in YAML, and {wrong[0]} in it is a {type(config[wrong[0]]).__name__}."
+        )
     return config
 
 

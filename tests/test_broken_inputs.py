@@ -22,6 +22,7 @@ from casehard.evidence.study import _how_it_ended
 from casehard.evidence.study_plan import read_study
 from casehard.metrics.errors import SettingError
 from casehard.records.answers import KEYS, read_answers
+from casehard.records.published import config_of
 from casehard.records.rows import Run, append_row, write_run
 
 # ---- checkpoints of fit
@@ -184,6 +185,21 @@ def test_a_study_that_is_no_text_is_named(tmp_path):
 
 
 # ---- what runs left
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("- 1", "it is a list"),
+        ("data: 3", "data in it is a int"),
+        ("model: x", "model in it is a str"),
+        ("{x: [", "it cannot be read"),
+    ],
+)
+def test_settings_of_a_run_that_are_none_are_named(tmp_path, text, why):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(SettingError, match=rf"config.yaml must be a run's settings in YAML, and {why}"):
+        config_of(tmp_path)
 
 
 WHOLE = dict.fromkeys(KEYS, "x") | {"evaluation": 1, "seed": 0, "num_attack_steps": 0, "number": 0, "kind": "harmful"}
