@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import TINY, call  # noqa: F401  a fixture
+from test_cli import TINY
 from test_results import ROW
 from toy import toy_data, toy_trainer
 
@@ -150,7 +150,7 @@ def test_nothing_to_score_on_is_refused_before_anything_is_trained(checkpoint, t
         (b"trainer: {calbacks: {}}\n", "there is no trainer.calbacks."),
     ],
 )
-def test_a_config_that_is_none_is_named(call, tmp_path, content, message):  # noqa: F811
+def test_a_config_that_is_none_is_named(call, tmp_path, content, message):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
     assert message in call("fit", "--config", "experiments/sbr.yaml", "--config", str(path), *TINY, fails=True)
@@ -158,13 +158,13 @@ def test_a_config_that_is_none_is_named(call, tmp_path, content, message):  # no
 
 
 @pytest.mark.parametrize("seed", ["-1", "100000000000000000000"])
-def test_a_seed_that_none_can_take_is_refused(call, seed):  # noqa: F811
+def test_a_seed_that_none_can_take_is_refused(call, seed):
     error = call("fit", "--config", "experiments/sbr.yaml", "--seed_everything", seed, *TINY, fails=True)
     assert f"error: seed_everything must be one that numpy takes, and {seed} is not in bounds" in error
 
 
 @pytest.mark.parametrize("project", ["a/b", "x" * 200])
-def test_what_wandb_does_not_take_is_said_in_a_sentence(call, tmp_path, monkeypatch, project):  # noqa: F811
+def test_what_wandb_does_not_take_is_said_in_a_sentence(call, tmp_path, monkeypatch, project):
     shape = ["--run.root", str(tmp_path), *TINY, "--run.wandb", "offline", "--run.project", project]
     error = call("fit", "--config", "experiments/sbr.yaml", *shape, fails=True)
     assert "run.tags must be such that W&B takes the run, and it says: Invalid project name" in error
