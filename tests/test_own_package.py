@@ -37,7 +37,10 @@ common: {configs: [mine.yaml], settings: COMMON}
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, checkpoint):
-    """Their folder: a package made of the templates, beside a folder ``metrics`` of theirs, which casehard must leave alone."""
+    """Their folder: a package made of the templates, beside a folder ``metrics`` of theirs, which casehard must leave alone.
+
+    What was imported stays imported, as long as its classes are there.
+    """
     folder = tmp_path_factory.mktemp("lab")
     (folder / "mylab").mkdir()
     (folder / "metrics").mkdir()
@@ -64,8 +67,6 @@ def lab(tmp_path_factory, checkpoint):
         folder_of.cache_clear()
         yield folder
     folder_of.cache_clear()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mylab"]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
