@@ -6,8 +6,6 @@ import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
-from casehard.metrics.errors import SettingError
-
 
 class PrivateCLI(LightningCLI):
     """Lightning's command line, with names for the private parts of it that casehard's needs."""
@@ -21,12 +19,6 @@ class PrivateCLI(LightningCLI):
     def run(self, subcommand: str) -> None:
         """Fit, validate or test, between the hooks around it."""
         super()._run_subcommand(subcommand)
-
-    def _set_seed(self) -> None:
-        try:
-            super()._set_seed()
-        except ValueError as error:  # of numpy, without the setting's name
-            raise SettingError(f"seed_everything must be one that numpy takes, and {error}.") from error
 
     def parser_of(self, subcommand: str | None) -> LightningArgumentParser:
         """The parser of one command's settings, which dumps them without the command's name around them."""

@@ -78,7 +78,7 @@ def test_a_process_whose_other_is_gone_says_so_in_a_sentence(tmp_path, monkeypat
     on_ranks(_meet_one_that_is_gone, tmp_path, said)
 
     class Broken:
-        def __init__(self) -> None:
+        def __init__(self, args: list[str]) -> None:
             raise RuntimeError(said.read_text())
 
     monkeypatch.setattr(lightning_cli, "Cli", Broken)
