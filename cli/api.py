@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -105,7 +106,8 @@ def _leaving_no_trace() -> Iterator[None]:
 
     Raises:
         SettingError: the command would have ended with an error.
-        KeyboardInterrupt: Lightning took one for an exit.
+        KeyboardInterrupt: one stopped the command.
+        SystemExit: SIGTERM did.
     """
     environment = dict(os.environ)
     logging_before = _wandb_run()
@@ -113,8 +115,10 @@ def _leaving_no_trace() -> Iterator[None]:
         with warnings.catch_warnings():
             yield
     except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):
+        if stop.code == 128 + signal.SIGINT:
             raise KeyboardInterrupt from None
+        if stop.code == 128 + signal.SIGTERM:  # whoever asks a script to end means all of it
+            raise
         raise SettingError(str(stop).removeprefix("error: ")) from stop
     finally:
         if (logging := _wandb_run()) is not None and logging is not logging_before:

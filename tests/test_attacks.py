@@ -597,7 +597,10 @@ def test_an_attack_without_training_has_steps_to_break_and_benign_fine_tuning_ha
         ATTACKS["full"],
     )
     assert (edit.harmful, benign.harmful, poisoned(threat_model="open_weight").harmful) == (True, False, True)
-    rows = attacked(tmp_path, checkpoint, edit, benign)
+    rows = [
+        replace(row, metrics=row.metrics | {"degenerate_rate": 0.0})  # which else says that nobody knows
+        for row in attacked(tmp_path, checkpoint, edit, benign)
+    ]
     broken = {name: outcome([r for r in rows if r.attack == name])["broken"] for name in ("Halving", "FullParameterAttack")}
     assert broken["Halving"] == 0.0
     assert math.isnan(broken["FullParameterAttack"])
