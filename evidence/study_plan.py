@@ -5,11 +5,11 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -40,6 +40,9 @@ class Part:
         """As the command line has them."""
         values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in self.settings.items()}
         return [*(word for c in self.configs for word in ("--config", c)), *(f"--{k}={v}" for k, v in values.items())]
+
+
+P = TypeVar("P", bound=Part)
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,8 @@ def read_study(path: str) -> Study:
     """
     try:
         study = _study(**yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except SettingError as error:
+        raise SettingError(f"{path}: {error}") from error
     except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingError(
             f"{path} must be YAML that describes a study by defenses, attacks and seeds, but {' '.join(str(error).split())}."
@@ -189,12 +194,30 @@ def read_study(path: str) -> Study:
 def _study(
     defenses: dict[str, Any], attacks: dict[str, Any], seeds: list[int], **parts: dict[str, Any]
 ) -> Study:  # jsonargparse would make the callbacks that settings name
-    arms = {name: Arm(**(arm | {"train": Part(**arm["train"])} if arm.get("train") else arm)) for name, arm in defenses.items()}
-    tried_out = {
-        name: Attack(**(attack | {"choices": {choice: Part(**part) for choice, part in (attack.get("choices") or {}).items()}}))
-        for name, attack in attacks.items()
-    }
-    return Study(arms, tried_out, list(seeds), **{name: Part(**(part or {})) for name, part in parts.items()})
+    arms = {}
+    for name, arm in defenses.items():
+        trained = {"train": _made(Part, f"defenses.{name}.train", arm["train"])} if arm.get("train") else {}
+        arms[name] = _made(Arm, f"defenses.{name}", arm | trained)
+    tried_out = {}
+    for name, attack in attacks.items():
+        choices = {c: _made(Part, f"attacks.{name}.choices.{c}", part) for c, part in (attack.get("choices") or {}).items()}
+        tried_out[name] = _made(Attack, f"attacks.{name}", attack | {"choices": choices})
+    return Study(arms, tried_out, list(seeds), **{name: _made(Part, name, part or {}) for name, part in parts.items()})
+
+
+def _made(kind: type[P], where: str, given: dict[str, Any]) -> P:
+    """A part of a study.
+
+    Raises:
+        SettingError: it holds what is none of its fields.
+    """
+    known = [part.name for part in fields(kind)]
+    for key in given:
+        if key not in known:
+            raise SettingError(
+                f"{where} must hold {', '.join(known)} alone, got {key!r}. Settings of the runs stand under settings."
+            )
+    return kind(**given)
 
 
 def slug(name: str) -> str:

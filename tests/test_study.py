@@ -708,7 +708,7 @@ def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
         ("defenses: {}\nattacks: {a: {}}\nseeds: [0]", "defenses must be at least one, each with a name of its own, got none"),
         ("defenses: {d: {}}\nattacks: {a b: {}, A-B: {}}\nseeds: [0]", "attacks must be at least one, each with a name of its own, got a b, A-B"),
         ("defenses: {d: {}}\nattacks: {a: {}}\nseeds: []", "seeds must be at least one, each with a name of its own, got none"),
-        ("defenses: {d: {trains: 1}}\nattacks: {a: {}}\nseeds: [0]", "must be YAML that describes a study by defenses, attacks and seeds, but .*trains"),
+        ("defenses: {d: {trains: 1}}\nattacks: {a: {}}\nseeds: [0]", r"defenses\.d must hold configs, settings, train alone, got 'trains'\. Settings of the runs stand under settings\."),
         ("defenses: {d: {}}\nattacks: {a: {choices: {x y: {}, X-Y: {}}}}\nseeds: [0]", "choices must be at least one, each with a name of its own, got x y, X-Y"),
         ("seeds: [0]", "must be YAML that describes a study .*, but .*attacks"),
         ("[]", "must be YAML that describes a study"),
