@@ -63,7 +63,7 @@ def listed(kinds: list[str], package: str | None = None) -> str:
         for entry in _experiments() if kind == "experiments" else _classes(BASES[kind], package):
             beside = " | ".join(filter(None, (entry.acts, entry.whose, entry.where)))
             lines += [f"  {entry.name}  ({beside})"]
-            lines += textwrap.wrap(entry.what, width, initial_indent="      ", subsequent_indent="      ")
+            lines += textwrap.wrap(entry.what.replace("``", "`"), width, initial_indent="      ", subsequent_indent="      ")
         lines += [""]
     return "\n".join(lines).rstrip()
 
