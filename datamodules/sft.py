@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import lightning as L
 import torch
@@ -115,6 +115,8 @@ class SFTDataModule(L.LightningDataModule):
         self.num_target_tokens = 0  # of the longest response to the task
         self.origins: list[Origin] = []  # of the rows, and of the defense's own
         self._encoded: dict[int, dict[Row, Example | None]] = {}  # of the last mixture's rows, by max_length
+        self._loader: StepLoader | None = None  # of `fit`
+        self._first = 0  # its first batch: later than 0 where a run goes on
 
     def prepare_data(self) -> None:
         """Download the hub's sources into the cache, in one process; every process reads them in ``setup``."""
@@ -319,7 +321,23 @@ class SFTDataModule(L.LightningDataModule):
             rows = self.mixture(self.num_samples, self.poison_ratio, self.seed)
         assert self.trainer is not None
         batches = self.batches(rows, self.batching.batch_size, self.seed, "fit")
-        return StepLoader(batches, self.trainer.accumulate_grad_batches)  # type: ignore[arg-type]
+        self._loader = StepLoader(batches, self.trainer.accumulate_grad_batches)  # type: ignore[arg-type]
+        self._loader.step = self._first
+        return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of the next batch.
+
+        Lightning keeps the loader's own, but does not give it back where the loader was made before, as by a schedule that asks
+        how many steps ``max_epochs`` come to.
+        """
+        return {"step": self._first if self._loader is None else self._loader.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with that batch, whether or not the loader is there yet."""
+        self._first = state_dict["step"]
+        if self._loader is not None:
+            self._loader.step = self._first
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Held-out rows of the task, in order; Lightning shares them out over the ranks."""
