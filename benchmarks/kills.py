@@ -42,8 +42,8 @@ ATTACK = {
     },
 }
 SHARE = {"fit": 10, "test": 6, "study": 8, "judge": 3, "report": 3}  # of 30 kills
-FIT = ["--config=experiments/sbr.yaml", f"--trainer.callbacks={json.dumps([ATTACK])}", "--trainer.max_steps=-1", "--trainer.max_epochs=2"]
 TEST = ["--config=experiments/sbr.yaml", f"--trainer.callbacks={json.dumps([ATTACK])}"]
+FIT = [*TEST, "--trainer.max_steps=-1", "--trainer.max_epochs=2"]
 
 
 def command(*args: str) -> list[str]:
