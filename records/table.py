@@ -79,14 +79,16 @@ class ResultsTable:
 
     def _cells(self, rows: list[ResultRow]) -> Iterator[list[str]]:
         for row in rows:
-            mark = ("*" * (self._notes().index(row.note) + 1) if row.note else "") + ("?" if is_gibberish(row) else "")
+            mark = ("*" * (self._notes().index(row.note) + 1) if row.note else "") + ("?" if _doubted(row) else "")
             score, *others = (column.shown(row.metrics.get(column.name, math.nan)) for column in self._brief())
             yield [str(row.num_attack_steps), score + mark, *others]
 
     def _caption(self) -> str:
         rates = filter(None, map(error_rates, sorted({row.judge for row in self.rows})))
-        doubts = [DOUBT] if any(map(is_gibberish, self.rows)) else []
-        return "\n".join([*(f"{'*' * i} {note}" for i, note in enumerate(self._notes(), start=1)), *doubts, *rates])
+        doubts = [DOUBT] if any(map(_doubted, self.rows)) else []
+        values = (row.metrics.get(column.name, math.nan) for row in self.rows for column in self._brief())
+        unknown = ["- not measured"] if any(map(math.isnan, values)) else []
+        return "\n".join([*(f"{'*' * i} {note}" for i, note in enumerate(self._notes(), start=1)), *unknown, *doubts, *rates])
 
 
 def results_table(rows: list[ResultRow]) -> ResultsTable:
@@ -113,6 +115,11 @@ def delivered_table(found: Delivered) -> Table:
     return table
 
 
+def _doubted(row: ResultRow) -> bool:
+    """Whether it has a harmful score that is no sign of safety if it is low."""
+    return is_gibberish(row) and not math.isnan(row.harmful_score)
+
+
 def _heads(row: ResultRow) -> list[str]:
     """What an attack was."""
     trained_by = "" if row.learning_rate is None else f"{row.optimizer} {row.learning_rate:g}"
@@ -128,6 +135,6 @@ def _sides(rows: list[ResultRow]) -> list[str]:
         return [row.label]
     steps = steps_to_break(rows)
     number = steps.removeprefix("> ")
-    taken = [f"({int(number) * row.batch_size:,} rows)"] if number.isdigit() and row.batch_size is not None else []
+    taken = [f"({int(number) * row.batch_size:,} rows seen)"] if number.isdigit() and row.batch_size is not None else []
     since = gibberish_from(rows)
     return [row.label, f"to break: {steps}", *taken, *([] if since is None else [f"gibberish from {since}"])]

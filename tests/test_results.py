@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ def replace(row: ResultRow, **changes: Any) -> ResultRow:
     """``dataclasses.replace`` that also takes metrics by their names."""
     metrics = {name: changes.pop(name) for name in row.metrics if name in changes}
     return dataclasses.replace(row, metrics=row.metrics | metrics, **changes)
+
+
+def table_of(*rows: ResultRow) -> str:
+    """As the terminal has it."""
+    console = Console(width=130)
+    with console.capture() as shown:
+        console.print(results_table(list(rows)))
+    return shown.get()
 
 
 class Disk:
@@ -193,7 +202,15 @@ def test_closing_table_tells_jobs_apart_that_differ_in_any_setting(tmp_path, cap
     results.close()
     shown = capsys.readouterr().out
     assert shown.count("to break: 5") == 5  # benign fine-tuning breaks nothing
-    assert shown.count(f"({5 * ROW.batch_size} rows)") == 5
+    assert shown.count(f"({5 * ROW.batch_size} rows seen)") == 5
+    assert "nan" not in shown
+    results.rows = [replace(ROW, degenerate_rate=100.0)]
+    results.close()
+    unknown = capsys.readouterr().out
+    assert re.search(r"│ +5 │ +- │ +50.0 │", unknown)  # no score, so none that a mark could doubt
+    assert "- not measured" in unknown
+    assert "low score" not in unknown
+    assert "not measured" not in table_of(replace(ROW, harmful_score=2.0))
     assert "sgd 0.001, poison 0.1" in shown
     assert "seed 8" in shown
 
