@@ -76,7 +76,7 @@ class ResultsTable:
 
     def _add_columns(self, table: Table) -> None:
         for name in ("step", *(column.label.lower() for column in self._brief())):
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(name, justify="right")
 
     def _notes(self) -> list[str]:
         return sorted({row.note for row in self.rows if row.note})

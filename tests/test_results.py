@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from casehard import Defense, FullParameterAttack, LoRA
 from casehard.callbacks.attack import EXPECTED
 from casehard.callbacks.results import Results
+from casehard.metrics.columns import Column
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Verdict
 from casehard.records.files import write_whole
@@ -229,6 +230,21 @@ def test_a_table_can_be_read_at_any_width(capsys, width):
     assert max(map(len, shown.splitlines())) <= width
     assert shown.count("to break: -") == 4
     assert ("┃" in shown) == (width >= 110)
+
+
+def test_a_table_with_metrics_of_ones_own_fits_a_terminal(capsys):
+    own = tuple(
+        Column(name, None, label, high=high) for name, label, high in (("r", "ROUGE-L", 100.0), ("t", "Task loss", math.inf))
+    )
+    row = replace(ROW, num_attack_steps=1000)
+    Console(width=80).print(
+        results_table([dataclasses.replace(row, own=own, metrics=row.metrics | {"harmful_score": 100.0, "r": 100.0, "t": 8.27})])
+    )
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert re.search(r"1000 +100.0 +50.0 +0.0 +0.0 +100.0 +8.27", shown)
+    for word in ("harmful", "score", "accuracy", "benign", "refused", "degenerate", "rouge-l", "loss"):
+        assert word in shown
 
 
 def test_names_and_paths_are_printed_letter_by_letter(tmp_path, capsys):
