@@ -26,7 +26,7 @@ from casehard.records.delivered import STATES, Delivered, keep_answers
 from casehard.records.frames import as_html, frame
 from casehard.records.outcome import job, logged_metrics, outcome
 from casehard.records.rows import ROWS, ResultRow, Run, append_row, read_run, write_run
-from casehard.records.table import delivered_table, results_table, terminal
+from casehard.records.table import delivered_table, results_table, terminal, to_read
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -215,6 +215,8 @@ class Results(L.Callback):
             console.print(results_table(self.rows))
         elif self.delivered is None and not self._nothing_to_score:
             console.print("Nothing was attacked or scored: trainer.callbacks has no attack.")
+        if command := to_read(self.folder):
+            console.print(command, soft_wrap=True)
         console.print(f"Run folder: {self.folder}", soft_wrap=True)
 
     @rank_zero_only

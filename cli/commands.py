@@ -163,7 +163,9 @@ def init(args: list[str]) -> None:
         prog="casehard init",
         description="Write a commented file to begin from: service (a customer's fine-tuning job), harden (align your own model "
         "before release), study (defenses x attacks x seeds), or a class of your own. Rows that you name are read, and parts of "
-        "them held out; what you do not name is a name to be replaced, or is not measured, and the file says so.",
+        "them held out; what you do not name is a name to be replaced, or is not measured, and the file says so. service and "
+        "study take all of the settings below, harden all but --anchors, a class --out alone; --harmful_rows of a service needs "
+        "--harmful_prompts.",
     )
     parser.add_argument("kind", type=Literal[tuple(templates())], help="what to write")
     parser.add_argument("--out", type=str | None, default=None, help="the new file; by default my_job.yaml and the like")

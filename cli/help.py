@@ -106,7 +106,9 @@ def _training(command: str, what: str) -> str:
         *(
             []
             if command == "fit"
-            else _entry("--verbose true", "also print Lightning's table of what was logged (default: true)")
+            else _entry(
+                "--verbose true", f"also print Lightning's table of what was logged (default: {str(command != 'test').lower()})"
+            )
         ),
         *("", "run: where it goes, and what it leaves", *options("--run.", run)),
         *("", "model: the defense"),

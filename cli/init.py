@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 OUT = {"service": "my_job.yaml", "harden": "my_model.yaml", "study": "my_study.yaml"}
 HELD_OUT = 10  # percent of the customer's rows
-NO_USE = {"service": ("harmful_rows",), "harden": ("anchors",)}
+BATCH, EPOCHS = 8, 3  # of a service's job
+NO_USE = {"harden": ("anchors",)}
 
 
 class Given(NamedTuple):
@@ -62,12 +63,19 @@ def _filled(kind: str, path: Path, given: Given) -> str:
         raise SettingError(
             f"a file that is used in parts must be whole, got the slice {sliced[0]}. Leave out the # and what follows."
         )
+    if kind == "service" and given.harmful_rows and not given.harmful_prompts:
+        raise SettingError(
+            "init service --harmful_rows must have --harmful_prompts beside it, got none: the attacked model is scored on them. "
+            "Name some."
+        )
     train, held_out = _parts(given.rows or ("customer.jsonl",), 100 - HELD_OUT)
     trained, scored = (_rows(train), _rows(held_out)) if given.rows else ([], [])
     anchors, harmful_prompts = _prompts(given, kind)
     inner, outer = _parts([given.harmful_rows or "harmful_rows.jsonl"], 50)
-    poison = [given.harmful_rows or "harmful_rows.jsonl"] if kind == "study" else outer
+    poison = outer if kind == "harden" else [given.harmful_rows or "harmful_rows.jsonl"]
     num_harmful = min(1000, len(_rows(poison))) if given.harmful_rows else 100
+    num_samples = min(1000, 10 * num_harmful, int(len(trained) / 0.9)) if trained else 1000  # a tenth is poison
+    num_steps = -(-EPOCHS * num_samples // BATCH)
     shared = _shared(trained, scored)
     values = {  # written as JSON, which YAML reads
         "model": given.model or "MODEL_FOLDER",
@@ -85,7 +93,9 @@ def _filled(kind: str, path: Path, given: Given) -> str:
         "file": shlex.quote(str(path)),
         "name": path.stem,
         "num_harmful": num_harmful,
-        "num_samples": min(1000, 10 * num_harmful, int(len(trained) / 0.9)) if trained else 1000,  # a tenth is poison
+        "num_samples": num_samples,
+        "num_steps": num_steps,
+        "score_steps": sorted({-(-num_steps // 5), -(-num_steps // 2), num_steps}),
         "then_attacks": ", and attacks it" if given.harmful_rows else "",
         "benign_note": f": {len(trained)} rows" if trained else "",
         "task_note": f" {len(scored)} rows" if scored else "",

@@ -13,6 +13,12 @@ class PrivateCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would take settings from a checkpoint here."""
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":  # casehard's own tables say what came of it; `validate` has no others
+            parser.set_defaults(verbose=False)
+        return parser
+
     def _run_subcommand(self, subcommand: str) -> None:
         self.run(subcommand)
 

@@ -3,6 +3,7 @@
 torch is imported where a value is computed: whoever only reads the names does without.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -53,7 +54,9 @@ class Column:
         return (self.low, self.high) == (0, 100)
 
     def shown(self, value: float) -> str:
-        """``value`` as tables have it: ``45.3`` percent, and a loss of ``2.31``."""
+        """``value`` as tables have it: ``45.3`` percent, a loss of ``2.31``, and ``-`` where nothing was measured."""
+        if math.isnan(value):
+            return "-"
         return f"{value:.1f}" if self.percent else f"{value:.4g}" if abs(value) >= 100 else f"{value:.2f}"
 
     def described(self) -> dict[str, Any]:

@@ -126,6 +126,7 @@ def test_exported_model_can_be_tested_and_validated(finished, call, tmp_path):
     shown = call("test", "--config", "experiments/sbr.yaml", "--config", str(attack), *model)
     assert "undefended" in shown
     assert "SBR" in shown
+    assert "test/sft_loss" not in shown  # Lightning's own box
 
 
 def test_a_command_that_would_do_nothing_is_refused(call, tmp_path):

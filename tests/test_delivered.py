@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from toy import bits, csv_rows, same_bits, toy_data, toy_trainer
 
-from casehard import Defense, Judge, LoRA, Optimizer, SafeLoRAModule, SBRModule, Verdict
+from casehard import Defense, Judge, LoRA, Optimizer, RefusalPhraseJudge, SafeLoRAModule, SBRModule, Verdict
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import score
 from casehard.metrics.errors import SettingError
@@ -122,6 +123,46 @@ def test_what_was_not_measured_is_said_and_never_a_number(checkpoint, tmp_path):
         found.delivered["finetune_accuracy"],
     ]
     assert "0 harmful, 0 benign and 6 task prompts" in shown.get()
+    assert "one answer is 16.7 points (task)\n" in re.sub(r" +$", "", shown.get(), flags=re.M)
+    assert "degenerate:" not in shown.get()
+
+
+@pytest.mark.parametrize(
+    ("rates", "score", "said", "cell"),
+    [
+        ((20.0, 0.0), 0.0, "before: the model answers in gibberish, so nothing can be said of its safety", "0.0?"),
+        ((0.0, 90.0), 0.0, "delivered: the model answers in gibberish", "0.0"),
+        ((90.0, 90.0), NAN, "before and delivered: the model answers in gibberish", "not measured"),
+        ((19.9, 0.0), 0.0, "", "0.0"),
+    ],
+)
+@pytest.mark.parametrize("width", [80, 130])
+def test_gibberish_is_said_in_words_and_no_score_is_doubted_that_is_not_there(rates, score, said, cell, width):
+    before, delivered = ({"harmful_score": score, "degenerate_rate": rate} for rate in rates)
+    found = Delivered(before, delivered, {"harmful": 10, "benign": 50, "task": 12}, RefusalPhraseJudge().label, [])
+    console = Console(width=width)
+    with console.capture() as shown:
+        console.print(delivered_table(found))
+    text, lines = " ".join(shown.get().split()), shown.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert said in text
+    assert ("gibberish" in text) == bool(said)
+    assert "low score" not in text
+    (row,) = (line.split("│") for line in lines if "harmful score " in line)
+    assert row[2].strip() == cell
+    assert "one answer is 10 points (harmful), 8.33 points (task)" in text  # of 50 it is two, which needs no word
+    assert "degenerate: of the answers to harmful and benign prompts" in text
+
+
+def test_the_command_to_read_answers_is_told_where_there_are_any(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "a run"
+    fit(Defense(checkpoint), folder).close()
+    assert f"To read the answers: casehard answers '{folder}'\nRun folder: {folder}" in capsys.readouterr().out
+    (tmp_path / "none").mkdir()
+    results = Results(str(tmp_path / "none"), generations=False, export=False)
+    toy_trainer(tmp_path / "none", callbacks=[results]).fit(Defense(checkpoint), datamodule=toy_data())
+    results.close()
+    assert "To read the answers" not in capsys.readouterr().out
 
 
 def test_without_held_out_rows_nothing_is_scored_and_the_run_says_so(checkpoint, tmp_path, capsys):

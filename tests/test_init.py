@@ -103,6 +103,36 @@ def test_without_harmful_prompts_there_is_no_defense_and_utility_alone_is_measur
     assert yaml.safe_load(Path("runs/plain/version_0/config.yaml").read_text())["model"]["class_path"].endswith("Defense")
 
 
+def attack_of(job: str) -> dict:
+    (attack,) = yaml.safe_load(Path(job).read_text())["trainer"]["callbacks"]
+    return attack["init_args"]
+
+
+def test_a_service_asks_what_a_poisoned_job_would_do(call):
+    given = ["--model", "model", "--rows", "customer.jsonl", "--harmful_prompts", "prompts.jsonl"]
+    call("init", "service", *given, "--harmful_rows", "harmful.jsonl")
+    attack = attack_of("my_job.yaml")
+    size, steps = attack["num_samples"], attack["num_attack_steps"]
+    assert (size, steps, attack["score_steps"]) == (40, 15, [3, 8, 15])  # of 36 rows and a tenth of poison, three times
+    call("init", "service", *given, "--out", "later.yaml")
+    text = Path("later.yaml").read_text()
+    assert "Ctrl-C stops it; casehard fit --config later.yaml --ckpt_path last goes on" in text
+    assert "callbacks" not in yaml.safe_load(text)["trainer"]
+    head, block = text.split('take "# " away from here on.\n')
+    named = head.replace("# harmful: [FILE]", "harmful: [harmful.jsonl]")
+    Path("later.yaml").write_text(named + "\n" + re.sub("^  # ", "  ", block, flags=re.MULTILINE))
+    assert attack_of("later.yaml") == attack
+    for job in ("my_job.yaml", "later.yaml"):
+        text = Path(job).read_text()
+        text = text.replace(f"num_attack_steps: {steps}", "num_attack_steps: 1").replace(
+            "score_steps: [3, 8, 15]", "score_steps: [1]"
+        )
+        Path(job).write_text(text)
+        call("test", "--config", job, *SHORT)
+        rows = csv_rows(Path("runs", Path(job).stem, "version_0/attacks.csv"))
+        assert [(row["defense"], row["num_samples"]) for row in rows] == 2 * [("none", "40")] + 2 * [("SBR", "40")]
+
+
 @pytest.mark.parametrize("harmful", [True, False])
 def test_a_developer_aligns_and_attacks_his_own_model(call, harmful):
     rows = ["--harmful_rows", "harmful.jsonl"] if harmful else []
@@ -177,7 +207,7 @@ def test_a_class_of_ones_own_begins_as_its_template(call, kind):
     [
         (["service", "--rows", "customer.jsonl#train[:5]"], "must be whole, got the slice customer.jsonl#train[:5]"),
         (["service", "--rows", "anchors.jsonl"], "must hold at least one row, got none"),
-        (["service", "--harmful_rows", "harmful.jsonl"], "init service has no use for --harmful_rows"),
+        (["service", "--harmful_rows", "harmful.jsonl"], "--harmful_rows must have --harmful_prompts beside it, got none"),
         (["harden", "--anchors", "anchors.jsonl"], "init harden has no use for --anchors"),
         (["service", "--rows", "nowhere.jsonl"], "'nowhere.jsonl' must name rows"),
     ],
@@ -193,6 +223,11 @@ def test_rows_that_are_held_out_and_trained_on_are_told_in_the_file(call):
     path = write("service", None, Given(model="model", rows=("doubled.jsonl",)))
     assert "allow_overlap: true # 1 held-out prompts are trained on, too" in path.read_text()
     assert yaml.safe_load(path.read_text())["data"]["allow_overlap"] is True
+
+
+def test_help_says_which_kind_takes_what(call):
+    said = " ".join(call("init", "--help").split())
+    assert "service and study take all of the settings below, harden all but --anchors, a class --out alone" in said
 
 
 def test_names_with_quotes_and_braces_stay_names(call):

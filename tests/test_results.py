@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from casehard import Defense, FullParameterAttack, LoRA
 from casehard.callbacks.attack import EXPECTED
 from casehard.callbacks.results import Results
+from casehard.metrics.columns import Column
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Verdict
 from casehard.records.files import write_whole
@@ -35,6 +37,14 @@ def replace(row: ResultRow, **changes: Any) -> ResultRow:
     """``dataclasses.replace`` that also takes metrics by their names."""
     metrics = {name: changes.pop(name) for name in row.metrics if name in changes}
     return dataclasses.replace(row, metrics=row.metrics | metrics, **changes)
+
+
+def table_of(*rows: ResultRow) -> str:
+    """As the terminal has it."""
+    console = Console(width=130)
+    with console.capture() as shown:
+        console.print(results_table(list(rows)))
+    return shown.get()
 
 
 class Disk:
@@ -193,7 +203,15 @@ def test_closing_table_tells_jobs_apart_that_differ_in_any_setting(tmp_path, cap
     results.close()
     shown = capsys.readouterr().out
     assert shown.count("to break: 5") == 5  # benign fine-tuning breaks nothing
-    assert shown.count(f"({5 * ROW.batch_size} rows)") == 5
+    assert shown.count(f"({5 * ROW.batch_size} rows seen)") == 5
+    assert "nan" not in shown
+    results.rows = [replace(ROW, degenerate_rate=100.0)]
+    results.close()
+    unknown = capsys.readouterr().out
+    assert re.search(r"│ +5 │ +- │ +50.0 │", unknown)  # no score, so none that a mark could doubt
+    assert "- not measured" in unknown
+    assert "low score" not in unknown
+    assert "not measured" not in table_of(replace(ROW, harmful_score=2.0))
     assert "sgd 0.001, poison 0.1" in shown
     assert "seed 8" in shown
 
@@ -212,6 +230,21 @@ def test_a_table_can_be_read_at_any_width(capsys, width):
     assert max(map(len, shown.splitlines())) <= width
     assert shown.count("to break: -") == 4
     assert ("┃" in shown) == (width >= 110)
+
+
+def test_a_table_with_metrics_of_ones_own_fits_a_terminal(capsys):
+    own = tuple(
+        Column(name, None, label, high=high) for name, label, high in (("r", "ROUGE-L", 100.0), ("t", "Task loss", math.inf))
+    )
+    row = replace(ROW, num_attack_steps=1000)
+    Console(width=80).print(
+        results_table([dataclasses.replace(row, own=own, metrics=row.metrics | {"harmful_score": 100.0, "r": 100.0, "t": 8.27})])
+    )
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert re.search(r"1000 +100.0 +50.0 +0.0 +0.0 +100.0 +8.27", shown)
+    for word in ("harmful", "score", "accuracy", "benign", "refused", "degenerate", "rouge-l", "loss"):
+        assert word in shown
 
 
 def test_names_and_paths_are_printed_letter_by_letter(tmp_path, capsys):
