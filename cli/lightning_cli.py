@@ -319,8 +319,8 @@ class Cli(PrivateCLI):
     def _loggers(self, config: Any) -> list[Logger]:
         folder = self.folder
         if (earlier := keep_metrics(folder)) is not None:
-            where = "" if config.ckpt_path is None else f" from step {_step_of(config.ckpt_path)}"
-            sys.stderr.write(f"goes on in {folder}{where}; earlier curves are {earlier}\n")
+            step = "" if config.ckpt_path is None else f" from step {_step_of(config.ckpt_path)}"
+            sys.stderr.write(f"goes on in {folder}{step}; earlier curves are {earlier}\n")
         number = re.fullmatch(r"version_(\d+)", folder.name)
         loggers: list[Logger] = [CSVLogger(folder.parent.parent, folder.parent.name, int(number[1]) if number else folder.name)]
         if config.run.wandb != "disabled":
