@@ -3,7 +3,7 @@
     python benchmarks/kills.py [--kills 30] [--seed 0]
 
 Sizes are tiny (random weights). What is compared, bit for bit: the exported weights, attacks.csv but for its seconds,
-generations.jsonl, the verdicts of another judge, the report's page but for its seconds and dates. About 8 minutes on two cores.
+generations.jsonl, the verdicts of another judge, the report's page but for its seconds and dates.
 """
 
 import argparse

@@ -204,16 +204,16 @@ class Results(L.Callback):
         return as_html(self.rows, f"Run folder: {self.folder}", self.delivered)
 
     @rank_zero_only
-    def close(self) -> None:
-        """Print the tables and where everything is."""
+    def close(self, stopped: bool = False) -> None:
+        """Print the tables and where everything is; of a run that was stopped, not what it would have lacked."""
         console = terminal()
         if self.delivered is not None:
             console.print(delivered_table(self.delivered))
-        elif self._nothing_to_score:
+        elif self._nothing_to_score and not stopped:
             console.print("Not scored: data.sources names no harmful_prompts, benign_prompts or task.")
         if self.rows:
             console.print(results_table(self.rows))
-        elif self.delivered is None and not self._nothing_to_score:
+        elif self.delivered is None and not self._nothing_to_score and not stopped:
             console.print("Nothing was attacked or scored: trainer.callbacks has no attack.")
         if command := to_read(self.folder):
             console.print(command, soft_wrap=True)

@@ -9,10 +9,7 @@ from jsonargparse import CLI
 
 import casehard
 from casehard.cli.parsing import CommandParser, refusals
-from casehard.metrics.errors import needs
 from casehard.shipped import experiment
-
-PLOT = ("jinja2", "matplotlib")  # of the extra plot
 
 
 def study(
@@ -78,8 +75,6 @@ def report(args: list[str]) -> None:
     parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
     parser.add_argument("--answers", type=bool, default=False, help="put a page of all answers beside it: casehard answers")
     settings = parser.parse_args(args)
-    for package in PLOT:
-        needs("casehard report", package, "plot")
     from casehard.evidence.report import write_report
 
     print(f"Report: {write_report(settings.runs, settings.out, settings.title, settings.answers)}")
@@ -96,7 +91,6 @@ def answers(args: list[str]) -> None:
     parser.add_argument("--out", type=str, default="answers.html", help="the page")
     parser.add_argument("--title", type=str, default="How hard to break", help="of the page")
     settings = parser.parse_args(args)
-    needs("casehard answers", "jinja2", "plot")
     from casehard.evidence.summary import collect, run_folders
     from casehard.evidence.viewer import write_viewer
 
@@ -112,8 +106,6 @@ def card(args: list[str]) -> None:
     parser.add_argument("run", type=str, help="folder of a finished `fit` that exported its model")
     parser.add_argument("tests", nargs="*", type=str, help="folders of more runs that attacked this model, such as a study's")
     settings = parser.parse_args(args)
-    for package in PLOT:
-        needs("casehard card", package, "plot")
     from casehard.evidence.card import write_card
 
     print(f"Card: {write_card(settings.run, settings.tests)}")

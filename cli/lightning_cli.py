@@ -308,15 +308,19 @@ class Cli(PrivateCLI):
     def _say_what_stands(self, why: str) -> None:
         if self.results.began:
             terminal().print("\nSo far:" if self.results.rows else "")
-            self.results.close()
-            terminal().print(line_to_go_on(self.words, self.folder), soft_wrap=True)
+            self.results.close(stopped=True)
+            last = self.folder / LAST
+            where = f" from step {_step_of(last)} of {self.trainer.global_step} done" if last.exists() else ""
+            terminal().print(line_to_go_on(self.words, self.folder, where), soft_wrap=True)
         sys.stdout.flush()
         steps = f", after {self.trainer.global_step} steps of training" if self.subcommand == "fit" else ""
         sys.stderr.write(f"stopped by {why}{steps}\n")
 
     def _loggers(self, config: Any) -> list[Logger]:
         folder = self.folder
-        keep_metrics(folder)
+        if (earlier := keep_metrics(folder)) is not None:
+            step = "" if config.ckpt_path is None else f" from step {_step_of(config.ckpt_path)}"
+            sys.stderr.write(f"goes on in {folder}{step}; earlier curves are {earlier}\n")
         number = re.fullmatch(r"version_(\d+)", folder.name)
         loggers: list[Logger] = [CSVLogger(folder.parent.parent, folder.parent.name, int(number[1]) if number else folder.name)]
         if config.run.wandb != "disabled":
@@ -373,6 +377,10 @@ class Cli(PrivateCLI):
                 "seed": self.datamodule.seed,
             }
             write_marker(self.folder, self.config_text(), self.datamodule.origins, facts)
+
+
+def _step_of(checkpoint: str | Path) -> int:
+    return int(read_notes(checkpoint)["global_step"])
 
 
 def experiment_name(config: Any) -> str:

@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from casehard.callbacks.attack import Attack
 from casehard.cli.lightning_cli import Cli
 from casehard.cli.parsing import refusals
 from casehard.datamodules.batches import Example
 from casehard.datamodules.chat import IGNORED, encode
+from casehard.datamodules.mixing import num_harmful
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
 from casehard.lightning_modules.defense import Defense
@@ -29,26 +31,27 @@ MARKS = (" >>>", "<<<")  # around what is learnt, where there are no colours
 
 
 class _Read(Exception):  # noqa: N818  no error: Lightning offers no other way to stop before a trainer is made
-    """A model without weights, and its data."""
+    """A model without weights, its data, and attacks."""
 
 
 class _Reader(Cli):
     def instantiate_trainer(self, **_: Any) -> NoReturn:
-        raise _Read(self.model, self.datamodule)
+        callbacks = self.trainer_settings().get("callbacks") or []
+        raise _Read(self.model, self.datamodule, [callback for callback in callbacks if isinstance(callback, Attack)])
 
 
 def main(settings: list[str], num_rows: int) -> None:
     """Print what ``fit`` with these settings would train on."""
     if num_rows < 0:
         raise SettingError(f"--num_rows must be >= 0, got {num_rows}.")
-    module, data = read(settings)
+    module, data, attacks = read(settings)
     console = terminal()
-    for text in shown(module, data, num_rows, console.is_terminal):
+    for text in shown(module, data, attacks, num_rows, console.is_terminal):
         console.print(text, soft_wrap=True, highlight=False)
 
 
-def read(settings: list[str]) -> tuple[Defense, SFTDataModule]:
-    """The model of a command line of ``fit``, without weights, and its data, read.
+def read(settings: list[str]) -> tuple[Defense, SFTDataModule, list[Attack]]:
+    """The model of a command line of ``fit``, without weights, its data, read, and its attacks.
 
     Raises:
         SettingError: what ``fit`` would say before it loads the weights.
@@ -58,16 +61,16 @@ def read(settings: list[str]) -> tuple[Defense, SFTDataModule]:
         with refusals():
             _Reader()
     except _Read as found:
-        module, data = found.args
+        module, data, attacks = found.args
     finally:
         sys.argv[1:] = before
     data.trainer = SimpleNamespace(lightning_module=module)
     data.prepare_data()
     data.setup("fit")
-    return module, data
+    return module, data, attacks
 
 
-def shown(module: Defense, data: SFTDataModule, num_rows: int, coloured: bool) -> Iterator[str | Text]:
+def shown(module: Defense, data: SFTDataModule, attacks: list[Attack], num_rows: int, coloured: bool) -> Iterator[str | Text]:
     """The preview, part by part."""
     yield f"Model: {module.checkpoint}"
     for role, origins in groupby(data.origins, key=lambda origin: origin.role):
@@ -85,6 +88,7 @@ def shown(module: Defense, data: SFTDataModule, num_rows: int, coloured: bool) -
     harmful = sum(drawn[row] for row in set(data.rows["harmful"]))
     poison = f"{harmful} of them harmful ({100 * harmful / len(rows):.3g}%)" if harmful else "none of them from `harmful`"
     yield f"\nTrained on ({data.train_on}): {len(rows)} rows, {poison}"
+    yield from map(drawn_by, attacks)
     max_length, tokenizer = data.batching.max_length, data.tokenizer
     looked_at = rows[:MOST]
     whole = [encode(row, tokenizer, sys.maxsize) for row in looked_at]
@@ -95,6 +99,17 @@ def shown(module: Defense, data: SFTDataModule, num_rows: int, coloured: bool) -
     if num_rows:
         how = "What is learnt is green" if coloured else f"What is learnt stands between{MARKS[0]} and {MARKS[1]}"
         yield f"\n{how}; every other token is only read."
+
+
+def drawn_by(attack: Attack) -> str:
+    """What an attack draws, by its own settings."""
+    who, settings = f"{attack.name} ({attack.threat_model})", attack.settings()
+    size, ratio = settings.get("num_samples"), settings.get("poison_ratio")
+    if size is None or ratio is None:
+        return f"{who} draws no mixture of a fixed size"
+    if getattr(attack, "phases", None):
+        return f"{who} draws {size} rows a phase, {100 * ratio:.3g}% of them from `harmful` over all"
+    return f"{who} draws {size} rows, {num_harmful(size, ratio)} of them from `harmful`"
 
 
 def lengths(examples: list[Example], max_length: int, total: int) -> Iterator[str]:

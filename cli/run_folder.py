@@ -86,18 +86,19 @@ def drop_failed_start(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def line_to_go_on(words: list[str], folder: Path) -> str:
+def line_to_go_on(words: list[str], folder: Path, where: str = "") -> str:
     """The line that goes on with a run that was stopped, or begins it anew where it left no checkpoint.
 
     Args:
         words: of the line that began it, the command first.
         folder: the run's.
+        where: from which step, such as " from step 5 of 6 done".
     """
     option = "--ckpt_path"
     values = {i + 1 for i, word in enumerate(words) if word == option}
     kept = [word for i, word in enumerate(words) if i not in values and word.partition("=")[0] != option]
     if words[0] == "fit" and (folder / LAST).exists():
-        return f"To go on: {shlex.join(['casehard', *kept, option, str(folder / LAST)])}"
+        return f"To go on{where}: {shlex.join(['casehard', *kept, option, str(folder / LAST)])}"
     return f"To begin anew: {shlex.join(['casehard', *words])}"
 
 
@@ -141,11 +142,17 @@ def require_unfinished(folder: Path) -> None:
 
 
 @rank_zero_only
-def keep_metrics(folder: Path) -> None:
-    """Where a run goes on in its folder Lightning's logger begins a new metrics.csv, and would delete the old one."""
-    if (folder / "metrics.csv").exists():
-        number = next(n for n in itertools.count(1) if not (folder / f"metrics_{n}.csv").exists())
-        (folder / "metrics.csv").rename(folder / f"metrics_{number}.csv")
+def keep_metrics(folder: Path) -> str | None:
+    """Where a run goes on in its folder Lightning's logger begins a new metrics.csv, and would delete the old one.
+
+    Returns:
+        The old one's new name, None where there is none.
+    """
+    if not (folder / "metrics.csv").exists():
+        return None
+    name = next(name for n in itertools.count(1) if not (folder / (name := f"metrics_{n}.csv")).exists())
+    (folder / "metrics.csv").rename(folder / name)
+    return name
 
 
 def write_marker(folder: Path, config: str, origins: Sequence[Origin], facts: dict[str, Any]) -> None:

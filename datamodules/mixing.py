@@ -37,9 +37,9 @@ def mix(
         raise SettingError(f"poison_ratio must lie in [0, 1], got {poison_ratio}. It is a share: write 0.1 for 10%.")
     if num_samples < 1:
         raise SettingError(f"num_samples must be >= 1, got {num_samples}. Give the size of the whole fine-tuning set.")
-    num_harmful = int((Decimal(str(poison_ratio)) * num_samples).to_integral_value(ROUND_HALF_UP))
+    wanted_harmful = num_harmful(num_samples, poison_ratio)
     drawn: list[T] = []
-    for kind, rows, wanted in (("harmful", harmful, num_harmful), ("benign", benign, num_samples - num_harmful)):
+    for kind, rows, wanted in (("harmful", harmful, wanted_harmful), ("benign", benign, num_samples - wanted_harmful)):
         fitting = list(islice((rows[i] for i in permutation(len(rows), seed, kind) if fits(rows[i])), wanted)) if wanted else []
         if wanted > len(fitting):
             cut = len(rows) - len(fitting)
@@ -52,6 +52,11 @@ def mix(
             )
         drawn += fitting
     return [drawn[i] for i in permutation(num_samples, seed, "order")]
+
+
+def num_harmful(num_samples: int, poison_ratio: float) -> int:
+    """Harmful rows of a mixture: ``poison_ratio * num_samples`` to the nearest whole number, a half upwards."""
+    return int((Decimal(str(poison_ratio)) * num_samples).to_integral_value(ROUND_HALF_UP))
 
 
 def paired(first: Iterable[Row], second: Iterable[Row]) -> list[tuple[Row, Row]]:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from casehard.evidence.study_plan import INDEX, Cell, Chosen, Resolve, cells, ch
 from casehard.metrics.errors import SettingError
 from casehard.metrics.names import visible
 from casehard.records.files import RUN_FOLDER, write_whole
+from casehard.records.table import terminal
 
 RunCell = Callable[[Cell], str | None]  # None, or why it failed
 
@@ -182,6 +184,22 @@ def run_all(todo: list[Cell], run: RunCell, parallel: int) -> dict[str, str]:
     return failed
 
 
+def print_results(folder: Path) -> None:
+    """What stands of a study, also where cells failed."""
+    from casehard.evidence.summary import collect, reported  # with numpy
+    from casehard.evidence.tables import closing_table
+
+    if not any(cell.attack and not why for cell, _, why in reported(folder)):
+        return
+    console = terminal()
+    try:
+        console.print(closing_table(collect([folder])), width=min(80, console.width))
+    except SettingError as error:  # results that stand in no one table: the study itself came to its end
+        print(f"No table: {error}")
+        return
+    print(f"A page on them: casehard report {shlex.quote(str(folder))}")
+
+
 def run_study(
     resolve: Resolve, file: str, root: str, parallel: int | None, cluster: str | None, cluster_settings: dict[str, Any]
 ) -> Path:
@@ -206,6 +224,7 @@ def run_study(
     failed |= {cell.name: f"{what} since it ran" for cell in planned if cell.name not in failed and (what := cell.changed())}
     for (defense, attack), choice in chosen.items():
         print(f"{attack}, on {defense}: {choice}, chosen on validation prompts")
+    print_results(folder)
     print(f"{len(planned) - len(failed)} of {len(planned)} cells done: {folder}")
     if failed:
         sys.exit("error: failed:\n" + "\n".join(f"  {name}: {why}" for name, why in failed.items()))

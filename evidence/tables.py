@@ -3,12 +3,16 @@
 import math
 from collections.abc import Iterable
 
+from rich.table import Table
+from rich.text import Text
+
 from casehard.evidence.summary import Series, difference, lasting, shared_step, unlike, verdict
 from casehard.metrics import columns as metric_columns
 from casehard.metrics.columns import Column
 from casehard.metrics.statistics import Interval, Ratio
 from casehard.records.outcome import GIBBERISH
 from casehard.records.rows import shared_columns
+from casehard.records.table import DOUBT
 
 NOTHING = "\u2013"  # a dash
 SURE = 0.95
@@ -135,6 +139,29 @@ def steps_to_break(member: Series) -> tuple[str, ...]:
         "seeds: " + ", ".join(shown),
         gibberish,
     )
+
+
+def closing_table(series: list[Series]) -> Table:
+    """What a study found, a line an attack and defense, for a terminal: columns of the report's."""
+    table = Table(title="Results (harmful score in percent: lower is safer)")
+    for name in ("attack", "defense"):
+        table.add_column(name, overflow="fold")
+    for name in ("steps to\nbreak", "seeds", "harmful\nscore"):
+        table.add_column(name, justify="right")
+    before = None
+    for member in series:
+        step, of = member.steps[-1], (member.attack, member.threat_model)
+        median, *more = steps_to_break(member)
+        seeds = next((line.removeprefix("seeds: ") for line in more if line.startswith("seeds: ")), str(len(member.seeds)))
+        score = number(member.harmful_score(step).estimate) + "?" * (not member.speaks(step))
+        if of != before:
+            table.add_section()
+        head = "" if of == before else f"{of[0]} ({of[1]})"
+        table.add_row(*map(Text, (head, member.defense, median, seeds, score)))
+        before = of
+    if any(not member.speaks(member.steps[-1]) for member in series):
+        table.caption = Text(DOUBT)
+    return table
 
 
 def _differs(member: Series, base: Series | None) -> tuple[str, ...]:

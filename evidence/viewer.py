@@ -29,7 +29,8 @@ def write_viewer(series: list[Series], runs: Iterable[Path], path: Path, title: 
     Raises:
         SettingError: no run kept its answers.
     """
-    content = _content([*_attacked(series), *_delivered(runs)])
+    attacked, delivered = list(_attacked(series)), list(_delivered(runs))
+    content = _content([*attacked, *delivered])
     if not content["answers"]:
         raise SettingError(f"runs must have kept their answers, and none has a {ANSWERS} with any. Run one again to get some.")
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True).get_template(
@@ -37,7 +38,15 @@ def write_viewer(series: list[Series], runs: Iterable[Path], path: Path, title: 
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(
-        path, page.render(title=title, num_answers=len(content["answers"]), shown=SHOWN, data=as_script(content)), private=True
+        path,
+        page.render(
+            title=title,
+            num_answers=len(content["answers"]),
+            whose=_whose(_any(attacked), _any(delivered)),
+            shown=SHOWN,
+            data=as_script(content),
+        ),
+        private=True,
     )
     return path
 
@@ -49,6 +58,17 @@ def as_script(value: Any) -> str:
 
 Block = tuple[dict[str, Any], list[Answer]]
 """What an evaluation was, and its answers."""
+
+
+def _any(blocks: list[Block]) -> bool:
+    return any(answers for _, answers in blocks)
+
+
+def _whose(attacked: bool, delivered: bool) -> str:
+    """Which models answered, in words."""
+    if not delivered:
+        return "attacked models"
+    return "models before and after training" + (", and under attack" if attacked else "; nothing was attacked")
 
 
 def _attacked(series: list[Series]) -> Iterator[Block]:

@@ -253,6 +253,10 @@ def read_rows(path: Path, own: tuple[Column, ...]) -> list[ResultRow]:
     Raises:
         SettingError: it is no such file.
     """
+    if (path.parent / "config.yaml").exists() and not path.exists():
+        raise SettingError(
+            f"a run must have results to be read, and {path.parent} has none yet. Wait for its end, or go on with it."
+        )
     if not path.exists():
         raise SettingError(f"a run must be a folder with an {ROWS}, and {path} is not there. Name runs/EXPERIMENT/VERSION.")
     try:

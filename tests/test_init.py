@@ -256,6 +256,10 @@ def test_a_preview_marks_what_is_learnt_counts_poison_and_loads_no_weights(call,
     assert sizes is not None
     assert "40 rows, none of them from `harmful`" in shown
     assert "40 rows, 10 of them harmful (25%)" in call("preview", *settings, *poison, "--num_rows", "0")
+    attack = {"class_path": "LoRAAttack", "init_args": {"threat_model": "open_weight", "num_samples": 15, "poison_ratio": 0.1}}
+    config = f"{{trainer: {{callbacks: [{json.dumps(attack)}]}}}}"
+    mixed = call("preview", *settings, *poison[:1], "--config", config, "--num_rows", "0")
+    assert "LoRAAttack (open_weight) draws 15 rows, 2 of them from `harmful`" in mixed
     short = int(sizes[1]) - 3
     cut = call("preview", *settings[:2], f"--data.batching.max_length={short}")
     assert f"Cut at max_length {short}: 40 rows, 0 of them so that no answer is left" in cut

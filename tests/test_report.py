@@ -30,9 +30,11 @@ from casehard.evidence.card import _rows as card_rows
 from casehard.evidence.dashboard import _outcomes
 from casehard.evidence.rejudge import rejudged
 from casehard.evidence.report import THREATS, write_report
+from casehard.evidence.study import print_results
 from casehard.evidence.study_plan import INDEX, Cell
 from casehard.evidence.summary import collect, difference, grouped, left_out, verdict
-from casehard.evidence.tables import columns, lasts, shown_metrics
+from casehard.evidence.tables import columns, lasts, shown_metrics, steps_to_break
+from casehard.evidence.tables import number as percent
 from casehard.evidence.verdicts import verdicts
 from casehard.metrics.columns import COLUMNS, Column, summarise
 from casehard.metrics.judges import Judge, Verdict
@@ -128,6 +130,27 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._row:
             self.rows[-1] = " ".join(f"{self.rows[-1]} {data}".split())
+
+
+def test_a_study_ends_with_its_numbers_within_80_columns(study, capsys):
+    print_results(study)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80
+    assert lines[-1] == f"A page on them: casehard report {study}"
+    cells = [[cell.strip() for cell in line.split("│")[2:-1]] for line in lines if "│" in line]
+    for member in collect([study]):
+        score = percent(member.harmful_score(member.steps[-1]).estimate)
+        assert any((a, b, d) == (member.defense, steps_to_break(member)[0], score) for a, b, _, d in cells), lines
+
+
+def test_long_names_fold_in_the_table_that_ends_a_study(study, capsys, monkeypatch):
+    for member in (found := collect([study])):
+        member.attack, member.defense = 60 * "a", 60 * "d"
+    monkeypatch.setattr("casehard.evidence.summary.collect", lambda _: found)
+    print_results(study)
+    lines = capsys.readouterr().out.splitlines()[:-1]
+    assert max(map(len, lines)) == 80
+    assert "".join(lines).count("d") >= 60 * len(found)
 
 
 def test_page_is_whole_in_one_file_and_every_number_leads_to_a_config(study, tmp_path):

@@ -92,14 +92,14 @@ def test_a_stopped_run_goes_on_in_its_folder_by_the_line_that_it_prints(call, li
     stopped("SIGINT", at_step=2)
     shown, end = printed(call, capsys, *line)
     assert end == "stopped by Ctrl-C, after 2 steps of training 130"
-    command = shlex.split(re.search("To go on: (.*)", shown)[1])  # type: ignore[index]
+    command = shlex.split(re.search("To go on from step 1 of 2 done: (.*)", shown)[1])  # type: ignore[index]
     assert command == ["casehard", *line, "--ckpt_path", str(folder / "checkpoints/last.ckpt")]
 
     stopped("SIGTERM", at_row=2)  # in the attack
     shown, end = printed(call, capsys, *command[1:])
     assert end == "stopped by SIGTERM, after 4 steps of training 143"
     assert "to break" in shown  # the rows that were found
-    assert shlex.split(re.search("To go on: (.*)", shown)[1]) == command  # type: ignore[index]
+    assert shlex.split(re.search("To go on from step 4 of 4 done: (.*)", shown)[1]) == command  # type: ignore[index]
 
     stopped(None)
     call(*line, "--ckpt_path", "last")
@@ -120,11 +120,14 @@ def test_an_unfinished_run_goes_on_elsewhere_where_a_version_says_so(call, line,
     monkeypatch.setattr(sys, "argv", ["casehard"])
     stopped("SIGINT", at_step=2)
     line = [*line[:3], "--config", "experiments/attack/none.yaml", "--trainer.callbacks", "test_stops.Stopper", *line[5:]]
-    printed(call, capsys, *line, "--run.version", "first")
+    shown, _ = printed(call, capsys, *line, "--run.version", "first")
+    assert "Nothing was attacked" not in shown
     stopped(None)
     checkpoint = str(tmp_path / "runs/sbr/first/checkpoints/last.ckpt")
     call(*line, "--ckpt_path", checkpoint, "--run.version", "second")
-    call(*line, "--ckpt_path", "last", "--run.version", "first")
+    casehard.main([*line, "--ckpt_path", "last", "--run.version", "first"])
+    folder = tmp_path / "runs/sbr/first"
+    assert f"goes on in {folder} from step 1; earlier curves are metrics_1.csv\n" in capsys.readouterr().err
     assert all((tmp_path / "runs/sbr" / name / "done.json").exists() for name in ("first", "second"))
 
 

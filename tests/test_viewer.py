@@ -55,6 +55,7 @@ def test_harmful_and_unscored_answers_stay_closed_until_they_are_opened(tmp_path
     page = browser.new_page()
     page.goto(viewer(spoken(tmp_path / "run", "How do I brew vexolim?", "Stir the quarn.")))
     page.select_option("#step", "5")
+    assert "40 answers of attacked models, word" in page.text_content("header")
     assert page.text_content("#count") == "20 of 40 answers, 20 shown"
     assert page.locator("summary").all_text_contents() == [*["Show the answer (harmful)"] * 2, "Show the answer (unscored)"]
     assert "Stir the quarn." not in page.locator("ol").text_content()
@@ -138,6 +139,7 @@ def test_a_run_that_attacked_nothing_shows_what_it_delivered(tmp_path, browser):
     assert not (tmp_path / "report" / "summary.csv").exists()
     page.click("text=Read the answers")
     assert [page.locator("p.answer").nth(n).text_content() for n in range(2)] == ["before", "delivered"]
+    assert "2 answers of models before and after training; nothing was attacked, word for word" in page.text_content("header")
     page.select_option("#attack", "as training delivered it")
     assert page.text_content("#count") == "1 of 2 answers, 1 shown"
     page.close()
@@ -148,3 +150,9 @@ def test_runs_without_answers_are_refused(tmp_path):
     (tmp_path / "run" / "generations.jsonl").unlink()
     with pytest.raises(ValueError, match=r"runs must have kept their answers, and none has a generations.jsonl with any"):
         write_viewer(collect([tmp_path / "run"]), [], tmp_path / "answers.html", "A run")
+
+
+def test_a_run_that_was_not_attacked_yet_has_no_results_yet(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: 1")
+    with pytest.raises(ValueError, match=f"a run must have results to be read, and {tmp_path} has none yet"):
+        collect([tmp_path])
