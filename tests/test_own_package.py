@@ -64,6 +64,7 @@ def lab(tmp_path_factory, checkpoint):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
+        patch.delitem(sys.modules, "metrics", raising=False)  # the repository's own room, which other tests may see so
         folder_of.cache_clear()
         yield folder
     folder_of.cache_clear()
