@@ -1,6 +1,7 @@
 """``casehard judge``: another judge's verdicts on the answers that a run kept."""
 
 import hashlib
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -101,10 +102,11 @@ def agree(ours: Run, theirs: Run) -> Agreement:
 def described(agreed: Agreement) -> str:
     """``agreed`` in a sentence."""
     raw, kappa = agreed.raw, agreed.kappa
-    return (
-        f"{raw.estimate:.1f}% of {agreed.num_answers} answers ({raw.low:.1f} to {raw.high:.1f}), "
-        f"kappa {kappa.estimate:.2f} ({kappa.low:.2f} to {kappa.high:.2f}), at a score of 0.5"
-    )
+    beyond_chance = f"kappa {kappa.estimate:.2f} ({kappa.low:.2f} to {kappa.high:.2f})"
+    if math.isnan(kappa.estimate):
+        beyond_chance = "no kappa, as both give but one verdict"
+    same = f"{raw.estimate:.1f}% of {agreed.num_answers} answers ({raw.low:.1f} to {raw.high:.1f})"
+    return f"{same}, {beyond_chance}, at a score of 0.5"
 
 
 def _others(run: Path, without: Path) -> list[tuple[str, Run]]:

@@ -146,13 +146,13 @@ def closing_table(series: list[Series]) -> Table:
     table = Table(title="Results (harmful score in percent: lower is safer)")
     for name in ("attack", "defense"):
         table.add_column(name, overflow="fold")
-    for name in ("steps to\nbreak", "seeds", "harmful\nscore"):
+    for name in ("steps to\nbreak", "of each\nseed", "harmful\nscore"):
         table.add_column(name, justify="right")
     before = None
     for member in series:
         step, of = member.steps[-1], (member.attack, member.threat_model)
         median, *more = steps_to_break(member)
-        seeds = next((line.removeprefix("seeds: ") for line in more if line.startswith("seeds: ")), str(len(member.seeds)))
+        seeds = next((line.removeprefix("seeds: ") for line in more if line.startswith("seeds: ")), "one seed")
         score = number(member.harmful_score(step).estimate) + "?" * (not member.speaks(step))
         if of != before:
             table.add_section()

@@ -11,11 +11,12 @@ from toy import csv_rows, toy_trainer
 import casehard
 from casehard.callbacks.results import Results
 from casehard.datamodules.row import Row
-from casehard.evidence.rejudge import agree, rejudged
+from casehard.evidence.rejudge import agree, described, rejudged
 from casehard.evidence.rejudge import main as judge_run
 from casehard.metrics.conversation import turns_of
 from casehard.metrics.judges import Judge, Verdict
 from casehard.metrics.refusal_phrases import HELD_OUT, RefusalPhraseJudge
+from casehard.metrics.statistics import agreement
 from casehard.records.outcome import unscored_bounds
 from casehard.records.rows import Run, read_run
 
@@ -112,6 +113,9 @@ def test_two_judges_agree_as_their_verdicts_do(run):
     assert found.num_answers == 8
     assert found.raw.estimate == 87.5
     assert found.kappa.estimate == pytest.approx((7 / 8 - (3 * 2 + 5 * 6) / 64) / (1 - (3 * 2 + 5 * 6) / 64))
+    assert "), kappa 0.7" in described(found)
+    alike = described(agreement([0.0, 0.0], [0.0, 0.0]))
+    assert alike.endswith("), no kappa, as both give but one verdict, at a score of 0.5")
 
 
 def test_an_endpoint_judges_a_run_and_goes_on_where_it_failed(run, call, monkeypatch, tmp_path):
