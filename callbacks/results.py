@@ -215,7 +215,7 @@ class Results(L.Callback):
             console.print(results_table(self.rows))
         elif self.delivered is None and not self._nothing_to_score and not stopped:
             console.print("Nothing was attacked or scored: trainer.callbacks has no attack.")
-        if command := to_read(self.folder):
+        if (self.rows or self.delivered) and (command := to_read(self.folder)):
             console.print(command, soft_wrap=True)
         console.print(f"Run folder: {self.folder}", soft_wrap=True)
 

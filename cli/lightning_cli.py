@@ -218,7 +218,9 @@ class Cli(PrivateCLI):
         config = self.config[self.subcommand]
         dry = bool(config.trainer.fast_dev_run)
         if config.ckpt_path is not None:
-            check_made_by(self.model, read_notes(config.ckpt_path, to_train=self.subcommand == "fit"))
+            notes = read_notes(config.ckpt_path, to_train=self.subcommand == "fit")
+            check_made_by(self.model, notes)
+            self._check_epochs(config, notes)
             rank_zero_only(require_unharmed)(config.ckpt_path)
         self.folder = self._take_folder(config, dry)
         self._say_what_runs(config)
@@ -241,6 +243,15 @@ class Cli(PrivateCLI):
             settings["logger"] = self._loggers(config)
         trainer: L.Trainer = built(self.build_trainer, settings, extra)
         return trainer
+
+    def _check_epochs(self, config: Namespace, notes: dict[str, Any]) -> None:
+        """Refuse to go on to an end that lies behind; Lightning would, but after the run's files have changed."""
+        end, epoch = config.trainer.max_epochs, notes.get("epoch")
+        if self.subcommand == "fit" and end is not None and isinstance(epoch, int) and epoch > end >= 0:
+            raise SettingError(
+                f"trainer.max_epochs must be as in the run that goes on, or more: its checkpoint is of epoch {epoch}, and it is "
+                f"{end}. Give the run's settings again; they stand in its config.yaml."
+            )
 
     @rank_zero_only
     def _say_what_runs(self, config: Any) -> None:

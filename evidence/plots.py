@@ -166,13 +166,15 @@ def heat_map(series: list[Series]) -> Figure:
     for member in series:
         values[attacks.index(member.attack), defenses.index(member.defense)] = member.harmful_score(member.steps[-1]).estimate
     gibberish = {(member.attack, member.defense) for member in series if not member.speaks(member.steps[-1])}
+    ran = {(member.attack, member.defense) for member in series}
     names = [textwrap.fill(name, 34) for name in defenses]
     upright = len(names) * _longest(names) > 45  # they would touch
     height = 1.1 + 0.7 * len(attacks) + (0.09 * _longest(names) if upright else 0.3)
     figure, ax = plt.subplots(figsize=(5, max(height, 2.8)), layout="constrained")  # inches, for the label of the colours
     image = ax.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
-        text = "not\nrun" if math.isnan(value) else f"{value:.0f}"
+        unknown = "no\nverdict" if (attacks[y], defenses[x]) in ran else "not\nrun"
+        text = unknown if math.isnan(value) else f"{value:.0f}"
         dull = (attacks[y], defenses[x]) in gibberish
         if dull:  # the colour would say safe
             ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="white", edgecolor="#bbbbbb", hatch="///", linewidth=0))

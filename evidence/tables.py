@@ -176,7 +176,7 @@ def _differs(member: Series, base: Series | None) -> tuple[str, ...]:
     at = "" if step == member.steps[-1] else f"at step {step}"
     return (
         verdict(compared, member.speaks(step), base.speaks(step)),
-        f"{compared.estimate:+.1f}",
+        "" if math.isnan(compared.estimate) else f"{compared.estimate:+.1f}",
         _between(compared),
         at,
         "" if member.speaks(step) and base.speaks(step) else "gibberish",

@@ -158,6 +158,9 @@ def test_the_command_to_read_answers_is_told_where_there_are_any(checkpoint, tmp
     folder = tmp_path / "a run"
     fit(Defense(checkpoint), folder).close()
     assert f"To read the answers: casehard answers '{folder}'\nRun folder: {folder}" in capsys.readouterr().out
+    stopped = Results(str(folder))  # of a run that has scored but the model before
+    stopped.close(stopped=True)
+    assert "To read the answers" not in capsys.readouterr().out
     (tmp_path / "none").mkdir()
     results = Results(str(tmp_path / "none"), generations=False, export=False)
     toy_trainer(tmp_path / "none", callbacks=[results]).fit(Defense(checkpoint), datamodule=toy_data())

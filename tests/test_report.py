@@ -703,6 +703,22 @@ def test_pictures_have_room_for_long_names_and_many_defenses(tmp_path):
         plt.close(figure)
 
 
+def test_a_cell_without_a_verdict_is_not_called_one_that_never_ran(tmp_path):
+    (member,) = collect([breaks(tmp_path / "run", ROW, 200)])
+    silent = dataclasses.replace(member, defense="Silent", entries={})
+    for seed, by_step in member.entries.items():
+        silent.entries[seed] = {
+            s: dataclasses.replace(
+                e, answers=[], row=dataclasses.replace(e.row, metrics=e.row.metrics | {"harmful_score": math.nan})
+            )
+            for s, e in by_step.items()
+        }
+    texts = {
+        text.get_text() for text in plots.heat_map([member, silent, dataclasses.replace(member, attack="Other")]).axes[0].texts
+    }
+    assert {"no\nverdict", "not\nrun"} <= texts
+
+
 def test_small_pictures_have_room_for_their_labels_too(tmp_path):
     series = collect([breaks(tmp_path / "run", ROW, 200)])
     style = plots.styles(series)

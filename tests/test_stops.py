@@ -6,15 +6,19 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
+from jsonargparse import Namespace
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from test_cli import TINY, Call
 from toy import ROOT, csv_rows
 
 import casehard
+from casehard.cli.lightning_cli import Cli
+from casehard.metrics.errors import SettingError
 from casehard.records.files import RUN_FOLDER
 
 ATTACK = """
@@ -113,6 +117,17 @@ def test_a_stopped_run_goes_on_in_its_folder_by_the_line_that_it_prints(call, li
         *line, "--ckpt_path", str(folder / "checkpoints/last.ckpt"), "--trainer.max_steps", "5"
     )  # a finished one trains on elsewhere
     assert (folder.parent / "version_1/done.json").exists()
+
+
+def test_an_end_that_lies_behind_is_refused_before_anything_is_changed():
+    def check(max_epochs: int | None, epoch: int = 38) -> None:
+        config = Namespace(trainer=Namespace(max_epochs=max_epochs))
+        Cli._check_epochs(SimpleNamespace(subcommand="fit"), config, {"epoch": epoch})
+
+    with pytest.raises(SettingError, match=r"trainer\.max_epochs must be .* its checkpoint is of epoch 38, and it is 3\. Give"):
+        check(3)
+    for end in (None, -1, 38, 120):
+        check(end)
 
 
 def test_an_unfinished_run_goes_on_elsewhere_where_a_version_says_so(call, line, stopped, capsys, monkeypatch, tmp_path):
