@@ -609,7 +609,8 @@ def test_sigterm_ends_a_test_in_the_middle_of_an_attack(tmp_path):
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         rows = tmp_path / "x/version_0/attacks.csv"
         deadline = time.monotonic() + 200
-        while not rows.exists() and process.poll() is None and time.monotonic() < deadline:
+        begun = lambda: rows.exists() and csv_rows(rows)  # noqa: E731  the file has its head first
+        while not begun() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         process.terminate()
         try:
