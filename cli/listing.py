@@ -1,7 +1,6 @@
 """``casehard list``: what there is to choose from, casehard's own and other packages', read off their sources."""
 
 import ast
-import difflib
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import casehard
 from casehard.cli.plugins import plugins
 from casehard.cli.signatures import Source, classes, find, first_sentence, folder_of
 from casehard.metrics.errors import SettingError
+from casehard.metrics.names import guess
 from casehard.shipped import PACKAGE
 
 BASES = {"defenses": "Defense", "attacks": "Attack", "judges": "Judge", "metrics": "Metric"}
@@ -51,9 +51,7 @@ def listed(kinds: list[str], package: str | None = None) -> str:
     """
     for kind in kinds:
         if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1)
-            guess = f" Did you mean {near[0]}?" if near else ""
-            raise SettingError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.{guess}")
+            raise SettingError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.{guess(kind, KINDS)}")
     if package is not None and not (folder_of(package).is_dir() or folder_of(package).with_suffix(".py").is_file()):
         raise SettingError(f"package must be one that Python finds, and {package!r} is none. Add its folder to PYTHONPATH.")
     width = min(shutil.get_terminal_size((100, 24)).columns, 130)

@@ -1,13 +1,12 @@
 """``main()``, the ``casehard`` (and ``lightning``) command."""
 
-import difflib
 import os
 import signal
 import sys
 
 from casehard.cli.orphans import end_with_parent
 from casehard.metrics.errors import Misread, SettingError
-from casehard.metrics.names import visible
+from casehard.metrics.names import guess, visible
 
 TRAINING = {
     "fit": "train a defense, export its model and attack it",
@@ -96,10 +95,8 @@ def command(args: list[str]) -> str:
 
         print(described())
         sys.exit()
-    near = difflib.get_close_matches(name, TRAINING | OTHERS, n=1)
-    guess = f" Did you mean {near[0]}?" if near else ""
     got = f"and {name!r} is none." if name else "and none was given."
-    sys.stderr.write(f"{overview()}\n\nerror: the first word must be a command, {got}{guess}\n")
+    sys.stderr.write(f"{overview()}\n\nerror: the first word must be a command, {got}{guess(name, TRAINING | OTHERS)}\n")
     sys.exit(2)
 
 

@@ -23,7 +23,7 @@ from casehard.cli.plugins import plugins
 from casehard.cli.signatures import find
 from casehard.cli.yaml_texts import MODE, as_class, safe
 from casehard.metrics.errors import Misread, SettingError
-from casehard.metrics.names import visible
+from casehard.metrics.names import guess, visible
 from casehard.shipped import experiment, shipped
 
 
@@ -235,9 +235,7 @@ def check_top(name: str, config: Any, settings: Collection[str]) -> None:
     """
     for key in config if isinstance(config, dict) else ():
         if key not in settings:
-            near = difflib.get_close_matches(str(key), settings, n=1)
-            guess = f" Did you mean {near[0]}?" if near else ""
-            raise SettingError(f"{name}: {key!r} must be a setting, and it is none.{guess}")
+            raise SettingError(f"{name}: {key!r} must be a setting, and it is none.{guess(str(key), settings)}")
         if key in GROUPS and not isinstance(config[key], dict | str | None):
             raise SettingError(f"{name}: {key} must hold settings, {{name: value}}, got {config[key]!r}.")
 

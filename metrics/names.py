@@ -1,5 +1,8 @@
 """Names that people give to attacks, judges, runs and a study's parts: tables, CSV files, folders and terminals show them."""
 
+import difflib
+from collections.abc import Iterable
+
 from casehard.metrics.errors import SettingError
 
 FORMULA = tuple("=+-@")  # a spreadsheet takes a cell that begins so for a formula
@@ -54,3 +57,9 @@ def seen(text: str) -> str:
     if not text.isprintable():
         raise ValueError("letters that cannot be seen")
     return text
+
+
+def guess(name: str, known: Iterable[str]) -> str:
+    """The known name that a misspelt one may stand for, as a question behind a sentence; "" where none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
