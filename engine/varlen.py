@@ -1,11 +1,10 @@
-"""Attention within rows that lie end to end: flash attention on a GPU, the same sums row by row elsewhere.
+"""Attention within rows that lie end to end: flash attention on a GPU, the same sums under a mask elsewhere.
 
 It stands among transformers' attention functions under a name of its own. A pass that says where rows begin (``cu_seq_lens_q``)
 gets attention within them; every other pass gets transformers' ``sdpa``, masks and all.
 """
 
 import inspect
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,34 +67,29 @@ def attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    groups = query.shape[1] != key.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, head_dim]
-    if query.is_cuda and query.dtype in HALF:
-        asked: dict[str, Any] = {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
-        if groups and _TAKES_GROUPS:
-            asked["enable_gqa"] = True
-        elif groups:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        within = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **asked)
-        assert isinstance(within, Tensor)
-        return within[None], None
-    return _row_by_row((q, k, v), cu_seq_lens_q, scaling, sliding_window, groups)[None], None
+    kernel = query.is_cuda and query.dtype in HALF
+    if q.shape[1] != k.shape[1] and not (kernel and _TAKES_GROUPS):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if not kernel:
+        return _masked(q, k, v, cu_seq_lens_q, scaling, sliding_window)[None], None
+    asked: dict[str, Any] = {"scale": scaling, "window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
+    asked |= {"enable_gqa": True} if _TAKES_GROUPS else {}
+    within = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **asked)
+    assert isinstance(within, Tensor)
+    return within[None], None
 
 
-def _row_by_row(
-    tokens: tuple[Tensor, Tensor, Tensor], starts: Tensor, scaling: float | None, window: int | None, groups: bool
-) -> Tensor:
-    """The kernel's sums, ``[tokens, heads, head_dim]``, where it does not run."""
-    found = []
-    for start, end in pairwise(starts.tolist()):
-        query, key, value = (x[start:end].transpose(0, 1)[None] for x in tokens)
-        size = end - start
-        mask = None
-        if window is not None and size > window:
-            mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-        asked: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling, "enable_gqa": groups}
-        found.append(F.scaled_dot_product_attention(query, key, value, **asked)[0].transpose(0, 1))
-    return torch.cat(found)
+def _masked(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """The kernel's sums, ``[tokens, heads, head_dim]``, where it does not run: over a mask of all tokens by all."""
+    place = torch.arange(len(query), device=starts.device)
+    row = torch.searchsorted(starts, place, right=True)
+    back = place[:, None] - place
+    mask = (row[:, None] == row) & (back >= 0)
+    if window is not None:
+        mask &= back < window
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)[0].transpose(0, 1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(VARLEN, attention)

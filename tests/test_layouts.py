@@ -235,24 +235,9 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def without_the_host(monkeypatch) -> None:
-    """The kernel's place taken by attention over one mask, for which nothing is asked of the device."""
-
-    def masked(tokens, starts, scaling, window, groups):
-        query, key, value = (x.transpose(0, 1)[None] for x in tokens)
-        place = torch.arange(query.shape[2])
-        row = torch.searchsorted(starts, place, right=True)
-        mask = (row[:, None] == row) & (place[:, None] >= place)
-        asked = {"attn_mask": mask, "scale": scaling, "enable_gqa": groups}
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, **asked)[0].transpose(0, 1)
-
-    monkeypatch.setattr(varlen, "_row_by_row", masked)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("defense", ["sft", "sbr", "sbr in turns"])
 def test_a_step_asks_the_device_nothing(checkpoint, monkeypatch, layout, defense):
-    without_the_host(monkeypatch)
     settings = {"anchors": "sandbox:defender/refusals#train[:6]", "anchors_per_step": 2 if "turns" in defense else None}
     backbone = Backbone(layout=layout)
     module = SBRModule(checkpoint, backbone=backbone, **settings) if "sbr" in defense else Defense(checkpoint, backbone=backbone)
@@ -271,6 +256,49 @@ def test_a_step_asks_the_device_nothing(checkpoint, monkeypatch, layout, defense
     with Asked() as asked:
         job.loss(batch, 0).backward()
     assert asked.names != []  # it does see what is asked
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_kernel_gives_the_sums_under_the_mask(window):
+    torch.manual_seed(0)
+    starts = torch.tensor([0, 100, 101, 160, 192], dtype=torch.int32, device="cuda")
+    q = torch.randn(1, 4, 192, 64, device="cuda", requires_grad=True)
+    k, v = torch.randn(2, 1, 2, 192, 64, device="cuda", requires_grad=True)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):  # under the mask, by the kernel
+        rows = {"cu_seq_lens_q": starts, "max_length_q": 128, "sliding_window": window, "scaling": 0.1}
+        out, _ = varlen.attention(torch.nn.Identity(), q.to(dtype), k.to(dtype), v.to(dtype), None, **rows)
+        found.append([out.float(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+    assert_close(found[1], found[0], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_a_step_on_a_gpu_waits_for_nothing(checkpoint, layout):
+    module = SBRModule(checkpoint, anchors="sandbox:defender/refusals#train[:6]", backbone=Backbone(layout=layout))
+    module.configure_model()
+    module.to("cuda")
+    job = module.job()
+    with torch.autocast("cuda", torch.bfloat16):
+        job.begin()
+        for step in range(3):
+            batch = module.placed(collate(rows_of(), 0, "right") | {"num_labels": torch.tensor(9.0)})
+            torch.cuda.set_sync_debug_mode("error" if step else "default")  # first there is something to load
+            try:
+                job.loss(batch, step).backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_auto_is_rows_end_to_end_on_a_gpu_in_half_precision(checkpoint):
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Defense(checkpoint)._whole().to("cuda")
+        use_layout(model, "auto", dtype)
+        found.append(layouts.layout_of(model))
+    assert found == ["varlen", "padded"]
 
 
 def test_anchors_in_turns_have_one_size(checkpoint):
