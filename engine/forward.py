@@ -16,10 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from casehard.datamodules.chat import IGNORED
 from casehard.engine import varlen
 from casehard.engine.anatomy import decoder_layers, final_norm
 from casehard.engine.layouts import (
-    IGNORED,
+    END_TO_END,
     Layout,
     Packed,
     choose,
@@ -133,15 +134,19 @@ def laid_out(model: PreTrainedModel, batch: Batch, fold: bool = True) -> Packed:
         fold: False for padded rows, one a row.
     """
     ids, mask, layout = batch["input_ids"], batch["attention_mask"], layout_of(model)
-    if layout == "prefix_tree" and not takes_prefix_trees(model, ids.shape[1]):
-        fold = False
-    if not fold or layout == "padded":
-        return padded(ids, mask, None if layout == "prefix_tree" else ids.shape[1])
-    break_even = _break_even_length(model)
-    how = layout if layout == "varlen" else (layout, break_even)
+    if layout == "prefix_tree":
+        if not fold or not takes_prefix_trees(model, ids.shape[1]):
+            return padded(ids, mask)
+        how: object = _break_even_length(model)
+    else:
+        if not fold:
+            return padded(ids, mask, ids.shape[1])
+        how = END_TO_END
     packed = known(ids, how, mask)
+    if packed is None and layout == "padded":
+        return padded(ids, mask, ids.shape[1])
     if packed is None:
-        packed = end_to_end(ids, mask) if layout == "varlen" else pack(ids, mask, break_even)
+        packed = end_to_end(ids, mask) if how == END_TO_END else pack(ids, mask, _break_even_length(model))
         remember(ids, how, packed, mask)
     assert isinstance(packed, Packed)
     return packed
@@ -159,9 +164,17 @@ def placed(model: PreTrainedModel, batch: Batch, at_least: int = 0) -> Batch:
         batch = widened(batch, {"input_ids": 0, "attention_mask": 0, "labels": IGNORED})
         labels_of(batch["labels"])
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        if layout_of(model) == "varlen" and known(ids, "varlen", mask) is None:
-            remember(ids, "varlen", end_to_end(ids, mask, at_least), mask)
+        if takes_rows_end_to_end(model) and known(ids, END_TO_END, mask) is None:
+            rows = end_to_end(ids, mask, at_least)
+            if layout_of(model) == "varlen" or _cheaper_under_a_mask(rows, ids, _break_even_length(model)):
+                remember(ids, END_TO_END, rows, mask)
     return moved(batch, model.device)
+
+
+def _cheaper_under_a_mask(rows: Packed, ids: Tensor, break_even_length: float) -> bool:
+    """Whether rows end to end, each token attending to all and most of that in vain, cost less than the same padded."""
+    total, (number, width) = rows.input_ids.shape[1], ids.shape
+    return total * (1 + total / break_even_length) < number * width * (1 + width / 2 / break_even_length)
 
 
 def token_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -345,13 +358,13 @@ def use_layout(model: PreTrainedModel, layout: Layout | Literal["auto"], dtype: 
     if layout == "auto":
         flash = kind == "cuda" and torch.version.cuda is not None and dtype in varlen.HALF
         layout = "prefix_tree" if kind == "cpu" else "varlen" if flash and takes_rows_end_to_end(model, dtype) else "padded"
+    if layout != "prefix_tree" and not takes_rows_end_to_end(model, dtype) and _takes_mask(model):
+        varlen.use(model)  # the same attention as before, but nothing is asked of the device
     if layout == "varlen" and not takes_rows_end_to_end(model, dtype):
         raise SettingError(
             f"layout must be auto, prefix_tree or padded for {type(model).__name__}, got varlen: its rows do not come out end to "
             "end as they do one by one."
         )
-    if layout == "padded" and _takes_mask(model):
-        varlen.use(model)  # the same attention, but nothing is asked of the device
     choose(model, layout)
 
 

@@ -21,9 +21,11 @@ from casehard.engine.private import version_of
 
 Layout = Literal["prefix_tree", "varlen", "padded"]
 """``prefix_tree``: no padding, shared prefixes once, a mask: least to compute, another size at every step. ``varlen``: rows end
-to end without a mask, their total rounded up to few sizes. ``padded``: rows side by side, padded on the right to few widths."""
+to end without a mask, their total rounded up to few sizes. ``padded``: rows side by side, padded on the right to few widths; or
+end to end under a mask, where that is less to compute."""
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+END_TO_END = "end to end"  # how ``end_to_end`` lays rows out, for ``known`` and ``remember``
 _CHOSEN: WeakKeyDictionary[PreTrainedModel, Layout] = WeakKeyDictionary()
 
 
@@ -213,9 +215,9 @@ def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor], fill: Mapp
         at = [found.at + found.at // w * (width - w) for found, w in zip((one, other), widths, strict=True)]
         found = Labels(torch.cat([at[0], at[1] + num_rows * width]), torch.cat([one.targets, other.targets]))
         remember(both["labels"], "labels", found)
-    rows, more = (known(b["input_ids"], "varlen", b["attention_mask"]) for b in (first, second))
+    rows, more = (known(b["input_ids"], END_TO_END, b["attention_mask"]) for b in (first, second))
     if isinstance(rows, Packed) and isinstance(more, Packed):
-        remember(both["input_ids"], "varlen", _end_to_end_both(rows, more, width), both["attention_mask"])
+        remember(both["input_ids"], END_TO_END, _end_to_end_both(rows, more, width), both["attention_mask"])
     return both
 
 

@@ -29,9 +29,10 @@ class Backbone:
         compile_backend: of ``torch.compile`` for the decoder layers, such as inductor; null runs them as they are. Answers are
             generated without it.
         layout: of the rows of a batch in a pass. ``prefix_tree``: shared prefixes once, least to compute, another size and mask
-            at every step. ``varlen``: end to end, without padding between them or a mask. ``padded``: side by side. The last two
-            have few sizes. auto takes the tree on a CPU; on an NVIDIA GPU in bfloat16 varlen if the model's attention allows it;
-            else padded. All give the same results, up to rounding.
+            at every step. ``varlen``: end to end, without padding between them or a mask. ``padded``: side by side, or end to
+            end under a mask where that is less to compute. The last two have few sizes. auto takes the tree on a CPU; on an
+            NVIDIA GPU in bfloat16 varlen if the model's attention allows it; else padded. All give the same results, up to
+            rounding.
         weights_dtype: of the model's weights in memory, float32 or bfloat16.
         export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
     """

@@ -10,11 +10,13 @@ from test_patcher import ATTACKER, data
 from test_sbr import rows_of
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import toy_data, toy_trainer
+from toy import ROOT, toy_data, toy_trainer
 from transformers import AutoTokenizer
 
 from casehard import Backbone, Defense, Optimizer, PatcherModule, SBRModule
-from casehard.datamodules.chat import collate
+from casehard.datamodules.batches import Batches
+from casehard.datamodules.chat import collate, encode_rows
+from casehard.datamodules.sources import read_rows
 from casehard.engine import layouts, varlen
 from casehard.engine.forward import laid_out, placed, run, takes_rows_end_to_end, use_layout
 from casehard.engine.generation import generate
@@ -129,6 +131,19 @@ def test_answers_are_the_same_in_every_layout(family, checkpoint):
     assert len(set(found[0])) > 3
 
 
+def test_padded_rows_lie_end_to_end_where_that_is_less_to_compute():
+    model = build("llama, tied")
+    use_layout(model, "padded", torch.float32)
+    lengths = {"like": [31, 32, 32, 32, 32, 32, 31, 30], "unlike": [5, 6, 7, 5, 6, 7, 8, 60]}
+    found = {}
+    for name, several in lengths.items():
+        rows = [{"input_ids": [3 + i % 50 for i in range(n)], "labels": [-100] * (n - 1) + [4]} for n in several]
+        batch = placed(model, collate(rows, 0, "left"))
+        found[name] = laid_out(model, batch).starts is not None
+        assert_equals_one_by_one(model, batch)
+    assert found == {"like": False, "unlike": True}
+
+
 def test_a_window_narrower_than_the_rows_is_kept_to_end_to_end():
     model = build("mistral, narrow window")
     use_layout(model, "varlen", torch.float32)
@@ -206,11 +221,11 @@ def test_what_is_known_moves_along():
     use_layout(model, "varlen", torch.float32)
     batch = placed(model, batch_of(6))
     there = layouts.moved(batch, torch.device("meta"))
-    moved = known(there["input_ids"], "varlen", there["attention_mask"])
+    moved = known(there["input_ids"], layouts.END_TO_END, there["attention_mask"])
     assert isinstance(moved, Packed)
     assert moved.input_ids.is_meta
     assert labels_of(there["labels"]).at.is_meta
-    assert known(there["input_ids"], "varlen", batch["attention_mask"]) is None
+    assert known(there["input_ids"], layouts.END_TO_END, batch["attention_mask"]) is None
 
 
 # ---- a step
@@ -353,3 +368,29 @@ def test_an_export_says_nothing_of_the_layout(checkpoint, tmp_path, layout):
     module.configure_model()
     module.exported().save_pretrained(tmp_path / layout)
     assert "varlen" not in (tmp_path / layout / "config.json").read_text()
+
+
+# ---- what a device would see
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import shapes
+
+    return shapes
+
+
+@pytest.mark.parametrize("rows", ["attacker/mood", "attacker/harmful", "defender/refusals", "attacker/mood + attacker/harmful"])
+def test_a_training_run_has_few_sizes_and_little_padding(shapes, rows):
+    module = Defense(str(ROOT / "models/sandbox/aligned"))
+    module.configure_model()
+    examples = [e for part in rows.split(" + ") for e in encode_rows(read_rows(f"sandbox:{part}"), module.tokenizer, 512)[0]]
+    draw, found = Batches(examples, 8, 0, "shapes", module.tokenizer.pad_token_id), {}
+    for layout in ("prefix_tree", "varlen"):
+        use_layout(module.model, layout, torch.float32)
+        found[layout] = shapes.of_training(module.model, draw, 300 if layout == "varlen" else 60)
+    assert len(found["prefix_tree"].sizes) > 20  # of 60 steps
+    assert len(found["varlen"].sizes) <= 8
+    assert found["varlen"].padding <= 0.1
+    assert all(mask is None for _, mask in found["varlen"].sizes)
