@@ -3,6 +3,7 @@
 import gc
 from dataclasses import replace
 
+import lightning as L
 import pytest
 import torch
 from test_forward import LLAMA, MODELS, assert_equals_one_by_one, batch_of, build, one_by_one, picked, sft_loss
@@ -207,8 +208,10 @@ def test_labels_are_found_anew_where_they_were_changed():
 
 
 def test_nothing_is_known_of_a_batch_that_is_gone():
-    model, before = build("llama, tied"), len(layouts._KNOWN)
+    model = build("llama, tied")
     use_layout(model, "varlen", torch.float32)
+    gc.collect()
+    before = len(layouts._KNOWN)
     batch = placed(model, batch_of(6))
     assert len(layouts._KNOWN) == before + 2
     del batch
@@ -260,10 +263,9 @@ def test_a_step_asks_the_device_nothing(checkpoint, monkeypatch, layout, defense
     job = module.job()
     job.begin()
     batch = module.placed(collate(rows_of(), 0, "right") | {"num_labels": torch.tensor(9.0)})
-    anchors = []
-    if "sbr" in defense:  # placed where the batch is, from the host's rows
-        anchors = [module.anchor_batch(job._turn(0))]
-        monkeypatch.setattr(module, "anchor_batch", lambda turn: anchors[0])
+    if "turns" in defense:  # those of a turn come from the host, as a batch does
+        anchors = module.anchor_batch(job._turn(0))
+        monkeypatch.setattr(module, "anchor_batch", lambda turn: anchors)
     with Asked() as asked:
         job.loss(batch, 0).backward()
     assert asked.names == []
@@ -314,6 +316,32 @@ def test_auto_is_rows_end_to_end_on_a_gpu_in_half_precision(checkpoint):
         use_layout(model, "auto", dtype)
         found.append(layouts.layout_of(model))
     assert found == ["varlen", "padded"]
+
+
+class Watch(L.Callback):
+    """What is asked of the device in each step of ``fit``, from the batch on the device to the end of the optimizer's step."""
+
+    def __init__(self) -> None:
+        self.names: list[list[str]] = []
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.mode = Asked()
+        self.mode.__enter__()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.mode.__exit__(None, None, None)
+        self.names.append(self.mode.names)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("defense", ["sft", "sbr", "patcher"])
+def test_no_step_of_fit_asks_the_device_anything_but_those_with_an_inner_attack(checkpoint, tmp_path, layout, defense):
+    patcher = {"attacker": ATTACKER, "num_outer_steps": 8, "num_sft_steps": 1}
+    kinds = {"sft": (Defense, {}, toy_data), "sbr": (SBRModule, {}, toy_data), "patcher": (PatcherModule, patcher, data)}
+    kind, settings, rows = kinds[defense]
+    module, watch = kind(checkpoint, backbone=Backbone(layout=layout), **settings), Watch()
+    toy_trainer(tmp_path, max_steps=4, callbacks=[watch]).fit(module, datamodule=rows())
+    assert [bool(names) for names in watch.names] == [False, defense == "patcher", False, False]  # its rows come from the host
 
 
 def test_anchors_in_turns_have_one_size(checkpoint):
