@@ -424,7 +424,7 @@ def check_shards(rank: int, checkpoint: str) -> None:
     with borrowed(model) as start:
         (_, first), (_, second) = train_steps(model, Plain(lambda _: lm_loss(model)), lambda _: {}, 2, Optimizer(1e-2))
         assert all(change.abs().max() > 0 for change in attack_vector(model, start).values())
-    assert second < first
+    assert float(second) < float(first)
     assert torch.equal(looked_at(model), unshifted)
 
     # training a borrowed model does what it does in one process, and leaves no trace
@@ -444,7 +444,7 @@ def check_shards(rank: int, checkpoint: str) -> None:
                 for _, loss in train_steps(
                     m, Plain(lambda _, m=m: lm_loss(m)), lambda _: {}, 3, Optimizer(0.1, "sgd", clip_norm=0.5)
                 ):
-                    losses[-1].append(loss)
+                    losses[-1].append(float(loss))
                     looked_at(m)  # scored between steps
                 ends.append(attack_vector(m, start))
                 looked_at(m)
