@@ -32,7 +32,18 @@ from casehard.engine.gradients import add_to_grad, loss_and_gradient
 from casehard.engine.losses import losses
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import gathered, sharded
-from casehard.engine.weights import EVERYTHING, Weights, borrowed, group_of, local, reshard, restore, same_modes_after, shifted
+from casehard.engine.weights import (
+    EVERYTHING,
+    Weights,
+    borrowed,
+    copies,
+    group_of,
+    local,
+    reshard,
+    restore,
+    same_modes_after,
+    shifted,
+)
 from casehard.lightning_modules.backbone import Backbone, mixed_precision, shard_mesh
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.other_models import as_aligned, check_other, weights_of
@@ -328,7 +339,7 @@ class Defense(L.LightningModule):
     def _copy_of(self, names: Iterable[str], device: str | None = None) -> Weights:
         reshard(self)
         parameters = dict(self.named_parameters())
-        return {name: local(parameters[name]).to(device, copy=True) for name in names}
+        return copies({name: local(parameters[name]) for name in names}, device)
 
     @contextmanager
     def handed_back(self, start: Weights, device: str | None = None) -> Iterator[None]:
