@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from casehard.engine.adapters import LoRA, add_adapter
 from casehard.engine.anatomy import decoder_layers
 from casehard.engine.checkpoint import load_model, load_tokenizer, require_rows_for_tokens
+from casehard.engine.kernels import fuse, require_installed
 from casehard.metrics.errors import SettingError
 
 
@@ -27,6 +28,7 @@ class Backbone:
             a third more time.
         compile_backend: of ``torch.compile`` for the decoder layers, such as inductor; null runs them as they are. Answers are
             generated without it.
+        kernels: liger for the fused norms, rotations and gated MLPs of liger-kernel, on a CUDA device; null for the model's own.
         weights_dtype: of the model's weights in memory, float32 or bfloat16.
         export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
     """
@@ -36,6 +38,7 @@ class Backbone:
     tokenizer: str | None = None
     activation_checkpointing: bool = False
     compile_backend: str | None = None
+    kernels: Literal["liger"] | None = None
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
@@ -46,6 +49,15 @@ class Backbone:
             )
         if self.compile_backend is not None and self.compile_backend not in (known := torch.compiler.list_backends(None)):
             raise SettingError(f"compile_backend must be null or one of {', '.join(known)}, got {self.compile_backend!r}.")
+        if self.kernels is not None:
+            if self.kernels != "liger":
+                raise SettingError(f"kernels must be liger or null, got {self.kernels!r}.")
+            if self.compile_backend is not None:
+                raise SettingError(
+                    f"kernels must be null beside compile_backend {self.compile_backend}, which fuses the same operations, got "
+                    f"{self.kernels}. Choose one of them."
+                )
+            require_installed()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,6 +86,8 @@ class Backbone:
                     getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
                 )  # before 5.23
                 enable()
+            if self.kernels is not None:
+                fuse(model)
             if lora is not None:
                 add_adapter(model, lora, "defense")
 

@@ -29,6 +29,7 @@ from casehard.engine.export import merge_error
 from casehard.engine.forward import Batch, label_positions, run, takes_prefix_trees
 from casehard.engine.generation import generate
 from casehard.engine.gradients import add_to_grad, loss_and_gradient
+from casehard.engine.kernels import require_device
 from casehard.engine.losses import losses
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import gathered, sharded
@@ -141,6 +142,8 @@ class Defense(L.LightningModule):
                 f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {self.trainer.precision}: attackers train "
                 "without a scaler of gradients, and small ones would be lost in float16."
             )
+        if trainer_of(self) is not None and self.backbone.kernels is not None:
+            require_device(self.trainer.strategy.root_device)
         self.drawn_from = torch.get_rng_state()  # to draw random weights once more (``as_aligned``)
         if (mesh := self.shard_mesh()) is None:
             self.register_module("model", self._whole())
