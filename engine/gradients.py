@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from casehard.engine.graphs import keep_gradients
 from casehard.engine.private import add_all, copy_all, multiply_all
 from casehard.engine.weights import Weights, buckets, copies, group_of, like_parameter, local, reshard
 
@@ -94,6 +95,7 @@ def loss_and_gradient(
             value = loss()
             with torch.autocast(value.device.type, enabled=False):
                 value.backward()
+        keep_gradients(parameters.values())
         average_gradients(list(parameters.values()), group)
         return value.detach(), {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
     finally:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from casehard.engine.forward import Batch
 from casehard.engine.gradients import average_gradients, mean_over_ranks
+from casehard.engine.graphs import begin_step, keep_gradients
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.weights import reshard
 
@@ -148,9 +149,11 @@ def train_steps(
     last: StepLoss | None = None
     for step in range(num_steps):
         module.train()
+        begin_step()
         with forward_context():
             value = task.loss(batches(step), step)
         value.backward()
+        keep_gradients(parameters)
         average_gradients(parameters, group)
         loss = StepLoss(mean_over_ranks(value.detach(), group), step + 1, num_steps, optimizer.learning_rate)
         if not runs_behind(value.device):
