@@ -50,6 +50,26 @@ def _drop(model: PreTrainedModel, names: tuple[str, ...]) -> None:
         model.__dict__.pop(name, None)
 
 
+def copy_all(into: list[Tensor], tensors: list[Tensor]) -> None:
+    """``into[i].copy_(tensors[i])``; on an accelerator in few kernels (torch)."""
+    torch._foreach_copy_(into, tensors)
+
+
+def add_all(into: list[Tensor], tensors: list[Tensor], weight: float = 1.0) -> None:
+    """``into[i].add_(tensors[i], alpha=weight)``; on an accelerator in few kernels (torch)."""
+    torch._foreach_add_(into, tensors, alpha=weight)
+
+
+def subtract_all(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """``first[i] - second[i]``; on an accelerator in few kernels (torch)."""
+    return list(torch._foreach_sub(first, second))
+
+
+def multiply_all(tensors: list[Tensor], factor: float) -> list[Tensor]:
+    """``factor * tensors[i]``; on an accelerator in few kernels (torch)."""
+    return list(torch._foreach_mul(tensors, factor))
+
+
 def parameters_of(module: nn.Module) -> dict[str, Any]:
     """A module's own parameters, to be reordered (torch)."""
     return module._parameters
