@@ -356,7 +356,7 @@ def test_a_replayed_step_needs_no_python_and_no_tensor_that_moves(name, precisio
         monkeypatch.setattr(decode_step.Step, "__call__", watched)
         assert generate(model, tokenizer, prompts, NUM_TOKENS, 5) == expected
     assert Traced.captured == len(addresses) == 1
-    assert len([mask for _, mask in shapes if mask]) == 3  # warmed up, captured, held against the graph
+    assert len([mask for _, mask in shapes if mask]) == 3 + 3  # plain; then to warm up, to capture, and beside the first replay
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,10 @@ def test_no_graph_is_made_where_none_is_asked_for_or_can_be(model, tokenizer, pr
     assert few_shapes.graph_for(model) is None  # on a CPU
     graphs(Traced)
     generate(model, tokenizer, prompts, NUM_TOKENS, graphs=False)
+    generate(model, tokenizer, prompts, 4)  # so few that a graph does not pay
     assert Traced.captured == 0
+    generate(model, tokenizer, prompts, 5)
+    assert Traced.captured == 1
 
 
 @pytest.mark.gpu
@@ -398,7 +401,7 @@ def test_a_gpu_writes_the_same_with_graphs_and_without(checkpoint, tokenizer, pr
             plain = generate(model, tokenizer, prompts, 32, batch_size, graphs=False)
             passes = shapes_of(model)
             assert generate(model, tokenizer, prompts, 32, batch_size) == plain
-            assert len([mask for _, mask in passes if mask]) == 3
+            assert len([mask for _, mask in passes if mask]) == 3 + 3
         by_graph = sample(model, tokenizer, prompts, 32, 1.0, seeds)
         assert by_graph == sample(model, tokenizer, prompts, 32, 1.0, seeds, graphs=False)
         with torch.no_grad():
