@@ -6,7 +6,7 @@ a weight in autocast's cache, which is not there to stay. A graph lasts for one 
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -83,44 +83,48 @@ class Replayed:
     Not held against it in the first: inputs that a graph has taken for constants are right in the call that captured it.
 
     Args:
-        function: that computes on tensors that stay where they are; computing twice must do what computing once does.
         graph: that has captured nothing.
-        device: the type of the tensors' device.
-
-    Raises:
-        GraphError: by a call, if the function cannot be captured, or the graph does not do what it does.
+        device: the type of the device of all that the function computes on.
     """
 
-    def __init__(self, function: Callable[[], Tensor], graph: Graph, device: str) -> None:
-        self.function, self.graph, self.device = function, graph, device
+    def __init__(self, graph: Graph, device: str) -> None:
+        self.graph, self.device = graph, device
         self.plain_calls = 0
         self.output: Tensor | None = None
         self.trusted = False
 
-    def __call__(self) -> Tensor:
-        """What the function returns; the next call may overwrite it."""
+    def __call__(self, function: Callable[[], Tensor]) -> Tensor:
+        """What the function returns; the next call may overwrite it.
+
+        Args:
+            function: the same at every call, on tensors that stay where they are. Computing twice must do what computing once
+                does.
+
+        Raises:
+            GraphError: the function cannot be captured, or the graph does not do what it does.
+        """
         if self.plain_calls < PLAIN_CALLS:
             self.plain_calls += 1
-            return self.function()
+            return function()
         if self.output is None:
             try:
-                first = self.graph.warm_up(self._unasked)
-                self.output = self.graph.capture(self.function)
+                first = self.graph.warm_up(partial(self._unasked, function))
+                self.output = self.graph.capture(function)
             except RuntimeError as error:
                 why, *_ = [*str(error).splitlines(), type(error).__name__]
                 raise GraphError(f"a step cannot be captured ({why})") from error
             return first
         self.graph.replay()
         if not self.trusted:
-            expected = self.function()
+            expected = function()
             if not _alike(self.output, expected):
                 raise GraphError("a replayed step had other logits than the step itself")
             self.trusted = True
         return self.output
 
-    def _unasked(self) -> Tensor:
+    def _unasked(self, function: Callable[[], Tensor]) -> Tensor:
         with Unasked(self.device):  # torch is left in disorder by a capture that was broken off
-            return self.function()
+            return function()
 
 
 def _alike(logits: Tensor, others: Tensor) -> bool:

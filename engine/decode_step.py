@@ -4,7 +4,7 @@ A row's token at position ``p`` is written at place ``p`` and sees the places up
 is but values on the device, and the room beyond is hidden by the mask.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,7 +89,7 @@ class Step:
         which, at = torch.arange(rows, device=model.device), self.positions[:, 0]
         parts = [[whole[:rows, :, :length] for whole in layer] for layer in room.layers]
         self.cache = Cache(layers=[_Layer(keys, values, which, at) for keys, values in parts])
-        self.run: Callable[[], Tensor] = self._run if graph is None else Replayed(self._run, graph, model.device.type)
+        self.replayed = None if graph is None else Replayed(graph, model.device.type)  # no circle with it
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits after a token a row, ``[rows, vocab]``; they may change at the next call.
@@ -100,7 +100,7 @@ class Step:
         """
         self.ids.copy_(ids)
         self.positions.copy_(positions)
-        return self.run()
+        return self._run() if self.replayed is None else self.replayed(self._run)
 
     def _run(self) -> Tensor:
         mask = additive((self.places <= self.positions)[:, None], self.model)

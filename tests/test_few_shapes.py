@@ -1,6 +1,8 @@
 """Answers in few shapes are those of every other layout, and a device sees few shapes, few questions and no moving tensor."""
 
+import gc
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import combinations, pairwise
@@ -255,6 +257,29 @@ def test_half_of_the_places_is_taken_first_where_it_serves_for_long():
     assert places(60, 64) == [128]
     assert places(60, 512) == [320, 576]
     assert places(500, 512) == [1024]
+
+
+@pytest.mark.parametrize("by_graph", [False, True])
+def test_no_room_is_left_behind(by_graph, model, tokenizer, prompts, monkeypatch, graphs):
+    made = []
+
+    class Watched(decode_step.Room):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(few_shapes, "Room", Watched)
+    if by_graph:
+        graphs(Traced)
+    gc.collect()
+    gc.disable()  # a device's memory is not what Python's collector waits for
+    try:
+        generate(model, tokenizer, prompts, NUM_TOKENS, 5)
+        (room,) = made
+        assert room() is None
+        assert not [each for each in gc.get_objects() if isinstance(each, decode_step.Step)]
+    finally:
+        gc.enable()
 
 
 # ---- done once
