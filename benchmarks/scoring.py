@@ -1,6 +1,7 @@
 """Answers to held-out prompts by `generation.sample` beside one `model.generate` a prompt: how long, and whether the same.
 
 Beside the tokens a second stands the bound that memory sets: a step, of one token for every row of a batch, reads all weights.
+What a step takes is what longer answers take more: passes over prompts, and on a GPU the capture of a graph, come once.
 """
 
 import math
@@ -102,9 +103,13 @@ def main(
     def together() -> None:
         answers["together"] = sample(model, tokenizer, asked, max_new_tokens, batch_size=batch_size, graphs=graphs)
 
+    def half_as_long() -> None:
+        answers["half"] = sample(model, tokenizer, asked, max(1, max_new_tokens // 2), batch_size=batch_size, graphs=graphs)
+
     mixed = precision == "bf16-mixed"
     with torch.autocast(device, torch.bfloat16, enabled=mixed):
         times = paired(one_by_one, together, num_pairs, num_warmup, "rounds")
+        lengths = paired(half_as_long, together, num_pairs, num_warmup, "lengths")
     times = [(a * len(asked) / len(alone), b) for a, b in times]
     tokens = sum(map(len, answers["together"]))
     weights, rate = bytes_read(model, torch.bfloat16 if mixed else model.dtype), bandwidth(device)
@@ -117,6 +122,11 @@ def main(
     print(f"tokens/s    {spread((tokens / b for _, b in times), '.0f')}")
     print(f"at most     {tokens / bound:.0f}: a step reads {weights / 1e6:.3g} MB of weights, at {rate / 1e9:.3g} GB/s")
     print(f"over bound  {spread((b / bound for _, b in times), '.1f')}")
+    chunks, most, half = math.ceil(len(asked) / batch_size), *(max(map(len, answers[name])) for name in ("together", "half"))
+    if most > half:
+        steps = [(b - a) / (chunks * (most - half)) for a, b in lengths]
+        print(f"a step      {spread((1e3 * each for each in steps), '.3g')} ms")
+        print(f"over bound  {spread((each * rate / weights for each in steps), '.1f')}")
 
 
 if __name__ == "__main__":

@@ -331,19 +331,27 @@ def test_scoring_says_how_far_it_is_from_what_memory_allows(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import scoring
 
+    def paired(first, second, *_) -> list[tuple[float, float]]:
+        first(), second()
+        return [(8.0, 2.0) if first.__name__ == "one_by_one" else (0.5, 2.0)]
+
+    monkeypatch.setattr(scoring, "paired", paired)
     monkeypatch.setattr(scoring, "bandwidth", lambda device: 2e9)
     folder = save_toy_checkpoint(tmp_path, tied)
     prompts = "sandbox:test/harmful#train[:5]"
     scoring.main(folder, prompts, 6, 3, num_pairs=1, num_warmup=0, num_alone=2, layout="padded", precision="bf16-mixed")
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == "5 prompts, padded, bf16-mixed; 2 of 2 answers the same"
-    said = {line[:12].strip(): line[12:].split() for line in lines}
-    rate, ratio = (float(said[name][0]) for name in ("tokens/s", "over bound"))
+    said = {line[:12].strip(): line[12:].split() for line in lines[:-1]}
+    rate, ratio, step = (float(said[name][0]) for name in ("tokens/s", "over bound", "a step"))
     at_most, megabytes = float(said["at most"][0][:-1]), float(said["at most"][4])
     layer = 4 * 32 * 32 + 3 * 32 * 64
     assert megabytes == pytest.approx(1e-6 * (2 * (2 * layer + 700 * 32) + 4 * 5 * 32), rel=0.01)
-    assert at_most == pytest.approx(5 * 6 / (2 * 6 * megabytes * 1e6 / 2e9), rel=0.01)  # two batches of six steps
-    assert ratio == pytest.approx(at_most / rate, rel=0.05)
+    passes = 2 * 6  # two batches of six tokens
+    assert at_most == pytest.approx(5 * 6 / (passes * megabytes * 1e6 / 2e9), rel=0.01)
+    assert [rate, ratio] == pytest.approx([5 * 6 / 2.0, at_most / 15], rel=0.01)
+    assert step == pytest.approx(1e3 * 1.5 / (passes / 2), rel=0.01)
+    assert float(lines[-1].split()[2]) == pytest.approx(0.25 / (megabytes * 1e6 / 2e9), rel=0.01)
 
 
 # ---- graphs
