@@ -6,7 +6,8 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 _QUANTISATION = ("quantization_method", "is_quantized", "hf_quantizer")
@@ -23,9 +24,14 @@ def runs_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the attention that the model runs (transformers)."""
+    return str(model.config._attn_implementation)
+
+
 def attention_takes_masks(model: PreTrainedModel) -> bool:
     """Whether the attention runs on any mask of ``[batch, 1, seq, seq]`` that it is given (transformers)."""
-    return getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation in ("eager", "sdpa")
+    return getattr(model, "_supports_attention_backend", False) and attention_of(model) in ("eager", "sdpa")
 
 
 def forget_quantisation(model: PreTrainedModel) -> None:
@@ -51,3 +57,31 @@ def parameters_of(module: nn.Module) -> dict[str, Any]:
 def clip_unscaled(optimizer: torch.optim.Optimizer) -> None:
     """Say that a fused optimizer does not unscale gradients itself (torch): else Lightning refuses to clip under bf16-mixed."""
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+
+class Unasked(TorchDispatchMode):
+    """For a block, refuse what makes the host wait for a number on a device, or that copies from one to the other (torch).
+
+    Args:
+        device: its type.
+
+    Raises:
+        RuntimeError: by the operation that waits.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out, aten = func(*args, **(kwargs or {})), torch.ops.aten
+        kinds = {each.device.type for each in (out, *args) if isinstance(each, Tensor)}
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            waits = any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
+        elif func.overloadpacket in (aten._to_copy, aten.copy_):
+            waits = len(kinds) > 1
+        else:
+            waits = bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+        if waits and self.device in kinds:
+            raise RuntimeError(f"{func} makes the host wait for a number")
+        return out
