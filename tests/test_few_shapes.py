@@ -86,7 +86,7 @@ def shapes_of(model: PreTrainedModel) -> list[Shape]:
 # ---- the same answers
 
 
-@pytest.mark.parametrize("name", [*MODELS, *MORE])
+@pytest.mark.parametrize("name", [*(name for name, (*_, folds) in MODELS.items() if folds), "mistral, narrow window", *MORE])
 def test_answers_are_the_likeliest_tokens_of_every_architecture(name, tokenizer, prompts, monkeypatch):
     monkeypatch.setitem(MODELS, name, (MODELS | MORE)[name])
     model = padded(build(name, vocab_size=len(tokenizer)))
@@ -95,7 +95,7 @@ def test_answers_are_the_likeliest_tokens_of_every_architecture(name, tokenizer,
     expected = by_hand(model, tokenizer, prompts, ends=[2])
     assert len(set(expected)) > 4
     shapes = shapes_of(model)
-    for batch_size in (1, 5, 64):
+    for batch_size in (1, 64) if "llama" in name else (5, 64):
         assert generate(model, tokenizer, prompts, NUM_TOKENS, batch_size) == expected
     assert bool(calls) != MODELS[name][2]
     assert calls or {mask for _, mask in shapes} >= {None, (12, 1, 1, 64)}
@@ -107,7 +107,7 @@ def test_samples_are_those_of_the_other_layout(name, tokenizer, prompts, monkeyp
     model, seeds = build(name, vocab_size=len(tokenizer)), list(range(len(prompts)))
     expected = sample(model, tokenizer, prompts, NUM_TOKENS, 1.0, seeds)
     shapes = shapes_of(padded(model))
-    for batch_size in (1, 5, 64):
+    for batch_size in (1 if "llama" in name else 5, 64):
         assert sample(model, tokenizer, prompts, NUM_TOKENS, 1.0, seeds, batch_size) == expected
     assert shapes[-1] == ((12, 1), (12, 1, 1, 64))
 
@@ -420,8 +420,10 @@ def graphs(monkeypatch) -> Iterator[Callable[[type], None]]:
     return go_by
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16-mixed"])
-@pytest.mark.parametrize("name", ["llama, tied", "gpt2, learned positions", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("llama, tied", "float32"), ("qwen2", "bf16-mixed"), ("gpt_neox", "float32"), ("gpt2, learned positions", "bf16-mixed")],
+)
 def test_a_replayed_step_needs_no_python_and_no_tensor_that_moves(name, precision, tokenizer, prompts, graphs, monkeypatch):
     monkeypatch.setitem(MODELS, name, (MODELS | MORE)[name])
     model = padded(build(name, vocab_size=len(tokenizer)))
