@@ -400,6 +400,17 @@ class Defense(L.LightningModule):
         self.kept = {}
         self.training_state_intact = False
 
+    @contextmanager
+    def on_its_device(self) -> Iterator[None]:
+        """For a block of ``on_fit_end``, the model where it trained: Lightning has put it on the CPU, unless it is sharded.
+
+        After an exception Lightning puts it there itself.
+        """
+        waits = self.device
+        self.trainer.strategy.model_to_device()
+        yield
+        self.to(waits)
+
     # ---- losses
 
     def sft_loss(self, batch: Batch) -> Tensor:
