@@ -119,17 +119,20 @@ class Defense(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the weights, once, and prepare ``fit``; Lightning calls this when the strategy is ready for them."""
+        self._check_precision()
         if not hasattr(self, "model"):
             self._load()
         if (trainer := trainer_of(self)) is not None and trainer.state.fn == TrainerFn.FITTING:
             self._prepare_fit()
 
-    def _load(self) -> None:
+    def _check_precision(self) -> None:
         if trainer_of(self) is not None and str(self.trainer.precision) in ("16-mixed", "16-true", "transformer-engine-float16"):
             raise SettingError(
                 f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {self.trainer.precision}: attackers train "
                 "without a scaler of gradients, and small ones would be lost in float16."
             )
+
+    def _load(self) -> None:
         self.drawn_from = torch.get_rng_state()  # to draw random weights once more (``as_aligned``)
         if (mesh := self.shard_mesh()) is None:
             self.register_module("model", self._whole())
