@@ -133,9 +133,10 @@ class Defense(L.LightningModule):
             )
 
     def _load(self) -> None:
-        self.drawn_from = torch.get_rng_state()  # to draw random weights once more (``as_aligned``)
+        self.drawn_from, self.drawn_on = torch.get_rng_state(), self._home().type  # to draw random weights once more
         if (mesh := self.shard_mesh()) is None:
             self.register_module("model", self._whole())
+            self.to(self._home())  # they are there, and now it is known
         else:
             whole = self._whole() if mesh.get_local_rank() == 0 else None
             policy, prepare = mixed_precision(str(self.trainer.precision)), self.backbone.prepared(self.lora)
@@ -144,8 +145,14 @@ class Defense(L.LightningModule):
         self.backbone.compile(self.model)
         takes_prefix_trees(self.model, 0)  # found out now: later passes may run under somebody's hooks
 
+    def _home(self) -> torch.device:
+        """Where weights are drawn, and stay unless they are sharded: the trainer's device, or torch's default without one."""
+        return torch.get_default_device() if trainer_of(self) is None else self.trainer.strategy.root_device
+
     def _whole(self) -> PreTrainedModel:
-        return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer)
+        to_shard = self.shard_mesh() is not None
+        device = torch.device("cpu") if to_shard and not self.backbone.random_weights else self._home()
+        return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer, device, to_shard)
 
     def shard_mesh(self) -> DeviceMesh | None:
         return shard_mesh(self.device_mesh, self.num_roles)

@@ -363,20 +363,25 @@ def test_service_job_starts_from_the_aligned_model_and_not_from_what_fit_made(tm
     assert torch.equal(logits[len(logits) // 2], aligned)  # in a test of what fit made
 
 
-def test_the_aligned_model_of_random_weights_is_the_one_that_fit_began_with(tmp_path, checkpoint):
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_the_aligned_model_of_random_weights_is_the_one_that_fit_began_with(tmp_path, checkpoint, accelerator):
     class Look(L.Callback):
         def on_train_start(self, trainer, pl_module):
             self.began = bits(pl_module.model)
 
         def on_fit_end(self, trainer, pl_module):
-            with as_aligned(pl_module):
+            with pl_module.on_its_device(), as_aligned(pl_module):
                 self.aligned = bits(pl_module.model)
+            pl_module.drawn_on = "xpu"
+            with pytest.raises(ValueError, match=r"trainer\.accelerator must be xpu where random weights are drawn again"):
+                as_aligned(pl_module).__enter__()
 
     kind, settings = DEFENSES["sbr"]
     whole, resumed, saver = Look(), Look(), ModelCheckpoint(tmp_path, save_last=True)
     for seed, callbacks, max_steps, last in ((1, [whole, saver], 2, None), (2, [resumed], 3, tmp_path / "last.ckpt")):
         L.seed_everything(seed)  # the resumed run may not lean on the seed
-        trainer = toy_trainer(tmp_path, callbacks=callbacks, max_steps=max_steps, enable_checkpointing=True)
+        settings_of_it = {"accelerator": accelerator, "devices": 1, "enable_checkpointing": True}
+        trainer = toy_trainer(tmp_path, callbacks=callbacks, max_steps=max_steps, **settings_of_it)
         trainer.fit(kind(checkpoint, backbone=Backbone(random_weights=True), **settings), datamodule=toy_data(), ckpt_path=last)
     assert same_bits(whole.aligned, whole.began)
     assert same_bits(resumed.aligned, whole.began)
