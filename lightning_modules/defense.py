@@ -132,12 +132,13 @@ class Defense(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the weights, once, and prepare ``fit``; Lightning calls this when the strategy is ready for them."""
+        self._check_trainer()
         if not hasattr(self, "model"):
             self._load()
         if (trainer := trainer_of(self)) is not None and trainer.state.fn == TrainerFn.FITTING:
             self._prepare_fit()
 
-    def _load(self) -> None:
+    def _check_trainer(self) -> None:
         if trainer_of(self) is not None and str(self.trainer.precision) in ("16-mixed", "16-true", "transformer-engine-float16"):
             raise SettingError(
                 f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {self.trainer.precision}: attackers train "
@@ -145,9 +146,12 @@ class Defense(L.LightningModule):
             )
         if trainer_of(self) is not None and self.backbone.kernels is not None:
             require_device(self.trainer.strategy.root_device)
-        self.drawn_from = torch.get_rng_state()  # to draw random weights once more (``as_aligned``)
+
+    def _load(self) -> None:
+        self.drawn_from, self.drawn_on = torch.get_rng_state(), self._home().type  # to draw random weights once more
         if (mesh := self.shard_mesh()) is None:
             self.register_module("model", self._whole())
+            self.to(self._home())  # they are there, and now it is known
         else:
             whole = self._whole() if mesh.get_local_rank() == 0 else None
             policy, prepare = mixed_precision(str(self.trainer.precision)), self.backbone.prepared(self.lora)
@@ -158,8 +162,14 @@ class Defense(L.LightningModule):
         half = trainer_of(self) is not None and str(self.trainer.precision) == "bf16-mixed"
         use_layout(self.model, self.backbone.layout, torch.bfloat16 if half else self.model.dtype)
 
+    def _home(self) -> torch.device:
+        """Where weights are drawn, and stay unless they are sharded: the trainer's device, or torch's default without one."""
+        return torch.get_default_device() if trainer_of(self) is None else self.trainer.strategy.root_device
+
     def _whole(self) -> PreTrainedModel:
-        return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer)
+        to_shard = self.shard_mesh() is not None
+        device = torch.device("cpu") if to_shard and not self.backbone.random_weights else self._home()
+        return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer, device, to_shard)
 
     def shard_mesh(self) -> DeviceMesh | None:
         return shard_mesh(self.device_mesh, self.num_roles)
@@ -417,6 +427,17 @@ class Defense(L.LightningModule):
         self.zero_grad()
         self.kept = {}
         self.training_state_intact = False
+
+    @contextmanager
+    def on_its_device(self) -> Iterator[None]:
+        """For a block of ``on_fit_end``, the model where it trained: Lightning has put it on the CPU, unless it is sharded.
+
+        After an exception Lightning puts it there itself.
+        """
+        waits = self.device
+        self.trainer.strategy.model_to_device()
+        yield
+        self.to(waits)
 
     # ---- losses
 

@@ -10,10 +10,11 @@ from test_patcher import ATTACKER, data
 from test_sbr import rows_of
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from toy import DATA, DEFENSES, save_toy_checkpoint, toy_data, toy_trainer
+from toy import DATA, DEFENSES, looking, save_toy_checkpoint, toy_data, toy_trainer
 
 from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, PatcherModule, SBRModule
 from casehard.datamodules.chat import collate
+from casehard.engine.weights import local
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
@@ -44,6 +45,9 @@ def test_attacks_on_a_gpu_leave_every_bit(checkpoint, tmp_path, strategy, defens
     module = kind(checkpoint, optimizer=Optimizer(1e-3), backbone=Backbone(activation_checkpointing=True), **settings)
     spies, shape = [Untouched(), Untouched()], {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4}
     attacks = [kind("open_weight", copy_device=copy_device, **shape) for kind in (FullParameterAttack, LoRAAttack)]
+    places = []
+    for attack in attacks:
+        looking(attack, lambda target: places.extend(local(p).device.type for p in target.module.parameters()))
     trainer = toy_trainer(
         tmp_path,
         accelerator="gpu",
@@ -56,6 +60,7 @@ def test_attacks_on_a_gpu_leave_every_bit(checkpoint, tmp_path, strategy, defens
     trainer.fit(module, datamodule=toy_data(**DATA.get(defense, {})))
     before, after = (spy.seen[0] for spy in spies)
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert set(places) == {"cuda"}
 
 
 # ---- copies
