@@ -302,81 +302,78 @@ class Step:
             return torch.stack([again(part, *each, use_reentrant=False) for each in parts]).sum() / len(targets)  # type: ignore[misc]
 
 
-def table(steps: dict[str, Step]) -> str:
-    """A row a step, in GiB."""
-    head = ["", *KINDS, "together", HOST]
-    rows = [head, ["---"] * len(head)]
+def lines_of(rows: list[list[str]]) -> str:
+    """A table in Markdown, its head first."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:.1f}" if size > GIB / 20 else ""
+
+
+def by_kind(step: Step) -> str:
+    """What each byte of a step is."""
+    held = step.held()
+    found = [(kind, meaning, held[kind]) for kind, meaning in KINDS.items()]
+    found += [("together", "", held.total() - held[HOST]), (HOST, "what `copy_device: cpu` keeps there", held[HOST])]
+    return lines_of([["", "", "GiB"], *([kind, meaning, f"{size / GIB:.2f}"] for kind, meaning, size in found)])
+
+
+def ways(plain: Step) -> str:
+    """The step in several ways, from what autocast holds to what torchtitan and torchtune hold."""
+    lean = replace(plain, strategy="fsdp2")
+    chunked = replace(lean, loss_chunks=8)
+    attack = replace(plain, method="inner attack")
+    steps = {
+        "SFT": plain,
+        "Patcher, the defender's step": replace(plain, method="Patcher"),
+        "Patcher, inner attack": attack,
+        "the same, `copy_device: cpu`": replace(attack, copy_device="cpu"),
+        "SFT, FSDP2's policy on one process": lean,
+        "the same, and the loss in 8 chunks": chunked,
+        "the same, and activation checkpointing": replace(chunked, activation_checkpointing=True),
+        "SFT, activation checkpointing": replace(plain, activation_checkpointing=True),
+    }
+    rows = [["GiB", *KINDS, "together", HOST]]
     for name, step in tqdm(steps.items(), leave=False):
         held = step.held()
         kinds = [held[kind] for kind in KINDS]
-        rows.append([name, *(f"{size / GIB:.1f}" if size > GIB / 20 else "" for size in (*kinds, sum(kinds), held[HOST]))])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        rows.append([name, *map(gib, (*kinds, sum(kinds), held[HOST]))])
+    return lines_of(rows)
 
 
-def one(step: Step) -> None:
-    """What each byte of a step is.
+def fits(plain: Step) -> str:
+    """What every process holds by FSDP2 in full-parameter training, with 1, 2 and 4 rows each."""
+    plain = replace(plain, strategy="fsdp2")
+    defends, attacks = replace(plain, method="Patcher"), replace(plain, method="inner attack")
+    steps = {
+        "SFT, SBR": plain,
+        "Patcher, the defender's step": defends,
+        "its vector on the CPU (`copy_device: cpu`)": replace(defends, copy_device="cpu"),
+        "Patcher, inner attack": attacks,
+        "the same, `copy_device: cpu`": replace(attacks, copy_device="cpu"),
+    }
+    shapes = list(product((False, True), (1, 2, 4)))
+    rows = [["GiB", *(f"{number} row{'s' * (number > 1)}{', checkpointing' if less else ''}" for less, number in shapes), HOST]]
+    for name, step in tqdm(steps.items(), leave=False):
+        found = [replace(step, batch_size=number, activation_checkpointing=less).held() for less, number in shapes]
+        rows.append([name, *(gib(held.total() - held[HOST]) for held in found), gib(found[0][HOST])])
+    return lines_of(rows)
+
+
+TABLES: dict[str, Callable[[Step], str]] = {"bytes": by_kind, "ways": ways, "fits": fits}
+
+
+def main(step: Step, table: Literal["bytes", "ways", "fits"] = "bytes") -> None:
+    """Print what a step holds.
 
     Args:
         step: the step.
+        table: bytes: of this step; ways: of the same step in several ways; fits: by FSDP2, with 1, 2 and 4 rows a process.
     """
-    held = step.held()
-    for kind, meaning in KINDS.items():
-        print(f"{held[kind] / GIB:8.2f} GiB  {kind}: {meaning}")
-    print(f"{(held.total() - held[HOST]) / GIB:8.2f} GiB  together; beside them {held[HOST] / GIB:.2f} GiB {HOST}")
-
-
-def ways(checkpoint: str = "models/sizes/qwen2_5_1_5b", batch_size: int = 8, length: int = 1024) -> None:
-    """The same step by one process in several ways, from what autocast holds to what torchtitan and torchtune hold.
-
-    Args:
-        checkpoint: folder with a config.json.
-        batch_size: rows.
-        length: tokens of a row.
-    """
-    plain = Step(checkpoint, batch_size=batch_size, length=length)
-    lean = replace(plain, strategy="fsdp2")
-    chunked = replace(lean, loss_chunks=8)
-    found = {
-        "SFT, bf16-mixed by autocast": plain,
-        "Patcher, defender's step": replace(plain, method="Patcher"),
-        "Patcher, inner attack": replace(plain, method="inner attack"),
-        "the same, copy_device: cpu": replace(plain, method="inner attack", copy_device="cpu"),
-        "SFT, by FSDP2's policy on one process": lean,
-        "and the loss in 8 chunks, as torchtitan and torchtune have it": chunked,
-        "and activation checkpointing": replace(chunked, activation_checkpointing=True),
-        "SFT by autocast, activation checkpointing": replace(plain, activation_checkpointing=True),
-    }
-    print(table(found))
-
-
-def fits(
-    checkpoint: str = "models/sizes/llama3_8b", length: int = 4096, processes: int = 8, rows: list[int] | None = None
-) -> None:
-    """By FSDP2, the GiB that every process holds: of full-parameter training, without and with activation checkpointing.
-
-    Args:
-        checkpoint: folder with a config.json.
-        length: tokens of a row.
-        processes: that share the weights.
-    """
-    plain = Step(checkpoint, length=length, strategy="fsdp2", processes=processes)
-    methods = {
-        "SFT, SBR; a full-parameter attack needs a copy more": plain,
-        "Patcher, the defender's step": replace(plain, method="Patcher"),
-        "the same, `copy_device: cpu`": replace(plain, method="Patcher", copy_device="cpu"),
-        "Patcher, inner attack": replace(plain, method="inner attack"),
-        "the same, `copy_device: cpu`, or `fresh_optimizer` and a copy": replace(plain, method="inner attack", copy_device="cpu"),
-    }
-    shapes = list(product((False, True), (1, 2, 4)))
-    lines = [["rows a process", *(f"{number}{', checkpointing' if less else ''}" for less, number in shapes), HOST]]
-    lines.append(["---"] * len(lines[0]))
-    for name, step in tqdm(methods.items(), leave=False):
-        found = [replace(step, batch_size=number, activation_checkpointing=less).held() for less, number in shapes]
-        host = found[0][HOST]
-        lines.append([name, *(f"{(held.total() - host) / GIB:.1f}" for held in found), f"{host / GIB:.1f}" if host else ""])
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    print(TABLES[table](step))
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    CLI([one, ways, fits], as_positional=False)
+    CLI(main, as_positional=False)

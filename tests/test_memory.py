@@ -133,6 +133,13 @@ def test_the_bytes_that_are_computed_from_sizes_are_those_of_a_real_fit(memory, 
         assert computed[memory.WEIGHTS] == trained + sum(buffer.nbytes for buffer in module.buffers())
 
 
+def test_the_published_bytes_of_qwen_are_those_that_are_computed(memory):
+    one, two = (memory.Step(str(ROOT / "models/sizes/qwen2_5_1_5b"), layers=layers).held() for layers in (1, 2))
+    kinds = [one[kind] + 27 * (two[kind] - one[kind]) for kind in memory.KINDS]  # of 28 layers, which are alike
+    line = "| " + " | ".join(["SFT", *map(memory.gib, (*kinds, sum(kinds), 0))]) + " |"
+    assert line in (ROOT / "docs/scale.md").read_text()
+
+
 def test_patcher_holds_two_copies_more_than_sft_one_of_them_on_the_cpu_by_a_setting(memory, checkpoint):
     sft = memory.Step(checkpoint, batch_size=3, length=48)
     step = replace(sft, method="Patcher")
