@@ -6,6 +6,7 @@ a weight in autocast's cache, which is not there to stay. A graph lasts for one 
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -42,7 +43,7 @@ class CudaGraph:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.graph, self.stream = device, torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        self.device, self.graph, self.stream = device, torch.cuda.CUDAGraph(), _side_stream(device)
 
     def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
         with torch.cuda.device(self.device):
@@ -67,10 +68,19 @@ class CudaGraph:
             self.graph.replay()
 
 
-class Replayed:
-    """A function of no arguments that goes by a graph from its second call on, in which the graph is held against it.
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one that graphs are captured on: cuBLAS keeps tens of MiB for every stream that it has met."""
+    return torch.cuda.Stream(device)
 
-    Not from the first one: inputs that a graph has taken for constants are right in the call that it was captured in.
+
+PLAIN_CALLS = 3  # before a graph is captured, which costs a few: many answers are shorter
+
+
+class Replayed:
+    """A function of no arguments that is captured in one call, held against its graph in the next, and replayed from then on.
+
+    Not held against it in the first: inputs that a graph has taken for constants are right in the call that captured it.
 
     Args:
         function: that computes on tensors that stay where they are; computing twice must do what computing once does.
@@ -83,11 +93,15 @@ class Replayed:
 
     def __init__(self, function: Callable[[], Tensor], graph: Graph, device: str) -> None:
         self.function, self.graph, self.device = function, graph, device
+        self.plain_calls = 0
         self.output: Tensor | None = None
         self.trusted = False
 
     def __call__(self) -> Tensor:
-        """What the function returns; the tensor is the same at every call."""
+        """What the function returns; the next call may overwrite it."""
+        if self.plain_calls < PLAIN_CALLS:
+            self.plain_calls += 1
+            return self.function()
         if self.output is None:
             try:
                 first = self.graph.warm_up(self._unasked)

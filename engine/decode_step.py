@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -19,7 +20,7 @@ from casehard.engine.anatomy import is_linear
 from casehard.engine.decode_graph import Graph, Replayed
 from casehard.engine.forward import additive
 from casehard.engine.private import VARLEN, attention_of
-from casehard.engine.weights import group_of
+from casehard.engine.weights import group_of, reshard
 
 
 class Room:
@@ -122,10 +123,29 @@ def _no_cast_kept(device: str) -> torch.autocast:
 def settled(model: PreTrainedModel) -> Iterator[None]:
     """For a block, do once what every step would do again, to the same numbers: casts of weights, copies of shared keys.
 
-    Memory: under autocast a copy of the weights of linear layers in its dtype. No weight may change inside the block.
+    Memory: under autocast, or in the shards of a single process, a copy of the weights in the dtype of passes. No weight may
+    change inside the block.
     """
-    with _weights_cast(model), _keys_uncopied(model):
+    with _weights_cast(model), _weights_together(model), _keys_uncopied(model):
         yield
+
+
+@contextmanager
+def _weights_together(model: PreTrainedModel) -> Iterator[None]:
+    """Leave shards together from pass to pass where one process has them all: no other's memory is saved by splitting them."""
+    group = group_of(model)
+    if group is None or group.size() > 1:
+        yield
+        return
+    wrapped = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in wrapped:
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        reshard(model)
+        for module in wrapped:
+            module.set_reshard_after_forward(module is not model, recurse=False)  # as FSDP2 has it by itself
 
 
 @contextmanager

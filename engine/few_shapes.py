@@ -159,8 +159,8 @@ class Decoder:
 
 
 def graph_for(model: PreTrainedModel) -> Graph | None:
-    """A new graph for a step of ``model``; None where it goes without: not on CUDA, sharded, or found not to go by one."""
-    if model.device.type != "cuda" or group_of(model) is not None or model in _WITHOUT_GRAPHS:
+    """A new graph for a step of ``model``; None where it goes without: not on CUDA, or found not to go by one."""
+    if model.device.type != "cuda" or model in _WITHOUT_GRAPHS:
         return None
     return CudaGraph(model.device)
 
@@ -195,6 +195,7 @@ def answers(
     if not chunks:
         return answered
     longest = [max(lengths[chunk[place]] for chunk in chunks if place < len(chunk)) for place in range(len(chunks[0]))] or [1]
+    graphs = graphs and group_of(model) is None  # asked here: inside, shards may be together, and FSDP2's hooks still act
     with settled(model):
         decoder = Decoder(model, longest, max_new_tokens, ends, pad, graphs)
         for chunk in chunks:

@@ -67,7 +67,7 @@ def sample(
     batch_size: int = 128,
     graphs: bool = True,
 ) -> list[list[int]]:
-    """Answers as token ids, batched by length. An answer does not depend on the batch size, nor on the prompts beside it.
+    """Answers as token ids, many at once. An answer does not depend on the batch size, nor on the prompts beside it.
 
     Where the model is sharded every rank must call this, with prompts or without: it makes as many passes as the busiest one.
     torch's generators are not used.

@@ -2,16 +2,21 @@
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import combinations, pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_forward import LLAMA, MODELS, build
 from test_generation import NUM_TOKENS, SANDBOX, by_hand
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import ROOT, save_toy_checkpoint
+from toy import ROOT, on_ranks, save_toy_checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -24,7 +29,10 @@ from casehard.engine.checkpoint import load_model, load_tokenizer
 from casehard.engine.few_shapes import dealt, passes, places
 from casehard.engine.forward import additive, takes_prefix_trees
 from casehard.engine.generation import generate, sample
+from casehard.engine.sharding import sharded
+from casehard.engine.weights import reshard
 
+CPU = torch.device("cpu")
 MORE = {
     "qwen2": ("qwen2", LLAMA | {"max_position_embeddings": 128}, True),
     "gemma3, some layers with a window": (
@@ -102,6 +110,47 @@ def test_samples_are_those_of_the_other_layout(name, tokenizer, prompts, monkeyp
     assert shapes[-1] == ((12, 1), (12, 1, 1, 64))
 
 
+def on_two_ranks(rank: int, checkpoint: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """Each rank holds half of every weight; one has three chunks of prompts, the other one, of other lengths.
+
+    Then each has shards of its own, which are all of the weights.
+    """
+    meshes, tokenizer = init_device_mesh("cpu", (2, 1), mesh_dim_names=("both", "own")), load_tokenizer(checkpoint)
+    model, _ = sharded(load_model(checkpoint) if rank == 0 else None, meshes["both"], CPU, MixedPrecisionPolicy())
+    share = slice(9) if rank == 0 else slice(9, None)
+    seeds, shapes = list(range(len(prompts))), shapes_of(model)
+    for layout in ("prefix_tree", "padded"):
+        layouts.choose(model, layout)
+        shapes.clear()
+        assert sample(model, tokenizer, prompts[share], NUM_TOKENS, 1.0, seeds[share], batch_size=3) == expected[share]
+        numbers = [None, None]
+        dist.all_gather_object(numbers, len(shapes))
+        assert numbers[0] == numbers[1]
+
+    whole = load_model(checkpoint)
+    model, _ = sharded(whole, meshes["own"], CPU, MixedPrecisionPolicy(torch.bfloat16))
+    padded(model)
+    answers, cast = [], []
+    for context in (decode_step._weights_together, lambda model: nullcontext()):
+        with pytest.MonkeyPatch.context() as patch, Seen() as seen:
+            patch.setattr(decode_step, "_weights_together", context)
+            patch.setattr(few_shapes, "graph_for", lambda model: pytest.fail("a graph where FSDP2's hooks act"))
+            answers.append(generate(model, tokenizer, prompts, NUM_TOKENS))
+        cast.append(seen.cast)
+        reshard(model)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert answers[0] == answers[1]
+    assert cast[0] + 10 * sum(p.numel() for p in whole.model.layers.parameters()) < cast[1]  # once, not at each of 12 passes
+    model(torch.tensor(prompts[:1]))
+    assert all(isinstance(p, DTensor) for p in model.model.layers.parameters())  # apart again after a pass,
+    assert not isinstance(model.lm_head.weight, DTensor)  # but for what a backward pass needs first
+
+
+def test_two_ranks_sample_what_one_does(checkpoint, model, tokenizer, prompts, tmp_path):
+    expected = sample(model, tokenizer, prompts, NUM_TOKENS, 1.0, range(len(prompts)))
+    on_ranks(on_two_ranks, tmp_path, checkpoint, prompts, expected)
+
+
 def test_no_prompts_have_no_answers(model, tokenizer):
     assert generate(model, tokenizer, [], NUM_TOKENS) == []
 
@@ -128,10 +177,12 @@ class Seen(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         self.dtypes: set[torch.dtype] = set()
+        self.cast = 0  # numbers
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.names.append(func.overloadpacket.__name__)
+        self.cast += out.numel() if self.names[-1] == "_to_copy" else 0
         self.dtypes |= {each.dtype for each in (*args, out) if isinstance(each, Tensor)}
         return out
 
@@ -356,7 +407,7 @@ def test_a_replayed_step_needs_no_python_and_no_tensor_that_moves(name, precisio
         monkeypatch.setattr(decode_step.Step, "__call__", watched)
         assert generate(model, tokenizer, prompts, NUM_TOKENS, 5) == expected
     assert Traced.captured == len(addresses) == 1
-    assert len([mask for _, mask in shapes if mask]) == 3  # warmed up, captured, held against the graph
+    assert len([mask for _, mask in shapes if mask]) == 3 + 3  # plain; then to warm up, to capture, and beside the first replay
 
 
 @pytest.mark.parametrize(
@@ -385,7 +436,10 @@ def test_no_graph_is_made_where_none_is_asked_for_or_can_be(model, tokenizer, pr
     assert few_shapes.graph_for(model) is None  # on a CPU
     graphs(Traced)
     generate(model, tokenizer, prompts, NUM_TOKENS, graphs=False)
+    generate(model, tokenizer, prompts, 4)  # so few that a graph does not pay
     assert Traced.captured == 0
+    generate(model, tokenizer, prompts, 5)
+    assert Traced.captured == 1
 
 
 @pytest.mark.gpu
@@ -398,7 +452,7 @@ def test_a_gpu_writes_the_same_with_graphs_and_without(checkpoint, tokenizer, pr
             plain = generate(model, tokenizer, prompts, 32, batch_size, graphs=False)
             passes = shapes_of(model)
             assert generate(model, tokenizer, prompts, 32, batch_size) == plain
-            assert len([mask for _, mask in passes if mask]) == 3
+            assert len([mask for _, mask in passes if mask]) == 3 + 3
         by_graph = sample(model, tokenizer, prompts, 32, 1.0, seeds)
         assert by_graph == sample(model, tokenizer, prompts, 32, 1.0, seeds, graphs=False)
         with torch.no_grad():
