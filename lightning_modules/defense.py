@@ -426,7 +426,7 @@ class Defense(L.LightningModule):
         targets = batch["labels"][:, 1:]
         targets = targets[targets != -100]
         total = summed_cross_entropy(logits, targets, self.backbone.compile_backend)
-        return total / batch.get("num_labels", torch.tensor(float(len(targets)), device=total.device))
+        return total / (batch["num_labels"] if "num_labels" in batch else len(targets))
 
     # ---- gradients
 

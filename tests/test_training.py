@@ -203,7 +203,8 @@ def test_a_loss_that_is_read_late_stops_the_training_with_its_own_step(net, monk
 @pytest.mark.gpu
 def test_on_a_gpu_a_step_waits_for_no_number(net):
     net = net.to("cuda")
-    steps = train_steps(net, Plain(loss_of(net)), lambda n: {k: v.cuda() for k, v in batch_of(n).items()}, 4, Optimizer(0.1))
+    batches = [{key: value.cuda() for key, value in batch_of(step).items()} for step in range(4)]
+    steps = train_steps(net, Plain(loss_of(net)), batches.__getitem__, 4, Optimizer(0.1))
     next(steps)
     torch.cuda.set_sync_debug_mode("error")  # an event that is waited for is none of these
     try:
