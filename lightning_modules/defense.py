@@ -1,7 +1,7 @@
 """The base class of every defense; by itself it is plain SFT, the undefended baseline."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -28,7 +28,7 @@ from casehard.engine.cross_entropy import summed_cross_entropy
 from casehard.engine.export import merge_error
 from casehard.engine.forward import Batch, label_positions, label_targets, placed, run, takes_prefix_trees, use_layout
 from casehard.engine.generation import generate
-from casehard.engine.gradients import add_to_grad, loss_and_gradient
+from casehard.engine.gradients import add_to_grad, loss_and_gradient, mean_over_ranks
 from casehard.engine.graphs import begin_step, keep_gradients
 from casehard.engine.kernels import require_device
 from casehard.engine.losses import losses
@@ -449,7 +449,7 @@ class Defense(L.LightningModule):
         """Cross-entropy of ``logits`` ``[num_labels, vocab]``, summed here and divided by the global batch's labels per rank."""
         targets = label_targets(batch["labels"])
         total = summed_cross_entropy(logits, targets, self.backbone.compile_backend)
-        return total / batch.get("num_labels", torch.tensor(float(len(targets)), device=total.device))
+        return total / (batch["num_labels"] if "num_labels" in batch else len(targets))
 
     # ---- gradients
 
@@ -618,8 +618,17 @@ class Defense(L.LightningModule):
                 name, loss, terms = "finetuning_loss", self.running.loss(batch, step), self.running.terms
         self.num_passes += 1
         logged = {f"train/{name}": loss, **{f"train/{k}": v for k, v in terms.items()}}
-        self.log_dict(logged, prog_bar=True, sync_dist=True, sync_dist_group=self.row_group, batch_size=len(batch["input_ids"]))
+        self.log_means(logged, batch_size=len(batch["input_ids"]))
         return loss
+
+    def log_means(self, values: Mapping[str, Tensor], **settings: Any) -> None:
+        """Log the means over the ranks that share out rows, by one collective.
+
+        Lightning's ``sync_dist`` has every rank wait for all others, once a value and a step.
+        """
+        parts = [torch.as_tensor(value, dtype=torch.float32, device=self.device).detach() for value in values.values()]
+        means = mean_over_ranks(torch.stack(parts), self.row_group).unbind()
+        self.log_dict(dict(zip(values, means, strict=True)), prog_bar=True, **settings)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Gradients are there, averaged, not yet clipped: the job may change them."""
