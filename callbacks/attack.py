@@ -340,9 +340,10 @@ class Attack(L.Callback):
         """The trained model is exported and its checkpoint saved: attack it."""
         if not trainer.interrupted:
             module, _ = defense_and_data(trainer, pl_module)
-            module.finish()
-            module.forget_training()
-            self.run(trainer, pl_module)
+            with module.on_its_device():
+                module.finish()
+                module.forget_training()
+                self.run(trainer, pl_module)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Attack the checkpoint as it is."""

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
@@ -135,7 +136,8 @@ class Results(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that goes on from its last step trains no more, and may not have got to the export."""
         if not self._exported:
-            self._deliver(trainer, pl_module)
+            with pl_module.on_its_device() if isinstance(pl_module, Defense) else nullcontext():
+                self._deliver(trainer, pl_module)
 
     def _deliver(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._export(trainer, module)

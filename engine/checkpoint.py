@@ -227,26 +227,33 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     random_weights: bool = False,
     sizes: Mapping[str, int] | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """The causal language model of ``checkpoint``, in ``dtype``.
+    """The causal language model of ``checkpoint``, in ``dtype``, one weight after the other on its device.
 
     Args:
         checkpoint: hub id, folder or GGUF file; of an adapter the model that it makes of its base, merged.
         dtype: of every weight.
-        random_weights: read only the sizes (``config.json``) and draw fresh weights from torch's global generator.
+        random_weights: read only the sizes (``config.json``) and draw fresh weights, from torch's CPU generator alone: on the
+            CPU its numbers, on another device those that follow from a seed that it draws.
         sizes: other values for some of those sizes, where the weights are random.
+        device: of the weights; None for torch's default device.
 
     Raises:
         SettingError: weights that are not those of the model that ``config.json`` describes: missing, too many, of another shape,
             quantised, damaged or not finite; or a size that ``config.json`` does not have.
         FileNotFoundError: no such folder or file, or a folder without weights.
     """
+    if device is not None:
+        with device:
+            return load_model(checkpoint, dtype, random_weights, sizes)
     source, gguf = _source(checkpoint)
     if random_weights:
         with _reading(checkpoint):
             config = AutoConfig.from_pretrained(source, **gguf)
         if sizes:
             config = _resized(source, sizes, **gguf)
+        seed_by_the_cpu(torch.get_default_device())
         with _reading(checkpoint):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         _unmark(model)
@@ -274,6 +281,29 @@ def load_model(
     _require_finite(checkpoint, model)
     _unmark(model)
     return model
+
+
+def seed_by_the_cpu(device: torch.device) -> None:
+    """Seed the generator of an accelerator with a draw of the CPU's, whose state then says all; nothing for the CPU itself."""
+    if device.type not in ("cpu", "meta"):
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)  # of every device
+        torch.set_rng_state(state)
+
+
+def stored_dtype(checkpoint: str) -> torch.dtype | None:
+    """The half precision in which a local folder holds all weights of a model; None if that is not so.
+
+    Read in it and widened later, weights are those that are widened as they are read, bit for bit.
+    """
+    kinds, folder = set(), Path(shipped(checkpoint))
+    if (folder / "adapter_config.json").is_file():  # its base has a precision of its own
+        return None
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as reader:
+            kinds |= {reader.get_slice(name).get_dtype() for name in reader.keys()}  # noqa: SIM118  no dict
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 def _unmark(model: PreTrainedModel) -> None:
@@ -358,7 +388,7 @@ def _with_adapter(checkpoint: str, source: str, base: str, dtype: torch.dtype) -
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise SettingError(f"an adapter of kind {kind} cannot be merged into weights")
         adapted = PeftModel(model, config)
-        report = adapted.load_adapter(source, "default", torch_device="cpu")
+        report = adapted.load_adapter(source, "default", torch_device=str(model.device))
         if wrong := [*report.missing_keys, *report.unexpected_keys]:
             raise SettingError(f"{len(wrong)} weights of the adapter are missing or have no place in {base!r} ({_few(wrong)})")
         apart = logits_of(model, some_ids(model))  # peft has put the adapter into it

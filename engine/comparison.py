@@ -39,5 +39,5 @@ def logits_of(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor:
 
 def distance(ours: Tensor, others: Tensor) -> float:
     """How far ``ours`` are off ``others``, relative to their size."""
-    ours, others = ours.double(), others.double()
+    ours, others = ours.cpu().double(), others.cpu().double()
     return float((ours - others).norm() / others.norm())

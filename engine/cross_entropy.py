@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from casehard.engine.private import vary_in_length
+
 CHUNK = 2**26  # logits that are looked at together
 
 
@@ -23,7 +25,7 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor, compile_backend: str |
         compile_backend: of torch.compile, which fuses the passes over the logits; None for none.
     """
     if compile_backend is not None:
-        return _compiled(compile_backend)(logits, targets)
+        return _compiled(compile_backend)(vary_in_length(logits), vary_in_length(targets))
     if logits.numel() <= CHUNK:
         return _plain(logits, targets)
     return _Chunked.apply(logits, targets)  # type: ignore[no-any-return, no-untyped-call]

@@ -30,6 +30,12 @@ def attention_of(model: PreTrainedModel) -> str:
     return str(model.config._attn_implementation)
 
 
+def vary_in_length(tensor: Tensor) -> Tensor:
+    """``tensor``, for whose first dimension torch.compile makes code of any size at once, and not at the second size (torch)."""
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensor
+
+
 def attention_takes_masks(model: PreTrainedModel) -> bool:
     """Whether the attention runs on any mask of ``[batch, 1, seq, seq]`` that it is given (transformers)."""
     return getattr(model, "_supports_attention_backend", False) and attention_of(model) in ("eager", "sdpa", VARLEN)

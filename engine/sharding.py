@@ -8,7 +8,7 @@ Under FSDP2 every forward pass is a collective: all ranks of a mesh must make th
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,9 @@ class Blueprint(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Blueprint":
-        """Of a model that is prepared already, on its rank."""
-        dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        """Of a model that is prepared already, on its rank; weights narrower than its config says are to be widened."""
+        said: Any = model.config.dtype  # None of one that was made by hand
+        dtypes = {name: torch.promote_types(p.dtype, said or p.dtype) for name, p in model.named_parameters()}
         return cls(model.config, model.generation_config, dtypes)
 
     def empty(self, prepare: Callable[[PreTrainedModel], None]) -> PreTrainedModel:
@@ -104,13 +105,15 @@ def sharded(
     blueprint = broadcast(None if whole is None else Blueprint.of(whole), mesh)
     model = blueprint.empty(prepare)
     sizes = dict(model.named_parameters())  # on meta
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    if whole is not None:  # the others follow from the config, in the precision that the model is to have
+        stored = model.state_dict().keys()
+        buffers |= {name: buffer for name, buffer in whole.named_buffers() if name in stored}
     shard(model, mesh, policy)
     model.to_empty(device=device)
     distribute(model, sizes if whole is None else dict(whole.named_parameters()))
-    theirs = {} if whole is None else dict(whole.named_buffers())
     for name, buffer in model.named_buffers():
-        if whole is not None:
-            buffer.copy_(theirs[name])
+        buffer.copy_(buffers[name])
         dist.broadcast(buffer, group=mesh.get_group(), group_src=0)
     return model, partial(blueprint.empty, prepare)
 

@@ -74,10 +74,24 @@ def buckets(tensors: Iterable[Tensor]) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def copies(tensors: Mapping[str, Tensor], device: str | None = None) -> Weights:
-    """A copy of every tensor, by name, on ``device`` (default: beside the original)."""
-    new = {name: torch.empty_like(tensor, device=device or tensor.device) for name, tensor in tensors.items()}
+    """A copy of every tensor, by name, on ``device`` (default: beside the original); pinned where it leaves a GPU for the CPU."""
+    new = {}
+    for name, tensor in tensors.items():
+        place = tensor.device if device is None else torch.device(device)
+        new[name] = torch.empty_like(tensor, device=place, pin_memory=tensor.is_cuda and place.type == "cpu")
     _write([(new[name], tensor) for name, tensor in tensors.items()])
     return new
+
+
+def parked(weights: Weights, device: str | None) -> Weights:
+    """``weights`` on ``device``, copied if they are elsewhere; None leaves them."""
+    away = {n: t for n, t in weights.items() if device is not None and t.device.type != torch.device(device).type}
+    return weights | copies(away, device)
+
+
+def beside(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """``tensors`` on ``device``, where an accelerator fetches them from pinned memory while the host goes on."""
+    return [tensor.to(device, non_blocking=device.type == "cuda") for tensor in tensors]
 
 
 def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -120,7 +134,7 @@ def attack_vector(module: nn.Module, start: Weights) -> Weights:
     pairs, vector = _match(start, module), []
     for bucket in buckets(part for part, _ in pairs):
         parts = [pairs[i][0] for i in bucket]
-        vector += subtract_all(parts, [pairs[i][1].to(parts[0].device) for i in bucket])
+        vector += subtract_all(parts, beside([pairs[i][1] for i in bucket], parts[0].device))
     return dict(zip(start, vector, strict=True))
 
 
@@ -153,7 +167,7 @@ def shifted(module: nn.Module, vector: Weights, scale: float = 1.0, one_backward
         with torch.no_grad():
             for bucket in buckets(part for part, _ in pairs):
                 parts = [pairs[i][0] for i in bucket]
-                add_all(parts, [pairs[i][1].to(parts[0].device) for i in bucket], scale)
+                add_all(parts, beside([pairs[i][1] for i in bucket], parts[0].device), scale)
         yield
     finally:
         for hook in hooks:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from casehard.engine.adapters import LoRA, add_adapter
 from casehard.engine.anatomy import decoder_layers
-from casehard.engine.checkpoint import load_model, load_tokenizer, require_rows_for_tokens
+from casehard.engine.checkpoint import load_model, load_tokenizer, require_rows_for_tokens, stored_dtype
 from casehard.engine.graphs import use_graphs
 from casehard.engine.kernels import fuse, require_installed
 from casehard.engine.layouts import LAYOUTS
@@ -101,9 +101,9 @@ class Backbone:
         """Its own, or the checkpoint's."""
         return load_tokenizer(self.tokenizer or checkpoint)
 
-    def load(self, checkpoint: str) -> PreTrainedModel:
-        """The checkpoint's model, whole, on the CPU; random weights are drawn from torch's global generator."""
-        return load_model(checkpoint, self.dtype, self.random_weights, self.sizes)
+    def load(self, checkpoint: str, device: torch.device | None = None) -> PreTrainedModel:
+        """The checkpoint's model, whole, on ``device`` (None for torch's default); see ``load_model``."""
+        return load_model(checkpoint, self.dtype, self.random_weights, self.sizes, device)
 
     def prepared(self, lora: LoRA | None) -> Callable[[PreTrainedModel], None]:
         """What makes a loaded model, or one on meta, the one that trains."""
@@ -121,9 +121,29 @@ class Backbone:
 
         return prepare
 
-    def load_prepared(self, checkpoint: str, lora: LoRA | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """The model to train, whole."""
-        model = self.load(checkpoint).train()
+    def load_prepared(
+        self,
+        checkpoint: str,
+        lora: LoRA | None,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device | None = None,
+        to_shard: bool = False,
+    ) -> PreTrainedModel:
+        """The model to train, whole.
+
+        Args:
+            checkpoint: hub id, folder or GGUF file.
+            lora: the adapters that train, if any.
+            tokenizer: whose tokens the embedding must have.
+            device: of the weights; None for torch's default device.
+            to_shard: it is only to be shared out, which widens weights one by one (``sharding.sharded``): what a checkpoint
+                holds in half precision stays so, and is not read before it is asked for.
+        """
+        dtype = self.dtype
+        if to_shard and lora is None and not self.random_weights and dtype == torch.float32:
+            dtype = stored_dtype(checkpoint) or dtype
+        model = load_model(checkpoint, dtype, self.random_weights, self.sizes, device).train()
+        model.config.dtype = self.dtype
         require_rows_for_tokens(model, tokenizer)
         self.prepared(lora)(model)
         return model

@@ -1,7 +1,7 @@
 """The base class of every defense; by itself it is plain SFT, the undefended baseline."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -28,7 +28,7 @@ from casehard.engine.cross_entropy import summed_cross_entropy
 from casehard.engine.export import merge_error
 from casehard.engine.forward import Batch, label_positions, label_targets, placed, run, takes_prefix_trees, use_layout
 from casehard.engine.generation import generate
-from casehard.engine.gradients import add_to_grad, loss_and_gradient
+from casehard.engine.gradients import add_to_grad, loss_and_gradient, mean_over_ranks
 from casehard.engine.graphs import begin_step, keep_gradients
 from casehard.engine.kernels import require_device
 from casehard.engine.losses import losses
@@ -132,12 +132,13 @@ class Defense(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the weights, once, and prepare ``fit``; Lightning calls this when the strategy is ready for them."""
+        self._check_trainer()
         if not hasattr(self, "model"):
             self._load()
         if (trainer := trainer_of(self)) is not None and trainer.state.fn == TrainerFn.FITTING:
             self._prepare_fit()
 
-    def _load(self) -> None:
+    def _check_trainer(self) -> None:
         if trainer_of(self) is not None and str(self.trainer.precision) in ("16-mixed", "16-true", "transformer-engine-float16"):
             raise SettingError(
                 f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {self.trainer.precision}: attackers train "
@@ -145,9 +146,12 @@ class Defense(L.LightningModule):
             )
         if trainer_of(self) is not None and self.backbone.kernels is not None:
             require_device(self.trainer.strategy.root_device)
-        self.drawn_from = torch.get_rng_state()  # to draw random weights once more (``as_aligned``)
+
+    def _load(self) -> None:
+        self.drawn_from, self.drawn_on = torch.get_rng_state(), self._home().type  # to draw random weights once more
         if (mesh := self.shard_mesh()) is None:
             self.register_module("model", self._whole())
+            self.to(self._home())  # they are there, and now it is known
         else:
             whole = self._whole() if mesh.get_local_rank() == 0 else None
             policy, prepare = mixed_precision(str(self.trainer.precision)), self.backbone.prepared(self.lora)
@@ -158,8 +162,14 @@ class Defense(L.LightningModule):
         half = trainer_of(self) is not None and str(self.trainer.precision) == "bf16-mixed"
         use_layout(self.model, self.backbone.layout, torch.bfloat16 if half else self.model.dtype)
 
+    def _home(self) -> torch.device:
+        """Where weights are drawn, and stay unless they are sharded: the trainer's device, or torch's default without one."""
+        return torch.get_default_device() if trainer_of(self) is None else self.trainer.strategy.root_device
+
     def _whole(self) -> PreTrainedModel:
-        return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer)
+        to_shard = self.shard_mesh() is not None
+        device = torch.device("cpu") if to_shard and not self.backbone.random_weights else self._home()
+        return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer, device, to_shard)
 
     def shard_mesh(self) -> DeviceMesh | None:
         return shard_mesh(self.device_mesh, self.num_roles)
@@ -418,6 +428,17 @@ class Defense(L.LightningModule):
         self.kept = {}
         self.training_state_intact = False
 
+    @contextmanager
+    def on_its_device(self) -> Iterator[None]:
+        """For a block of ``on_fit_end``, the model where it trained: Lightning has put it on the CPU, unless it is sharded.
+
+        After an exception Lightning puts it there itself.
+        """
+        waits = self.device
+        self.trainer.strategy.model_to_device()
+        yield
+        self.to(waits)
+
     # ---- losses
 
     def sft_loss(self, batch: Batch) -> Tensor:
@@ -428,7 +449,7 @@ class Defense(L.LightningModule):
         """Cross-entropy of ``logits`` ``[num_labels, vocab]``, summed here and divided by the global batch's labels per rank."""
         targets = label_targets(batch["labels"])
         total = summed_cross_entropy(logits, targets, self.backbone.compile_backend)
-        return total / batch.get("num_labels", torch.tensor(float(len(targets)), device=total.device))
+        return total / (batch["num_labels"] if "num_labels" in batch else len(targets))
 
     # ---- gradients
 
@@ -597,8 +618,17 @@ class Defense(L.LightningModule):
                 name, loss, terms = "finetuning_loss", self.running.loss(batch, step), self.running.terms
         self.num_passes += 1
         logged = {f"train/{name}": loss, **{f"train/{k}": v for k, v in terms.items()}}
-        self.log_dict(logged, prog_bar=True, sync_dist=True, sync_dist_group=self.row_group, batch_size=len(batch["input_ids"]))
+        self.log_means(logged, batch_size=len(batch["input_ids"]))
         return loss
+
+    def log_means(self, values: Mapping[str, Tensor], **settings: Any) -> None:
+        """Log the means over the ranks that share out rows, by one collective.
+
+        Lightning's ``sync_dist`` has every rank wait for all others, once a value and a step.
+        """
+        parts = [torch.as_tensor(value, dtype=torch.float32, device=self.device).detach() for value in values.values()]
+        means = mean_over_ranks(torch.stack(parts), self.row_group).unbind()
+        self.log_dict(dict(zip(values, means, strict=True)), prog_bar=True, **settings)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Gradients are there, averaged, not yet clipped: the job may change them."""

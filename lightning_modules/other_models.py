@@ -61,9 +61,11 @@ def as_aligned(defense: Defense) -> Iterator[None]:
     with borrowed(defense, EVERYTHING if everything else trained.__contains__):
         own = dict(defense.model.named_parameters())
         if everything or defense.lora is None:
+            device = torch.device("cpu")
             if defense.backbone.random_weights:
                 torch.set_rng_state(defense.drawn_from)
-            theirs = read_other(lambda: defense.backbone.load(defense.checkpoint), defense.shard_mesh())
+                device = _where_drawn(defense)
+            theirs = read_other(lambda: defense.backbone.load(defense.checkpoint, device), defense.shard_mesh())
             moved = [name for name, p in own.items() if (everything or p.requires_grad) and "lora_" not in name]
             distribute(defense.model, {name: theirs.parameters[name.replace(".base_layer", "")] for name in moved})
             hardens = not defense.is_hardened(theirs.config)
@@ -73,6 +75,20 @@ def as_aligned(defense: Defense) -> Iterator[None]:
         if everything and hardens:
             defense.run_harden()
         yield
+
+
+def _where_drawn(defense: Defense) -> torch.device:
+    """The device on which the random weights of ``fit`` can be drawn again: another one's generator draws others.
+
+    Raises:
+        SettingError: ``fit`` began on a device of another type.
+    """
+    if defense.device.type != defense.drawn_on:
+        raise SettingError(
+            f"trainer.accelerator must be {defense.drawn_on} where random weights are drawn again, on which they were drawn, and "
+            f"it is {defense.device.type}: another device draws others. Go on where the run began, or start from a checkpoint."
+        )
+    return defense.device
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def save_state(defense: Defense, checkpoint: dict[str, Any]) -> None:
     save_kept(defense, defense.kept | of_job, checkpoint, defense.saves_folders(checkpoint))
     checkpoint["job"] = {key: value for key, value in state.items() if not isinstance(value, dict)}
     if defense.backbone.random_weights:
-        checkpoint["drawn_from"] = defense.drawn_from
+        checkpoint["drawn_from"], checkpoint["drawn_on"] = defense.drawn_from, defense.drawn_on
     checkpoint["trained"], checkpoint["recovered"] = defense.trained, defense.recovered
     checkpoint["hardened_by"] = list(getattr(defense.model.config, "hardened_by", []))
 
@@ -92,7 +92,7 @@ def load_state(defense: Defense, checkpoint: dict[str, Any]) -> None:
     defense.kept = {key: weights for key, weights in kept.items() if not key.startswith(OF_JOB)}
     defense.num_passes = checkpoint.get("num_passes", math.nan)  # of an earlier version
     if "drawn_from" in checkpoint:
-        defense.drawn_from = checkpoint["drawn_from"]
+        defense.drawn_from, defense.drawn_on = checkpoint["drawn_from"], checkpoint.get("drawn_on", "cpu")
     defense.recovered = checkpoint.get("recovered", False)
     defense.mark_hardened(checkpoint.get("hardened_by", []))
     if defense.running is None:

@@ -165,10 +165,10 @@ class ModerationJudge(LocalJudge):
         before = [_filled(self.template.partition("{response}")[0], pair) for pair in pairs]
         unread = [len(ids) >= self.max_length for ids in tokenizer(before).input_ids]
         tokens = self.encode([_filled(self.template, pair) for pair in pairs], truncation=True, max_length=self.max_length)
-        logits = model(**tokens).logits.double()  # [batch, labels]
+        logits = model(**tokens).logits.cpu().double()  # [batch, labels]; MPS has no float64
         chances = logits.sigmoid() if self._any_number(model) else logits.softmax(dim=-1)
         nothing = Reading(math.nan, "the prompt alone fills max_length, so that the answer would be cut off")
-        return [nothing if cut else self._reading(model, row) for cut, row in zip(unread, chances.cpu(), strict=True)]
+        return [nothing if cut else self._reading(model, row) for cut, row in zip(unread, chances, strict=True)]
 
     def _reading(self, model: "PreTrainedModel", chances: Tensor) -> Reading:
         named = zip(_labels(model), chances.tolist(), strict=True)
@@ -281,8 +281,8 @@ class StrongRejectJudge(LocalJudge):
         tokens = self.encode(texts)
         positions = (tokens["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         logits = model(**tokens, position_ids=positions, logits_to_keep=1).logits[:, -1]
-        grades = logits[:, [tokenizer.get_vocab()[grade] for grade in "12345"]].double().softmax(dim=-1)
-        scores = (grades @ torch.linspace(0, 1, 5, dtype=grades.dtype, device=grades.device)).tolist()
+        grades = logits[:, [tokenizer.get_vocab()[grade] for grade in "12345"]].cpu().double().softmax(dim=-1)
+        scores = (grades @ torch.linspace(0, 1, 5, dtype=grades.dtype)).tolist()
         return [Reading(s, f"grade {1 + 4 * s:.2f}" if math.isfinite(s) else "the scorer gave no number") for s in scores]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from ranks import bits_of_shards
 from test_attacks import python_state
 from torch.distributed.tensor import DTensor
@@ -51,6 +51,7 @@ def attacked(folder: Path, checkpoint: str, **strategy: Any) -> None:
 
     @torch.no_grad()
     def look(target: Target) -> None:
+        assert target.module.device == trainer.strategy.root_device  # Lightning has sent whole weights to the CPU by then
         logits[target.name].append(target.module.model(torch.tensor([[5, 6, 7]])).logits.clone())
         reshard(target.module)
 
@@ -63,6 +64,8 @@ def attacked(folder: Path, checkpoint: str, **strategy: Any) -> None:
     spies = [Spy() for _ in range(len(attacks) + 1)]
     between = [callback for pair in zip(spies, attacks, strict=False) for callback in pair]
     trainer = toy_trainer(folder, max_steps=1, callbacks=[Results(str(folder), export=False), *between, spies[-1]], **strategy)
+    if isinstance(trainer.strategy, ParallelStrategy):
+        trainer.strategy.parallel_devices = [torch.device("cpu", 0)] * 2  # the CPU under another name
     trainer.fit(module, datamodule=toy_data(**PROMPTS))
     assert any(isinstance(p, DTensor) for p in module.parameters()) == isinstance(trainer.strategy, ModelParallelStrategy)
     for attack, before, after in zip(attacks, spies, spies[1:], strict=False):

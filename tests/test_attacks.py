@@ -1,3 +1,4 @@
+import io
 import itertools
 import json
 import math
@@ -14,7 +15,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 from torch.testing import assert_close
 from toy import (
     ATTACKS,
@@ -43,7 +46,7 @@ from casehard.callbacks.results import Results
 from casehard.callbacks.search import Range, Search
 from casehard.engine import training
 from casehard.engine.training import DivergedError, Plain, StepLoss
-from casehard.engine.weights import NOTHING
+from casehard.engine.weights import NOTHING, local
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.other_models import as_aligned
 from casehard.records.outcome import jobs, outcome
@@ -57,6 +60,24 @@ def logits_of(module: Defense) -> torch.Tensor:
         return module.model(IDS).logits.clone()
 
 
+class Values(pickle.Pickler):
+    """Pickles by value: of a tensor its numbers, wherever they lie, and of a module its class, whose parts are compared by themselves."""
+
+    @classmethod
+    def of(cls, value: Any) -> bytes:
+        written = io.BytesIO()
+        cls(written).dump(value)
+        return written.getvalue()
+
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return type(value).__name__
+        if isinstance(value, torch.Tensor):
+            part = local(value).reshape(-1).contiguous()
+            return value.dtype, tuple(value.shape), part.view(torch.uint8).numpy().tobytes()
+        return None
+
+
 def python_state(module: Defense) -> dict[str, Any]:
     """Everything that a module and its parts remember beside tensors, modules and their trainer."""
     left_out = ("_parameters", "_buffers", "_modules", "_trainer", "_fabric", "plain")
@@ -65,7 +86,7 @@ def python_state(module: Defense) -> dict[str, Any]:
         for name, value in vars(part).items():
             if name not in left_out:
                 try:
-                    state[owner, name] = pickle.dumps(value)
+                    state[owner, name] = Values.of(value)
                 except (pickle.PicklingError, AttributeError, TypeError):
                     state[owner, name] = repr(value)
     return state
@@ -343,23 +364,55 @@ def test_service_job_starts_from_the_aligned_model_and_not_from_what_fit_made(tm
     assert torch.equal(logits[len(logits) // 2], aligned)  # in a test of what fit made
 
 
-def test_the_aligned_model_of_random_weights_is_the_one_that_fit_began_with(tmp_path, checkpoint):
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_the_aligned_model_of_random_weights_is_the_one_that_fit_began_with(tmp_path, checkpoint, accelerator):
     class Look(L.Callback):
         def on_train_start(self, trainer, pl_module):
             self.began = bits(pl_module.model)
 
         def on_fit_end(self, trainer, pl_module):
-            with as_aligned(pl_module):
+            with pl_module.on_its_device(), as_aligned(pl_module):
                 self.aligned = bits(pl_module.model)
+            pl_module.drawn_on = "xpu"
+            with pytest.raises(ValueError, match=r"trainer\.accelerator must be xpu where random weights are drawn again"):
+                as_aligned(pl_module).__enter__()
 
     kind, settings = DEFENSES["sbr"]
     whole, resumed, saver = Look(), Look(), ModelCheckpoint(tmp_path, save_last=True)
     for seed, callbacks, max_steps, last in ((1, [whole, saver], 2, None), (2, [resumed], 3, tmp_path / "last.ckpt")):
         L.seed_everything(seed)  # the resumed run may not lean on the seed
-        trainer = toy_trainer(tmp_path, callbacks=callbacks, max_steps=max_steps, enable_checkpointing=True)
+        settings_of_it = {"accelerator": accelerator, "devices": 1, "enable_checkpointing": True}
+        trainer = toy_trainer(tmp_path, callbacks=callbacks, max_steps=max_steps, **settings_of_it)
         trainer.fit(kind(checkpoint, backbone=Backbone(random_weights=True), **settings), datamodule=toy_data(), ckpt_path=last)
     assert same_bits(whole.aligned, whole.began)
     assert same_bits(resumed.aligned, whole.began)
+
+
+HERE = torch.device("cpu", 0)  # the CPU under another name, by which to tell whether a model was sent there
+
+
+def test_attacks_after_fit_run_where_it_trained_and_lightning_finds_the_model_where_it_left_it(tmp_path, checkpoint):
+    seen = []
+
+    class Seen(L.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            seen.append(pl_module.device)
+
+    attack = looking(FullParameterAttack("open_weight", **FAST), lambda target: seen.append(target.module.device))
+    results = Results(str(tmp_path))
+    callbacks = [Seen(), results, attack, Seen()]
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    settings = {"callbacks": [*callbacks, saver], "enable_checkpointing": True}
+    toy_trainer(tmp_path, strategy=SingleDeviceStrategy(HERE), **settings).fit(Defense(checkpoint), datamodule=toy_data())
+    cpu = torch.device("cpu")
+    assert seen == [cpu, HERE, HERE, cpu]
+    seen.clear()
+    late = Results(str(tmp_path / "late"))  # of a run that goes on from its last step: nothing was exported
+    late._scored = lambda _, module, when: seen.append((when, module.device))  # and there is nothing to write
+    settings["callbacks"] = [late]
+    trainer = toy_trainer(tmp_path, strategy=SingleDeviceStrategy(HERE), **settings)
+    trainer.fit(Defense(checkpoint), datamodule=toy_data(), ckpt_path=tmp_path / "last.ckpt")
+    assert seen == [("delivered", HERE)]
 
 
 def test_an_attacker_can_train_some_parameters_alone(tmp_path, checkpoint):

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy import ROOT, SIZES, bits, same_bits, save_toy_checkpoint
+from toy import ROOT, SIZES, bits, same_bits, save_toy_checkpoint, toy_data, toy_trainer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,10 +31,18 @@ from casehard import Backbone, Defense, LoRA
 from casehard.datamodules.chat import prompt_ids
 from casehard.datamodules.row import Row
 from casehard.engine import export
-from casehard.engine.checkpoint import checkpoint_files, load_model, load_tokenizer, require_rows_for_tokens
+from casehard.engine.checkpoint import (
+    checkpoint_files,
+    load_model,
+    load_tokenizer,
+    require_rows_for_tokens,
+    seed_by_the_cpu,
+    stored_dtype,
+)
 from casehard.engine.comparison import distance, logits_of
 from casehard.engine.export import save_model
 from casehard.engine.generation import generate
+from casehard.engine.sharding import Blueprint
 from casehard.lightning_modules.other_models import undefended_at
 
 IDS = torch.arange(5, 37).view(2, 16)
@@ -74,6 +83,70 @@ def test_random_weights_take_the_sizes_alone_and_the_seed(checkpoint, tmp_path, 
     assert same_bits(bits(drawn[0]), bits(drawn[1]))
     assert not torch.equal(drawn[0].lm_head.weight, drawn[2].lm_head.weight)
     assert not torch.equal(drawn[0].lm_head.weight, read.lm_head.weight)
+
+
+def test_weights_are_read_and_drawn_on_their_device(checkpoint, monkeypatch):
+    there, seeded = torch.device("meta"), []  # which stands in for an accelerator
+    monkeypatch.setattr("casehard.engine.checkpoint.seed_by_the_cpu", seeded.append)
+    model = load_model(checkpoint, random_weights=True, device=there)
+    assert {p.device for p in model.parameters()} == {there}
+    assert seeded == [there]
+    monkeypatch.setattr("casehard.lightning_modules.defense.takes_prefix_trees", lambda *_: False)  # a pass, which needs values
+    with there:
+        module = Defense(checkpoint, backbone=Backbone(random_weights=True))
+        module.configure_model()
+    assert module.device == there
+    assert {p.device for p in module.parameters()} == {there}
+    asked = []
+    monkeypatch.setattr(
+        "casehard.lightning_modules.backbone.load_model", lambda *given: asked.append(given[-1]) or load_model(*given)
+    )
+    home = torch.device("cpu", 0)  # the CPU under another name
+    for settings in ({}, {"random_weights": True}):
+        trainer = toy_trainer(Path(), strategy=SingleDeviceStrategy(home), max_steps=0)
+        trainer.fit(Defense(checkpoint, backbone=Backbone(**settings)), datamodule=toy_data())
+    assert asked == [home, home]
+
+
+def test_the_generator_of_an_accelerator_follows_from_the_cpus(monkeypatch):
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    ends = []
+    for start in (3, 3, 4):
+        seed(start)
+        seed_by_the_cpu(torch.device("cuda"))
+        ends.append(float(torch.rand(())))
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert ends[0] == ends[1] != ends[2]
+    seed(3)
+    expected = int(torch.randint(2**62, ()))
+    assert (seeds[0], ends[0]) == (expected, float(torch.rand(())))  # the CPU's goes on after its draw
+    seed(3)
+    seed_by_the_cpu(torch.device("cpu"))
+    assert int(torch.randint(2**62, ())) == expected
+
+
+def test_half_precision_waits_to_be_widened_until_a_weight_is_shared_out(checkpoint, tmp_path):
+    tokenizer = load_tokenizer(checkpoint)
+    load_model(checkpoint, torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for settings, lora, stays in (
+        ({}, None, True),
+        ({}, LoRA(rank=2), False),  # whose first factor would be drawn in half precision
+        ({"random_weights": True}, None, False),
+        ({"weights_dtype": "bfloat16"}, None, True),
+    ):
+        backbone = Backbone(**settings)
+        model = backbone.load_prepared(str(tmp_path), lora, tokenizer, to_shard=True)
+        assert (model.model.layers[0].input_layernorm.weight.dtype == torch.bfloat16) == stays, settings
+        assert set(Blueprint.of(model).dtypes.values()) == {backbone.dtype}
+        model = backbone.load_prepared(str(tmp_path), lora, tokenizer)
+        assert model.dtype == backbone.dtype
+    assert stored_dtype(checkpoint) is None
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name].float()}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert stored_dtype(str(tmp_path)) is None  # of two
 
 
 def test_sizes_replace_those_of_the_checkpoint_where_weights_are_random(checkpoint):

@@ -19,7 +19,7 @@ from toy import on_ranks, toy_data, toy_trainer
 
 from casehard import Backbone, Defense, LoRA, Optimizer
 from casehard.engine.anatomy import blocks
-from casehard.engine.checkpoint import load_model
+from casehard.engine.checkpoint import load_model, load_tokenizer
 from casehard.engine.sharding import shard_of, whole_of
 from casehard.engine.weights import local
 
@@ -29,6 +29,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "lora": {"lora": LoRA(rank=2)},
     "bfloat16": {"backbone": Backbone(weights_dtype="bfloat16")},
     "padded": {"backbone": Backbone(layout="padded")},
+    "half a checkpoint": {},  # its files are in bfloat16, and it trains in float32
     "compiled": {"backbone": Backbone(compile_backend="eager")},  # traced, and no more
     "adapters, compiled, checkpointed": {
         "lora": LoRA(rank=2),
@@ -53,6 +54,10 @@ def trained(checkpoint: str, settings: dict[str, Any], folder: Path, strategy: s
     return module
 
 
+def checkpoint_of(cell: str, checkpoint: str) -> str:
+    return checkpoint if cell != "half a checkpoint" else str(Path(checkpoint).with_name("half"))
+
+
 def check_weights_of(module: Defense, checkpoint: str) -> None:
     """Another model's weights come by shard under the names of this one's, and every rank can put each together."""
     plain = dict(load_model(checkpoint, module.backbone.dtype).named_parameters())
@@ -73,14 +78,15 @@ def every_cell(rank: int, checkpoint: str, folder: Path) -> None:
             here = folder / name / cell
             torch._dynamo.reset()
             counters.clear()
-            module = trained(checkpoint, CELLS[cell], here, name)
+            start = checkpoint_of(cell, checkpoint)
+            module = trained(start, CELLS[cell], here, name)
             num_graphs = counters["stats"]["unique_graphs"]
             assert (num_graphs > 0) == ("compiled" in cell), f"{name}, {cell}: {num_graphs} graphs were compiled"
             assert all(isinstance(p, DTensor) == (name == "fsdp2") for p in module.parameters())
             parts = blocks(module.model, "attention", "mlp")  # sharded, compiled and inside adapters too
             assert [len(block.writers) for block in parts] == [2, 2]
             assert module._whole.call_count == (name == "ddp" or rank == 0)  # no other rank ever holds all weights
-            check_weights_of(module, checkpoint)
+            check_weights_of(module, start)
             models = [module.exported()]
             if (name, cell) == ("fsdp2", "adapters, compiled, checkpointed"):
                 models.append(
@@ -95,6 +101,9 @@ def every_cell(rank: int, checkpoint: str, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def on_two_ranks(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
+    half = checkpoint_of("half a checkpoint", checkpoint)
+    load_model(checkpoint, torch.bfloat16).save_pretrained(half)
+    load_tokenizer(checkpoint).save_pretrained(half)
     on_ranks(every_cell, folder, checkpoint, folder)
     return folder
 
@@ -102,6 +111,7 @@ def on_two_ranks(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.parametrize("cell", CELLS)
 def test_two_ranks_train_the_model_of_one_process_however_it_is_loaded(on_two_ranks, checkpoint, tmp_path, cell):
     settings = CELLS[cell] | {"backbone": replace(CELLS[cell].get("backbone", Backbone()), compile_backend=None, layout="auto")}
+    checkpoint = checkpoint_of(cell, checkpoint)
     one = trained(checkpoint, settings, tmp_path, "one").exported().state_dict()
     start = Defense(checkpoint, **settings)
     start.configure_model()

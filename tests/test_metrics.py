@@ -219,3 +219,20 @@ def check_on_rank(rank, cuts):
 @pytest.mark.parametrize("cuts", [(0, 9), (0, 6, 9), (0, 0, 9)], ids=["one rank", "two uneven ranks", "one rank has nothing"])
 def test_equals_plain_python_on_any_number_of_ranks(cuts, tmp_path):
     on_ranks(check_on_rank, tmp_path, cuts, world_size=len(cuts) - 1)
+
+
+def test_a_device_without_float64_gets_no_such_state_and_the_sum_stays_exact(monkeypatch):
+    monkeypatch.setattr("casehard.metrics.private.NO_FLOAT64", {"meta"})  # which stands in for Apple's
+    scores = torch.tensor([0.1, 0.2, 0.3])
+    for kind in (HarmfulScore, AttackSuccessRate):
+        metric = kind().to("meta")
+        metric.update(scores)
+        metric.reset()
+        metric.update(scores)
+        states = metric.metric_state
+        assert {state.device.type for state in states.values() if state.dtype == torch.float64} == {"cpu"}
+        assert {state.device.type for state in states.values() if state.dtype != torch.float64} == {"meta"}
+    assert HarmfulScore().to("meta").double().total.device.type == "cpu"
+    exact = HarmfulScore().to("meta")
+    exact.update(scores)
+    assert exact.total == scores.sum(dtype=torch.float64)

@@ -1,5 +1,6 @@
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,20 @@ def test_imports_run_one_way():
         used = {name.split(".")[1] for name in imports(file) if name.startswith("casehard.")}
         assert not tops & set(ROOMS), f"{name_of(file)} must import from casehard.ROOM"
         assert used <= set(below), f"{name_of(file)} imports {used - set(below)}"
+
+
+HOST_NUMBERS = {"metrics/statistics.py", "metrics/columns.py", "callbacks/policy_gradient.py"}  # of Python's numbers; numpy
+ON_THE_DEVICE = {"engine/generation.py"}  # the sampler's draws, which one attack needs: not on MPS
+
+
+def test_float64_is_of_the_cpu_alone_since_some_accelerators_have_none():
+    found = set()
+    for file in FILES:
+        for line in file.read_text().splitlines():
+            if re.search(r"torch\.float64|\.double\(\)", line) and name_of(file) not in HOST_NUMBERS | ON_THE_DEVICE:
+                found.add(name_of(file))
+                assert "add_state" in line or "in states" in line or ".cpu()" in line, f"{name_of(file)}: {line.strip()}"
+    assert found == {"metrics/harmful_score.py", "metrics/local_judges.py", "metrics/private.py", "engine/comparison.py"}
 
 
 def test_no_two_files_need_each_other():

@@ -8,7 +8,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from casehard.engine import private
 
-PRIVATE = r"_no_split|__dict__|_compiled_call_impl|\._attn_implementation|_supports_att|_hf_peft|_step_supports|\._parameters|_foreach|\._version"
+PRIVATE = (
+    r"_no_split|__dict__|_compiled_call_impl|\._attn_implementation|_supports_att|_hf_peft|_step_supports|\._parameters|_foreach|\._version"
+    r"|\._dynamo"
+)
 
 
 def test_the_private_names_of_torch_transformers_and_peft_are_there_and_in_one_file(checkpoint):

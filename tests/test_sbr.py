@@ -324,6 +324,18 @@ def test_a_mean_of_means_and_unscaled_half_precision_are_refused(checkpoint, tmp
         trainer.fit(SBRModule(checkpoint, ANCHORS), datamodule=toy_data())
 
 
+@pytest.mark.parametrize("method", ["fit", "test", "validate"])
+def test_half_precision_is_refused_before_weights_load_and_of_a_model_that_is_there(checkpoint, tmp_path, method):
+    module = Defense(checkpoint)
+    for _ in range(2):
+        module._load = lambda: pytest.fail("weights were loaded")
+        with pytest.raises(ValueError, match=r"trainer\.precision must be .*, got 16-true"):
+            getattr(toy_trainer(tmp_path, precision="16-true"), method)(module, datamodule=toy_data())
+        del module._load
+        module = Defense(checkpoint)
+        module.configure_model()
+
+
 def test_own_batches_are_accumulated_only_if_they_know_the_labels_of_a_step(checkpoint, tmp_path):
     batches = [collate(rows_of(seed), 0, "right") for seed in range(4)]
     trainer = toy_trainer(tmp_path, accumulate_grad_batches=2)

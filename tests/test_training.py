@@ -1,8 +1,10 @@
 import copy
 import io
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,7 +205,8 @@ def test_a_loss_that_is_read_late_stops_the_training_with_its_own_step(net, monk
 @pytest.mark.gpu
 def test_on_a_gpu_a_step_waits_for_no_number(net):
     net = net.to("cuda")
-    steps = train_steps(net, Plain(loss_of(net)), lambda n: {k: v.cuda() for k, v in batch_of(n).items()}, 4, Optimizer(0.1))
+    batches = [{key: value.cuda() for key, value in batch_of(step).items()} for step in range(4)]
+    steps = train_steps(net, Plain(loss_of(net)), batches.__getitem__, 4, Optimizer(0.1))
     next(steps)
     torch.cuda.set_sync_debug_mode("error")  # an event that is waited for is none of these
     try:
@@ -361,3 +364,31 @@ def test_the_bar_of_fit_asks_a_device_that_runs_behind_for_losses_once_a_second(
     monkeypatch.setattr(lightning_cli, "monotonic", iter([0.4, 0.4, 0.9, 1.5, 1.5, 1.6, 1.6]).__next__)
     toy_trainer(tmp_path, max_steps=5, enable_progress_bar=True, callbacks=[Bar()]).fit(Defense(checkpoint), toy_data())
     assert sorted({*looks}) == ([1, 3, 5] if behind else [1, 2, 3, 4, 5])
+
+
+def log_on_ranks(rank: int, checkpoint: str, folder: Path) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    waits, losses = [], []
+
+    class Watched(Defense):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            losses.append(loss.detach())
+            return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "barrier", lambda *args, wait=dist.barrier, **given: (waits.append(1), wait(*args, **given))[1])
+        trainer = toy_trainer(folder, max_steps=3, devices=2, strategy="ddp")
+        trainer.fit(Watched(checkpoint), toy_data())
+        first = len(waits)
+        trainer = toy_trainer(folder, max_steps=1, devices=2, strategy="ddp")
+        trainer.fit(Watched(checkpoint), toy_data())
+    assert len(waits) == 2 * first  # however many steps there are
+    both = [torch.zeros(()) for _ in range(2)]
+    dist.all_gather(both, losses[-1])
+    assert not torch.equal(*both)
+    assert_close(trainer.callback_metrics["train/alignment_loss"], torch.stack(both).mean())
+
+
+def test_logged_losses_are_means_over_the_ranks_for_which_no_rank_waits_once_a_step(checkpoint, tmp_path):
+    on_ranks(log_on_ranks, tmp_path, checkpoint, tmp_path)

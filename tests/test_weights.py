@@ -20,7 +20,7 @@ from casehard.engine.adapters import add_adapter, temporary_adapter
 from casehard.engine.checkpoint import load_model
 from casehard.engine.gradients import add_to_grad
 from casehard.engine.training import Plain, train_steps
-from casehard.engine.weights import NOTHING, attack_vector, borrowed, reshard, restore, shifted, snapshot
+from casehard.engine.weights import NOTHING, attack_vector, borrowed, parked, reshard, restore, shifted, snapshot
 
 IDS = torch.arange(5, 37).view(2, 16)
 
@@ -381,6 +381,23 @@ def test_passes_over_all_weights_are_few_kernels_whatever_the_number_of_tensors(
         assert torch.equal(once[i], 0.7 * delta)
         assert torch.equal(p.grad, 0.7 * delta + 0.7 * delta)
         assert torch.equal(p, begin)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_what_is_parked_where_it_is_already_is_no_copy(device):
+    tensors = {"a": torch.ones(2)}
+    assert parked(tensors, device)["a"] is tensors["a"]
+
+
+@pytest.mark.gpu
+def test_what_leaves_a_gpu_waits_in_pinned_memory_and_comes_back_the_same():
+    there = {name: torch.randn(50, 3, device="cuda") for name in "ab"}
+    away = parked(there, "cpu")
+    assert all(t.is_pinned() and torch.equal(t, there[name].cpu()) for name, t in away.items())
+    model = nn.ParameterDict({name: torch.zeros(50, 3, device="cuda") for name in "ab"})
+    with shifted(model, away):
+        assert all(torch.equal(model[name], t) for name, t in there.items())
+    assert not any(p.any() for p in model.values())
 
 
 @pytest.mark.parametrize("ending", [RuntimeError, KeyboardInterrupt])
