@@ -58,7 +58,8 @@ class Target:
     """A model under one run of an attack, borrowed: whatever ``Attack.changes`` names comes back afterwards.
 
     An attack that trains yields from ``train``, on ``batches`` of its rows, inside ``engine.adapters.trainable``, which says what
-    trains and takes a new adapter away again. One that edits weights writes into ``weights()``.
+    trains and takes a new adapter away again. One that looks at the model between those steps calls ``settle`` first. One that
+    edits weights writes into ``weights()``.
 
     Args:
         module: the model, at the weights where the attack starts.

@@ -7,10 +7,12 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from casehard.engine.private import clip_unscaled
+from casehard.engine.weights import beside, parked
 from casehard.metrics.errors import SettingError
 
 
@@ -71,8 +73,9 @@ def offloaded(optimizer: torch.optim.Optimizer, device: str | None) -> Iterator[
     ]
     try:
         for state, key, _ in home if device is not None else []:
-            state[key] = state[key].to(device)
+            value = state[key]
+            state[key] = value.to(device) if isinstance(value, DTensor) else parked({key: value}, device)[key]
         yield
     finally:
         for state, key, own in home:
-            state[key] = state[key].to(own)
+            (state[key],) = beside([state[key]], own)

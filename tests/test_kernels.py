@@ -80,7 +80,9 @@ def trained(checkpoint, folder, **settings):
     return trainer.callback_metrics["train/alignment_loss"], module
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora": LoRA(rank=2)}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"weights_dtype": "bfloat16"}, {"lora": LoRA(rank=2)}, {"activation_checkpointing": True}], ids=str
+)
 def test_a_model_trains_by_fused_kernels_as_without_them_and_is_the_same_model(liger, checkpoint, tmp_path, settings):
     loss, plain = trained(checkpoint, tmp_path / "plain", **settings)
     assert not USED

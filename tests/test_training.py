@@ -16,8 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import bits, on_ranks, same_bits, toy_data, toy_trainer
 
 from casehard import Defense, Optimizer
-from casehard.cli import lightning_cli
-from casehard.cli.lightning_cli import ProgressBar
 from casehard.datamodules.batches import Batches
 from casehard.engine import training
 from casehard.engine.gradients import average_gradients
@@ -353,9 +351,11 @@ def test_a_bar_shows_what_is_attacked_its_loss_and_its_score_at_any_width(tmp_pa
 
 @pytest.mark.parametrize("behind", [False, True])
 def test_the_bar_of_fit_asks_a_device_that_runs_behind_for_losses_once_a_second(checkpoint, tmp_path, monkeypatch, behind):
+    from casehard.cli import lightning_cli  # needs more than a machine to train on may have
+
     looks = []
 
-    class Bar(ProgressBar):
+    class Bar(lightning_cli.ProgressBar):
         def get_metrics(self, trainer, pl_module):
             looks.append(trainer.global_step)
             return super().get_metrics(trainer, pl_module)
