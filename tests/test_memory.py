@@ -133,6 +133,20 @@ def test_the_bytes_that_are_computed_from_sizes_are_those_of_a_real_fit(memory, 
         assert computed[memory.WEIGHTS] == trained + sum(buffer.nbytes for buffer in module.buffers())
 
 
+@pytest.mark.gpu
+def test_a_gpu_holds_the_computed_bytes_and_what_its_kernels_need(memory, tmp_path):
+    sizes = {"checkpoint": str(ROOT / "models/sizes/qwen2_5_1_5b"), "layers": 4, "batch_size": 4, "length": 512}
+    backbone = Backbone(random_weights=True, sizes={"num_hidden_layers": 4}, tokenizer=str(ROOT / "models/sandbox/base"))
+    module, before = Defense(sizes["checkpoint"], backbone=backbone), torch.cuda.memory_allocated()
+    module.optimizer = Optimizer(1e-12)
+    loader = DataLoader([half_learnt(4, 512)] * 2, batch_size=None)
+    torch.cuda.reset_peak_memory_stats()
+    toy_trainer(tmp_path, accelerator="gpu", devices=1, precision="bf16-mixed", max_steps=2).fit(module, train_dataloaders=loader)
+    measured, computed = torch.cuda.max_memory_allocated() - before, memory.Step(**sizes).held().total()
+    print(f"{measured / computed:.3f} of what is computed")
+    assert 0.97 <= measured / computed <= 1.4  # by kind on the CPU: above
+
+
 def test_the_published_bytes_of_qwen_are_those_that_are_computed(memory):
     one, two = (memory.Step(str(ROOT / "models/sizes/qwen2_5_1_5b"), layers=layers).held() for layers in (1, 2))
     kinds = [one[kind] + 27 * (two[kind] - one[kind]) for kind in memory.KINDS]  # of 28 layers, which are alike
