@@ -1,4 +1,4 @@
-"""A full-parameter training step with compiled decoder layers beside one without, on the same rows."""
+"""A full-parameter training step with compiled decoder layers or fused kernels beside one without, on the same rows."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +12,9 @@ from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
+from casehard.engine.kernels import require_device
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import Plain, train_steps
+from casehard.engine.training import Plain, StepLoss, train_steps
 from casehard.lightning_modules.backbone import Backbone
 from casehard.lightning_modules.defense import Defense
 
@@ -23,7 +24,9 @@ SANDBOX = str(Path(__file__).parent.parent / "models/sandbox/aligned")
 def main(
     checkpoint: str = SANDBOX,
     rows: str = "sandbox:attacker/harmful",
-    backend: str = "inductor",
+    backend: str | None = "inductor",
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default",
+    kernels: Literal["liger"] | None = None,
     batch_size: int = 16,
     num_pairs: int = 20,
     num_warmup: int = 3,
@@ -32,23 +35,28 @@ def main(
     seed: int = 0,
     device: str = "cpu",
 ) -> None:
-    """Time a step of a compiled model against one of a model as it is.
+    """Time a step of a compiled or fused model against one of a model as it is.
 
     Args:
         checkpoint: hub id, folder or GGUF file of a chat model.
         rows: source of chat rows, as the data's ``harmful``.
-        backend: of torch.compile.
+        backend: of torch.compile; null with kernels.
+        compile_mode: of inductor.
+        kernels: liger for fused kernels, on a CUDA device; backend must then be null.
         batch_size: rows of a step.
         num_pairs: steps of each, every one on other rows.
-        num_warmup: steps before those; the first ones compile.
+        num_warmup: steps before those; the first ones compile, once a size with reduce-overhead.
         precision: float32, or bfloat16 by autocast.
         max_length: tokens of a row.
         seed: of the draw.
         device: where to run.
     """
 
-    def steps_of(compile_backend: str | None) -> Iterator[tuple[int, float]]:
-        module = Defense(checkpoint, backbone=Backbone(compile_backend=compile_backend))
+    if kernels is not None:
+        require_device(torch.device(device))
+
+    def steps_of(backbone: Backbone) -> Iterator[tuple[int, StepLoss]]:
+        module = Defense(checkpoint, backbone=backbone)
         module.configure_model()
         module.to(device)
         examples, _ = encode_rows(read_rows(rows), module.tokenizer, max_length)
@@ -62,14 +70,17 @@ def main(
 
         return train_steps(module, Plain(module.sft_loss), batches, 1 + num_warmup + num_pairs, Optimizer(1e-12), context)
 
-    plain, compiled = steps_of(None), steps_of(backend)
+    plain = steps_of(Backbone())
+    fast = steps_of(Backbone(compile_backend=backend, compile_mode=compile_mode, kernels=kernels))
     next(plain)
-    first = seconds(lambda: next(compiled))
-    times = paired(lambda: next(plain), lambda: next(compiled), num_pairs, num_warmup, precision)
-    print(f"first step, which compiles  {first:.0f} s")
-    print(f"a step                      {spread((1000 * a for a, _ in times), '.0f')} ms")
-    print(f"compiled                    {spread((1000 * b for _, b in times), '.0f')} ms")
-    print(f"ratio                       {spread(b / a for a, b in times)}")
+    first = seconds(lambda: next(fast))
+    times = paired(lambda: next(plain), lambda: next(fast), num_pairs, num_warmup, precision)
+    name = kernels or f"{backend}, {compile_mode}"
+    print(f"{precision} on {torch.cuda.get_device_name() if device.startswith('cuda') else device}")
+    print(f"{'first step':28}  {first:.0f} s, {name}")
+    print(f"{'a step':28}  {spread((1000 * a for a, _ in times), '.0f')} ms")
+    print(f"{name:28}  {spread((1000 * b for _, b in times), '.0f')} ms")
+    print(f"{'ratio':28}  {spread(b / a for a, b in times)}")
 
 
 if __name__ == "__main__":

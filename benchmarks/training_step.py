@@ -17,7 +17,7 @@ from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import Plain, train_steps
+from casehard.engine.training import Plain, StepLoss, train_steps
 from casehard.lightning_modules.defense import Defense
 
 PRECISIONS = {"float32": False, "bfloat16": True}  # under autocast or not
@@ -74,10 +74,10 @@ def main(
             def context() -> torch.autocast:
                 return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=PRECISIONS[precision])
 
-            steps: Iterator[tuple[int, float]] = train_steps(
+            steps: Iterator[tuple[int, StepLoss]] = train_steps(
                 module, Plain(loss), batches, num_warmup + num_pairs, Optimizer(1e-12), context
             )
-            return lambda: losses[name].append(next(steps)[1])
+            return lambda: losses[name].append(float(next(steps)[1]))
 
         times = paired(step("plain", plain), step("casehard", module.sft_loss), num_pairs, num_warmup, precision)
         apart = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))

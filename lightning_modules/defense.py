@@ -1,14 +1,13 @@
 """The base class of every defense; by itself it is plain SFT, the undefended baseline."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,14 +24,28 @@ from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import LoRA, fold_adapters, merged, plain_layers, training_adapters_off
 from casehard.engine.checkpoint import num_positions, require_plain_weights
+from casehard.engine.cross_entropy import summed_cross_entropy
 from casehard.engine.export import merge_error
-from casehard.engine.forward import Batch, label_positions, run, takes_prefix_trees
+from casehard.engine.forward import Batch, label_positions, label_targets, placed, run, takes_prefix_trees, use_layout
 from casehard.engine.generation import generate
-from casehard.engine.gradients import add_to_grad, loss_and_gradient
+from casehard.engine.gradients import add_to_grad, loss_and_gradient, mean_over_ranks
+from casehard.engine.graphs import begin_step, keep_gradients
+from casehard.engine.kernels import require_device
 from casehard.engine.losses import losses
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import gathered, sharded
-from casehard.engine.weights import EVERYTHING, Weights, borrowed, group_of, local, reshard, restore, same_modes_after, shifted
+from casehard.engine.weights import (
+    EVERYTHING,
+    Weights,
+    borrowed,
+    copies,
+    group_of,
+    local,
+    reshard,
+    restore,
+    same_modes_after,
+    shifted,
+)
 from casehard.lightning_modules.backbone import Backbone, mixed_precision, shard_mesh
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.other_models import as_aligned, check_other, weights_of
@@ -119,18 +132,20 @@ class Defense(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the weights, once, and prepare ``fit``; Lightning calls this when the strategy is ready for them."""
-        self._check_precision()
+        self._check_trainer()
         if not hasattr(self, "model"):
             self._load()
         if (trainer := trainer_of(self)) is not None and trainer.state.fn == TrainerFn.FITTING:
             self._prepare_fit()
 
-    def _check_precision(self) -> None:
+    def _check_trainer(self) -> None:
         if trainer_of(self) is not None and str(self.trainer.precision) in ("16-mixed", "16-true", "transformer-engine-float16"):
             raise SettingError(
                 f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {self.trainer.precision}: attackers train "
                 "without a scaler of gradients, and small ones would be lost in float16."
             )
+        if trainer_of(self) is not None and self.backbone.kernels is not None:
+            require_device(self.trainer.strategy.root_device)
 
     def _load(self) -> None:
         self.drawn_from, self.drawn_on = torch.get_rng_state(), self._home().type  # to draw random weights once more
@@ -144,6 +159,8 @@ class Defense(L.LightningModule):
             self.register_module("model", model)
         self.backbone.compile(self.model)
         takes_prefix_trees(self.model, 0)  # found out now: later passes may run under somebody's hooks
+        half = trainer_of(self) is not None and str(self.trainer.precision) == "bf16-mixed"
+        use_layout(self.model, self.backbone.layout, torch.bfloat16 if half else self.model.dtype)
 
     def _home(self) -> torch.device:
         """Where weights are drawn, and stay unless they are sharded: the trainer's device, or torch's default without one."""
@@ -270,7 +287,7 @@ class Defense(L.LightningModule):
             name: of the stream; streams of other names are independent.
         """
         batches = self.data.batches(rows, batch_size, self.data.seed, name)
-        return lambda step: self._on_device(batches(step))
+        return lambda step: self.placed(batches(step))
 
     def pairs(self, first: list[Row], second: list[Row], batch_size: int, name: str) -> Callable[[int], tuple[Batch, Batch]]:
         """As ``stream``, of two lists whose rows belong together: row i of one batch and row i of the other are a pair.
@@ -290,9 +307,13 @@ class Defense(L.LightningModule):
 
         def pair(step: int) -> tuple[Batch, Batch]:
             one, other = batches(step)
-            return self._on_device(one), self._on_device(other)
+            return self.placed(one), self.placed(other)
 
         return pair
+
+    def placed(self, batch: Batch) -> Batch:
+        """A batch from the host where the model is, laid out for the device before it goes; see ``forward.placed``."""
+        return placed(self.model, batch)
 
     def noise(self, sizes: Sequence[int], dim: int, name: str, step: int) -> list[Tensor]:
         """Standard normal numbers, ``[sizes[i], dim]`` for row i of a batch, from the data's seed, name, step and row alone.
@@ -305,9 +326,6 @@ class Defense(L.LightningModule):
             seed = counter_seed(self.data.seed, f"{name} row {rank + row * num_ranks}", step)
             draws.append(torch.randn(size, dim, generator=torch.Generator().manual_seed(seed)).to(self.device))
         return draws
-
-    def _on_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @contextmanager
     def reference(self, kept: dict[str, Any] | None = None) -> Iterator[PreTrainedModel]:
@@ -338,7 +356,7 @@ class Defense(L.LightningModule):
     def _copy_of(self, names: Iterable[str], device: str | None = None) -> Weights:
         reshard(self)
         parameters = dict(self.named_parameters())
-        return {name: local(parameters[name]).to(device, copy=True) for name in names}
+        return copies({name: local(parameters[name]) for name in names}, device)
 
     @contextmanager
     def handed_back(self, start: Weights, device: str | None = None) -> Iterator[None]:
@@ -427,13 +445,11 @@ class Defense(L.LightningModule):
         """Mean cross-entropy over the labels of the (global) batch."""
         return self.cross_entropy(run(self.model, batch, logits_at=label_positions(batch["labels"])).logits, batch)
 
-    @staticmethod
-    def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of ``logits`` ``[num_labels, vocab]``, summed here and divided by the global batch's labels per rank."""
-        targets = batch["labels"][:, 1:]
-        targets = targets[targets != -100]
-        total = F.cross_entropy(logits.float(), targets, reduction="sum")
-        return total / batch.get("num_labels", torch.tensor(float(len(targets)), device=total.device))
+        targets = label_targets(batch["labels"])
+        total = summed_cross_entropy(logits, targets, self.backbone.compile_backend)
+        return total / (batch["num_labels"] if "num_labels" in batch else len(targets))
 
     # ---- gradients
 
@@ -488,6 +504,10 @@ class Defense(L.LightningModule):
             yield
         finally:
             self.num_accumulated = 0
+
+    def on_after_backward(self) -> None:
+        """Gradients outlast the CUDA graphs that they came of."""
+        keep_gradients(self.parameters())
 
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Nothing where Lightning calls it, between ``training_step`` and backward, when added gradients wait."""
@@ -583,6 +603,7 @@ class Defense(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch under the loss of the job, or of the alignment."""
+        begin_step()
         if self.trainer.accumulate_grad_batches > 1 and "num_labels" not in batch:
             raise SettingError(
                 f"trainer.accumulate_grad_batches must be 1 where batches say nothing of num_labels, got "
@@ -597,8 +618,17 @@ class Defense(L.LightningModule):
                 name, loss, terms = "finetuning_loss", self.running.loss(batch, step), self.running.terms
         self.num_passes += 1
         logged = {f"train/{name}": loss, **{f"train/{k}": v for k, v in terms.items()}}
-        self.log_dict(logged, prog_bar=True, sync_dist=True, sync_dist_group=self.row_group, batch_size=len(batch["input_ids"]))
+        self.log_means(logged, batch_size=len(batch["input_ids"]))
         return loss
+
+    def log_means(self, values: Mapping[str, Tensor], **settings: Any) -> None:
+        """Log the means over the ranks that share out rows, by one collective.
+
+        Lightning's ``sync_dist`` has every rank wait for all others, once a value and a step.
+        """
+        parts = [torch.as_tensor(value, dtype=torch.float32, device=self.device).detach() for value in values.values()]
+        means = mean_over_ranks(torch.stack(parts), self.row_group).unbind()
+        self.log_dict(dict(zip(values, means, strict=True)), prog_bar=True, **settings)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Gradients are there, averaged, not yet clipped: the job may change them."""
@@ -640,10 +670,12 @@ class Defense(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Plain loss on held-out rows, a mean over their labels."""
+        begin_step()
         self.log("val/sft_loss", self.sft_loss(batch), prog_bar=True, sync_dist=True, batch_size=_num_labels(batch))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Plain loss on held-out rows, where there are some."""
+        begin_step()
         if batch:
             self.log("test/sft_loss", self.sft_loss(batch), sync_dist=True, batch_size=_num_labels(batch))
 

@@ -10,7 +10,7 @@ from casehard.datamodules.row import Row
 from casehard.engine.forward import Batch
 from casehard.engine.gradients import norm
 from casehard.engine.optimizer import offloaded
-from casehard.engine.weights import Weights, check_device
+from casehard.engine.weights import Weights, check_device, parked
 from casehard.lightning_modules.attacker import InnerAttacker
 from casehard.lightning_modules.patcher_parallel import TwoRoles
 from casehard.lightning_modules.roles import ATTACKERS, DEFENDERS
@@ -153,7 +153,7 @@ class PatcherModule(TwoRoles):
         with attacker.attack(self, self.streams[which], seed, first_step, name, self.copy_device) as attack:
             for _ in attack.steps:
                 pass
-            return {key: tensor.to(self.copy_device) for key, tensor in attack.vector().items()}
+            return parked(attack.vector(), self.copy_device)
 
     @property
     def vector(self) -> Weights:
@@ -212,7 +212,7 @@ class PatcherModule(TwoRoles):
             )
         self.num_attacks = checkpoint["num_attacks"]
         self.kept = {
-            key: {name: tensor.to(self.copy_device) for name, tensor in vector.items()}
+            key: parked(vector, self.copy_device)
             for key, vector in self.kept.items()
             if self.plays(DEFENDERS if key == self._in_use else ATTACKERS)
         }

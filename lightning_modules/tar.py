@@ -109,7 +109,7 @@ class TARModule(Defense):
                     value, gradient = self.loss_and_gradient(batch, self.tamper_loss)
                     total = summed(total, gradient, math.exp(self.decay * (i - last)))
         self.num_passes += last + num_losses
-        self.log("train/tamper_loss", value, prog_bar=True, sync_dist=True, sync_dist_group=self.row_group)
+        self.log_means({"train/tamper_loss": value})
         return total
 
     def tamper_loss(self, batch: Batch) -> Tensor:
