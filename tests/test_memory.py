@@ -1,8 +1,10 @@
 """What is held in copies of what trains, and that what saves memory leaves the result alone."""
 
+import gc
 import json
 import os
 import sys
+import time
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import replace
@@ -131,6 +133,20 @@ def test_the_bytes_that_are_computed_from_sizes_are_those_of_a_real_fit(memory, 
         assert computed[memory.LOGITS] == 3 * 4 * step.num_labels * module.model.config.vocab_size
         assert computed[memory.HALVES] == 2 * sum(p.numel() for p in module.parameters() if p.ndim == 2)
         assert computed[memory.WEIGHTS] == trained + sum(buffer.nbytes for buffer in module.buffers())
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_the_computed_bytes_and_what_its_kernels_need(memory, tmp_path):
+    sizes = {"checkpoint": str(ROOT / "models/sizes/qwen2_5_1_5b"), "layers": 4, "batch_size": 4, "length": 512}
+    backbone = Backbone(random_weights=True, sizes={"num_hidden_layers": 4}, tokenizer=str(ROOT / "models/sandbox/base"))
+    module, before = Defense(sizes["checkpoint"], backbone=backbone), torch.cuda.memory_allocated()
+    module.optimizer = Optimizer(1e-12)
+    loader = DataLoader([half_learnt(4, 512)] * 2, batch_size=None)
+    torch.cuda.reset_peak_memory_stats()
+    toy_trainer(tmp_path, accelerator="gpu", devices=1, precision="bf16-mixed", max_steps=2).fit(module, train_dataloaders=loader)
+    measured, computed = torch.cuda.max_memory_allocated() - before, memory.Step(**sizes).held().total()
+    print(f"{measured / computed:.3f} of what is computed")
+    assert 0.97 <= measured / computed <= 1.4  # by kind on the CPU: above
 
 
 def test_the_published_bytes_of_qwen_are_those_that_are_computed(memory):
@@ -286,14 +302,21 @@ class Metered(L.Callback):
             self.begin(pl_module)
 
     def on_train_batch_start(self, *_: Any) -> None:
+        gc.disable()  # what is freed by chance alone is held
         self.meter.most.clear()
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         self.at_step = self.meter.held.total()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Defense) -> None:
+        pl_module.forget_training()
+        one = sum(local(p).nbytes for p in pl_module.parameters())
+        deadline = time.monotonic() + 10
+        while self.meter.held.total() > 1.5 * one and time.monotonic() < deadline:
+            time.sleep(0.02)  # gloo's threads let go of the buckets when they are done
         self.after = self.meter.held.total()
         self.block.close()
+        gc.enable()
 
 
 STRATEGIES = {"ddp": "ddp", "views": DDPStrategy(gradient_as_bucket_view=True), "fsdp2": ModelParallelStrategy(2, 1)}
@@ -341,4 +364,4 @@ def test_two_processes_hold_what_is_computed_the_buckets_of_ddp_too(memory, chec
         assert 0 <= found[name]["most"] - step.held().total() <= 3 * half_learnt(3, 48)["labels"].nbytes + 100, name
     at_step = {name: each["copies"]["at the step"] for name, each in found.items()}
     assert at_step == {"ddp": 5, "views": 4, "fsdp2": 4}  # weights, gradients, two moments; and the buckets
-    assert {name: each["copies"]["after"] for name, each in found.items()} == {"ddp": 3, "views": 3, "fsdp2": 3}
+    assert {name: each["copies"]["after"] for name, each in found.items()} == {"ddp": 1, "views": 1, "fsdp2": 1}
