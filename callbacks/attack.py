@@ -96,7 +96,7 @@ class Target:
             batch_size: rows a step, over all processes.
             stream: names the order in which rows are drawn; draws under different names are independent.
         """
-        return self._on_device(self.data.batches(rows, batch_size, self.seed, stream))
+        return self._placed(self.data.batches(rows, batch_size, self.seed, stream))
 
     def share(self, rows: list[Row], batch_size: int, stream: str = "attack") -> Callable[[int], list[tuple[int, Row]]]:
         """This process's share of the rows of every step, by the rule of ``batches``: for steps that make their batch themselves.
@@ -151,7 +151,7 @@ class Target:
                 self.begin_job()
             task = _Continued(self.task, begun) if begun else self.task
         steps = train_steps(
-            self.module, task, self._on_device(batches), num_steps, optimizer, self.module.forward_context, self.module.row_group
+            self.module, task, self._placed(batches), num_steps, optimizer, self.module.forward_context, self.module.row_group
         )
         for step, loss, bar in with_progress_bar(steps, num_steps, self.name, self.trainer):
             self.num_done = begun + step
@@ -159,8 +159,8 @@ class Target:
             if self.bar:
                 bar.set_postfix({"loss": f"{loss:.3f}"} | self.bar)
 
-    def _on_device(self, batches: Callable[[int], Batch]) -> Callable[[int], Batch]:
-        return lambda step: {name: tensor.to(self.module.device) for name, tensor in batches(step).items()}
+    def _placed(self, batches: Callable[[int], Batch]) -> Callable[[int], Batch]:
+        return lambda step: self.module.placed(batches(step))
 
 
 class Attack(L.Callback):

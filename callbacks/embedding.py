@@ -102,7 +102,7 @@ class EmbeddingAttack(Attack):
         """Take the steps that are due; what is added to the soft tokens of a row, ``[num_tokens, dim]``, stays in the state."""
         module, state, answer = target.module, target.state, text_ids(self.target_text, target.module.tokenizer)
         examples = [{"input_ids": p + answer, "labels": [IGNORED] * len(p) + answer} for p in self.prompts(module, rows)]
-        batch = {n: x.to(module.device) for n, x in collate(examples, module.tokenizer.pad_token_id, "right").items()}
+        batch = module.placed(collate(examples, module.tokenizer.pad_token_id, "right"))
 
         def loss(added: Tensor) -> Tensor:
             with module.forward_context(), soft_tokens(module.model, text_ids(FIRST, module.tokenizer)[-1], added):

@@ -39,6 +39,8 @@ class Model(Protocol):
 
     def own_rows(self) -> list[Row]: ...
 
+    def placed(self, batch: Batch) -> Batch: ...
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -351,6 +353,6 @@ class SFTDataModule(L.LightningDataModule):
         """As for validation. An empty batch where there is no task: attacks run when Lightning's loop over batches ends."""
         return self.val_dataloader() if self.rows["task"] else DataLoader([{}], batch_size=None)  # type: ignore[arg-type]
 
-    def transfer_batch_to_device(self, batch: dict[str, Tensor], device: torch.device, dataloader_idx: int) -> dict[str, Tensor]:
-        """All tensors of the batch."""
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """All of the batch, laid out as the model's device wants it."""
+        return self.model.placed(batch)

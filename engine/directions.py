@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from casehard.datamodules.chat import IGNORED
 from casehard.engine.anatomy import decoder_layers, residual_parameters
-from casehard.engine.forward import Batch, label_positions, run, uncompiled
+from casehard.engine.forward import Batch, run, uncompiled
 from casehard.engine.sharding import edit
 
 
@@ -22,8 +22,9 @@ def last_prompt_states(model: PreTrainedModel, layers: Sequence[int], batch: Bat
         batch: rows with answers; a prompt ends where the labels begin.
     """
     labels, mask = batch["labels"], batch["attention_mask"]
-    last = F.one_hot(label_positions(labels).int().argmax(dim=1), labels.shape[1]).bool()
-    rows, column = torch.arange(len(mask), device=mask.device), (mask.cumsum(dim=1) - 1)[last]  # padded on the right, as it runs
+    last = (labels[:, 1:] != IGNORED).int().argmax(dim=1)
+    rows = torch.arange(len(mask), device=mask.device)
+    column = (mask.cumsum(dim=1) - 1)[rows, last]  # padded on the right, as it runs
     states: list[Tensor] = []
 
     def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -7,19 +7,37 @@ positions and drops the rest, so that it works for every architecture, with what
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from casehard.datamodules.chat import IGNORED
+from casehard.engine import varlen
 from casehard.engine.anatomy import decoder_layers, final_norm
+from casehard.engine.layouts import (
+    END_TO_END,
+    Layout,
+    Packed,
+    choose,
+    end_to_end,
+    known,
+    labels_of,
+    layout_of,
+    moved,
+    padded,
+    remember,
+    widened,
+)
 from casehard.engine.outputs import changed_outputs, uncompiled
-from casehard.engine.prefix_tree import Packed, pack, padded
-from casehard.engine.private import attention_takes_masks
+from casehard.engine.prefix_tree import pack
+from casehard.engine.private import VARLEN, attention_of, attention_takes_masks
 from casehard.engine.weights import reshard, same_modes_after
+from casehard.metrics.errors import SettingError
 
 Batch = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, seq]``; labels are -100 where nothing is learnt.
@@ -27,11 +45,20 @@ Batch = dict[str, Tensor]
 divided by."""
 
 _TAKES_TREES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # found by ``takes_prefix_trees``
+_TAKES_VARLEN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # found by ``takes_rows_end_to_end``
 
 
 def label_positions(labels: Tensor) -> Tensor:
-    """Where a next-token prediction is scored: ``[batch, seq]`` bool, true at ``t`` if ``labels[:, t + 1]`` is learnt."""
-    return F.pad(labels[:, 1:] != -100, (0, 1))
+    """Where a next-token prediction is scored: ``[num_labels]``, places among the batch's flattened tokens.
+
+    Place ``t`` of a row is among them if ``labels[:, t + 1]`` is learnt.
+    """
+    return labels_of(labels).at
+
+
+def label_targets(labels: Tensor) -> Tensor:
+    """What should be predicted there, ``[num_labels]``."""
+    return labels_of(labels).targets
 
 
 def differing_positions(batch: Batch, other: Batch) -> Tensor:
@@ -48,10 +75,11 @@ def differing_positions(batch: Batch, other: Batch) -> Tensor:
 
 
 def last_positions(attention_mask: Tensor) -> Tensor:
-    """Each row's last real token, ``[batch, seq]`` bool, whichever side is padded."""
-    position = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+    """Each row's last real token, ``[batch]``, places among the batch's flattened tokens, whichever side is padded."""
+    rows, width = attention_mask.shape
+    position = torch.arange(1, width + 1, device=attention_mask.device)
     last = (attention_mask * position).argmax(dim=1)
-    return F.one_hot(last, attention_mask.shape[1]).bool()
+    return last + width * torch.arange(rows, device=attention_mask.device)
 
 
 class Out(NamedTuple):
@@ -76,7 +104,8 @@ def run(
     Args:
         model: any causal language model of transformers.
         batch: ``input_ids`` and ``attention_mask``, ``[batch, seq]``, padded on either side.
-        logits_at: ``[batch, seq]`` bool, the positions whose logits are returned, none of them padding; None for nowhere.
+        logits_at: the positions whose logits are returned, none of them padding; None for nowhere. Places among the batch's
+            flattened tokens, ``[num_logits]``, or ``[batch, seq]`` bool, for whose number a device is asked.
         states_at: the same for states.
         layers: whose states: -1 for those that enter the unembedding, else an index into transformers' ``hidden_states``, or a
             module of the model, for what it puts out.
@@ -85,12 +114,67 @@ def run(
         fold: compute shared prefixes once, as a prefix tree, where that is exact and cheaper. False where hooks act on states: a
             token then stands for one row alone, and rows stay in order.
     """
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    tree = fold and takes_prefix_trees(model, ids.shape[1])
-    packed = pack(ids, mask, _break_even_length(model)) if tree else padded(ids, mask)
+    packed = laid_out(model, batch, fold)
     nowhere = packed.token_index[:0, 0]
-    states_index = nowhere if states_at is None else packed.token_index[states_at]
-    return _run(model, packed, states_index, nowhere if logits_at is None else packed.token_index[logits_at], layers, lens)
+
+    def index(at: Tensor | None) -> Tensor:
+        if at is None:
+            return nowhere
+        return packed.token_index[at] if at.dtype == torch.bool else packed.token_index.flatten()[at]
+
+    return _run(model, packed, index(states_at), index(logits_at), layers, lens)
+
+
+def laid_out(model: PreTrainedModel, batch: Batch, fold: bool = True) -> Packed:
+    """The layout of a batch for ``model``: as it was worked out before, else worked out now, and kept while the batch lives.
+
+    Args:
+        model: whose layout it is (``layouts.layout_of``).
+        batch: ``input_ids`` and ``attention_mask``, ``[batch, seq]``.
+        fold: False for padded rows, one a row.
+    """
+    ids, mask, layout = batch["input_ids"], batch["attention_mask"], layout_of(model)
+    if layout == "prefix_tree":
+        if not fold or not takes_prefix_trees(model, ids.shape[1]):
+            return padded(ids, mask)
+        how: object = _break_even_length(model)
+    else:
+        if not fold:
+            return padded(ids, mask, ids.shape[1])
+        how = END_TO_END
+    packed = known(ids, how, mask)
+    if packed is None and layout == "padded":
+        return padded(ids, mask, ids.shape[1])
+    if packed is None:
+        packed = end_to_end(ids, mask) if how == END_TO_END else pack(ids, mask, _break_even_length(model))
+        remember(ids, how, packed, mask)
+    assert isinstance(packed, Packed)
+    return packed
+
+
+def placed(model: PreTrainedModel, batch: Batch, at_least: int = 0) -> Batch:
+    """A batch from the host where the model is. For an accelerator all is worked out first that it would have to be asked for.
+
+    Args:
+        model: that the batch is for.
+        batch: with ``input_ids``, ``attention_mask`` and ``labels``; an empty one stays empty. Widths are rounded up to few.
+        at_least: tokens that rows end to end have together if they are fewer, instead of the next of few sizes.
+    """
+    if batch and layout_of(model) != "prefix_tree":
+        batch = widened(batch, {"input_ids": 0, "attention_mask": 0, "labels": IGNORED})
+        labels_of(batch["labels"])
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if takes_rows_end_to_end(model) and known(ids, END_TO_END, mask) is None:
+            rows = end_to_end(ids, mask, at_least)
+            if layout_of(model) == "varlen" or _cheaper_under_a_mask(rows, ids, _break_even_length(model)):
+                remember(ids, END_TO_END, rows, mask)
+    return moved(batch, model.device)
+
+
+def _cheaper_under_a_mask(rows: Packed, ids: Tensor, break_even_length: float) -> bool:
+    """Whether rows end to end, each token attending to all and most of that in vain, cost less than the same padded."""
+    total, (number, width) = rows.input_ids.shape[1], ids.shape
+    return total * (1 + total / break_even_length) < number * width * (1 + width / 2 / break_even_length)
 
 
 def token_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -102,8 +186,7 @@ def token_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1.
         temperature: that logits are divided by, > 0.
     """
     logits = run(model, batch, logits_at=label_positions(batch["labels"])).logits
-    targets = batch["labels"][:, 1:]
-    return -F.cross_entropy(logits.float() / temperature, targets[targets != -100], reduction="none")
+    return -F.cross_entropy(logits.float() / temperature, label_targets(batch["labels"]), reduction="none")
 
 
 @torch.no_grad()
@@ -166,6 +249,8 @@ def _run(
     more: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
     if packed.attention_mask is not None:
         more |= {"attention_mask": additive(packed.attention_mask, model), "position_ids": packed.positions}
+    elif attention_of(model) == VARLEN and (packed.starts is not None or _within_windows(model, packed.input_ids.shape[1])):
+        more |= varlen.arguments(packed)
     modules = [layer for layer in layers if isinstance(layer, nn.Module)]
     outputs: dict[nn.Module, Tensor] = {}
     under = [decoder_layers(model)[layer] for layer in lens]
@@ -211,25 +296,99 @@ def takes_prefix_trees(model: PreTrainedModel, length: int) -> bool:
     """
     if model not in _TAKES_TREES:
         _TAKES_TREES[model] = _takes_mask(model) and _agrees_on_a_tree(model)
+    return _TAKES_TREES[model] and _within_windows(model, length)
+
+
+def takes_rows_end_to_end(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether rows come out of ``model`` end to end (``varlen``) as they do one by one; if so it attends by that from now on.
+
+    The first call makes two passes to find out, over rows that are longer than the model's window where it has one. Where the
+    model is sharded all ranks must call it.
+
+    Args:
+        model: any causal language model of transformers.
+        dtype: that it is to attend in: a GPU has a kernel for half precision alone.
+    """
+    if model not in _TAKES_VARLEN:
+        _TAKES_VARLEN[model] = _takes_mask(model) and varlen.use(model) and _agrees_end_to_end(model, dtype)
+        if not _TAKES_VARLEN[model] and attention_of(model) == VARLEN:
+            varlen.unuse(model)
+    return _TAKES_VARLEN[model]
+
+
+def _agrees_end_to_end(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    windows = _windows(model)
+    length = 3 + min(windows) if windows else 6
+    ids = (torch.arange(2 * length) % 8).view(2, length).to(model.device)
+    mask = torch.ones_like(ids).index_fill_(1, torch.tensor([0], device=model.device), 0)
+    mask[1, 0] = 1  # a row of one token less, and padding
+    try:
+        return _agree(model, end_to_end(ids.cpu(), mask.cpu()), padded(ids, mask, length), mask.bool(), dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # NotImplementedError is one, and what the kernel says of a head or a GPU that it is not for
+        rank_zero_info(f"{type(model).__name__} does not take rows end to end: {str(error).partition(chr(10))[0]}")
+        return False
+
+
+def _windows(model: PreTrainedModel) -> list[int]:
+    """How far back attention reaches, of the kinds of layers in which that is limited."""
     config = model.config.get_text_config()
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return _TAKES_TREES[model] and all(window is None or length <= window for window in windows)
+    found = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return [window for window in found if window is not None]
+
+
+def _within_windows(model: PreTrainedModel, length: int) -> bool:
+    return all(length <= window for window in _windows(model))
+
+
+def use_layout(model: PreTrainedModel, layout: Layout | Literal["auto"], dtype: torch.dtype) -> None:
+    """Have all passes of ``model`` take a layout. Where the model is sharded all ranks must call it.
+
+    Args:
+        model: any causal language model of transformers.
+        layout: ``auto`` takes the prefix tree on a CPU, on an NVIDIA GPU in half precision rows end to end if the model takes
+            them, else padded rows.
+        dtype: that attention runs in.
+
+    Raises:
+        SettingError: rows end to end for a model that does not take them.
+    """
+    kind = model.device.type
+    if layout == "auto":
+        flash = kind == "cuda" and torch.version.cuda is not None and dtype in varlen.HALF
+        layout = "prefix_tree" if kind == "cpu" else "varlen" if flash and takes_rows_end_to_end(model, dtype) else "padded"
+    if layout != "prefix_tree" and not takes_rows_end_to_end(model, dtype) and _takes_mask(model):
+        varlen.use(model)  # the same attention as before, but nothing is asked of the device
+    if layout == "varlen" and not takes_rows_end_to_end(model, dtype):
+        raise SettingError(
+            f"layout must be auto, prefix_tree or padded for {type(model).__name__}, got varlen: its rows do not come out end to "
+            "end as they do one by one."
+        )
+    choose(model, layout)
 
 
 def _takes_mask(model: PreTrainedModel) -> bool:
     return attention_takes_masks(model) and "position_ids" in inspect.signature(model.forward).parameters
 
 
-@torch.no_grad()
 def _agrees_on_a_tree(model: PreTrainedModel) -> bool:
     """Try it on two short rows that fork."""
     ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 3, 4]], device=model.device)
-    with uncompiled(model), same_modes_after(model), torch.autocast(ids.device.type, enabled=False):
+    mask = torch.ones_like(ids)
+    return _agree(model, pack(ids, mask, torch.inf), padded(ids, mask), mask.bool())
+
+
+@torch.no_grad()
+def _agree(model: PreTrainedModel, one: Packed, other: Packed, real: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the states of all real tokens are the same in both layouts, up to the rounding of ``dtype``."""
+    half = dtype != torch.float32
+    with uncompiled(model), same_modes_after(model), torch.autocast(model.device.type, dtype if half else None, enabled=half):
         model.eval()
-        layouts = pack(ids, torch.ones_like(ids), torch.inf), padded(ids, torch.ones_like(ids))
-        tree, rows = (
-            _run(model, packed, packed.token_index.flatten(), packed.token_index[0, :1]).states[0] for packed in layouts
+        ours, others = (
+            _run(model, packed, packed.token_index[real], packed.token_index[0, :1]).states[0]
+            for packed in (one.to(model.device), other.to(model.device))
         )
     reshard(model)
-    tolerance = 1e-3 if tree.dtype == torch.float32 else 5e-2
-    return bool((tree - rows).norm() <= tolerance * rows.norm())
+    tolerance = 1e-3 if ours.dtype == torch.float32 and not half else 5e-2
+    return bool((ours - others).norm() <= tolerance * others.norm())

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from casehard.datamodules.chat import IGNORED, collate, encode
 from casehard.datamodules.row import Row
-from casehard.engine.forward import token_logprobs, uncompiled
+from casehard.engine.forward import placed, token_logprobs, uncompiled
 from casehard.engine.sharding import max_over_ranks
 from casehard.engine.weights import same_modes_after
 
@@ -37,8 +37,7 @@ def losses(
         for number in range(max_over_ranks(model, len(chunks))):
             chunk = chunks[number] if number < len(chunks) else []
             batch = [examples[i] for i in chunk] or [{"input_ids": [pad] * 2, "labels": [IGNORED, pad]}]  # to keep step with
-            tensors = {name: tensor.to(model.device) for name, tensor in collate(batch, pad, "right").items()}
-            per_token = iter((-token_logprobs(model, tensors)).tolist())
+            per_token = iter((-token_logprobs(model, placed(model, collate(batch, pad, "right")))).tolist())
             for i, example in zip(chunk, batch, strict=False):
                 of_row = [next(per_token) for label in example["labels"][1:] if label != IGNORED]
                 found[i] = sum(of_row), len(of_row)

@@ -7,25 +7,17 @@ paths and to nothing else. No state and no gradient changes, only the number of 
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from casehard.engine.layouts import Packed, padded
 
 WIDEST = 1024  # widest pack in tokens (a longer row still fits): the attention mask grows with its square
 
 Tokens = list[int]
 Sizes = list[tuple[int, int]]
 """Rows and tokens of each pack, in order."""
-
-
-class Packed(NamedTuple):
-    """What a model runs on, and where each token of the batch has gone."""
-
-    input_ids: Tensor  # [packs, width]
-    positions: Tensor  # [packs, width], of a token in its row
-    attention_mask: Tensor | None  # [packs, width, width] bool, true where a token (dim 1) attends to another; None: causal
-    token_index: Tensor  # [batch, seq], of each token in the flattened ``input_ids``; 0 for padding
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, break_even_length: float) -> Packed:
@@ -46,20 +38,10 @@ def pack(input_ids: Tensor, attention_mask: Tensor, break_even_length: float) ->
     # without a mask, attention skips what comes later
     if len(rows) * max(lengths) * (1 + max(lengths) / 2 / break_even_length) <= cost:
         return padded(input_ids, attention_mask)
-    input_ids, positions, tree_mask, places = _trees(rows, common, sizes)
+    ids, positions, tree_mask, places = _trees(rows, common, sizes)
     index = torch.zeros(mask.shape, dtype=torch.long)
     index[order] = index.masked_scatter(mask[order], places)
-    return Packed(*(tensor.to(device) for tensor in (input_ids, positions, tree_mask, index)))
-
-
-def padded(input_ids: Tensor, attention_mask: Tensor) -> Packed:
-    """Every row by itself and padded on the right, where no token of a causal model sees the padding."""
-    mask = attention_mask.bool()
-    lengths = mask.sum(dim=1, keepdim=True)
-    positions = torch.arange(int(lengths.max()), device=mask.device).expand(len(mask), -1)
-    real = positions < lengths
-    index = torch.zeros_like(input_ids).masked_scatter(mask, real.flatten().nonzero()[:, 0])
-    return Packed(torch.zeros_like(positions).masked_scatter(real, input_ids[mask]), positions, None, index)
+    return Packed(ids, positions, tree_mask, index).to(device)
 
 
 def fillings(lengths: Sequence[int], common: Sequence[int]) -> Iterator[Sizes]:

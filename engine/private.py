@@ -6,10 +6,11 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _QUANTISATION = ("quantization_method", "is_quantized", "hf_quantizer")
+VARLEN = "casehard_varlen"  # the name of ``varlen.attention`` among transformers' own
 _ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
 
 
@@ -25,7 +26,7 @@ def runs_compiled(module: nn.Module) -> bool:
 
 def attention_takes_masks(model: PreTrainedModel) -> bool:
     """Whether the attention runs on any mask of ``[batch, 1, seq, seq]`` that it is given (transformers)."""
-    return getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation in ("eager", "sdpa")
+    return getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation in ("eager", "sdpa", VARLEN)
 
 
 def forget_quantisation(model: PreTrainedModel) -> None:
@@ -51,3 +52,13 @@ def parameters_of(module: nn.Module) -> dict[str, Any]:
 def clip_unscaled(optimizer: torch.optim.Optimizer) -> None:
     """Say that a fused optimizer does not unscale gradients itself (torch): else Lightning refuses to clip under bf16-mixed."""
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to in place (torch); 0 under inference mode, where that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the attention that the model runs (transformers)."""
+    return str(model.config._attn_implementation)

@@ -71,7 +71,7 @@ def equal_groups(rewards: Tensor) -> Tensor:
 
 def by_token(values: Tensor, labels: Tensor) -> Tensor:
     """``values`` ``[batch]`` of the rows, repeated for each of their labels: ``[num_labels]``, as ``token_logprobs`` has them."""
-    return values[label_positions(labels).nonzero()[:, 0]]
+    return values[label_positions(labels) // labels.shape[1]]
 
 
 def clipped_gain(logprobs: Tensor, old: Tensor, advantages: Tensor, clip_range: float) -> Tensor:

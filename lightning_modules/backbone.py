@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from casehard.engine.adapters import LoRA, add_adapter
 from casehard.engine.anatomy import decoder_layers
 from casehard.engine.checkpoint import load_model, load_tokenizer, require_rows_for_tokens
+from casehard.engine.layouts import LAYOUTS
 from casehard.metrics.errors import SettingError
 
 
@@ -27,6 +28,11 @@ class Backbone:
             a third more time.
         compile_backend: of ``torch.compile`` for the decoder layers, such as inductor; null runs them as they are. Answers are
             generated without it.
+        layout: of the rows of a batch in a pass. ``prefix_tree``: shared prefixes once, least to compute, another size and mask
+            at every step. ``varlen``: end to end, without padding between them or a mask. ``padded``: side by side, or end to
+            end under a mask where that is less to compute. The last two have few sizes. auto takes the tree on a CPU; on an
+            NVIDIA GPU in bfloat16 varlen if the model's attention allows it; else padded. All give the same results, up to
+            rounding.
         weights_dtype: of the model's weights in memory, float32 or bfloat16.
         export_dtype: of the weights that ``fit`` leaves in Hugging Face format; null keeps ``weights_dtype``.
     """
@@ -36,6 +42,7 @@ class Backbone:
     tokenizer: str | None = None
     activation_checkpointing: bool = False
     compile_backend: str | None = None
+    layout: Literal["auto", "prefix_tree", "varlen", "padded"] = "auto"
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
@@ -46,6 +53,9 @@ class Backbone:
             )
         if self.compile_backend is not None and self.compile_backend not in (known := torch.compiler.list_backends(None)):
             raise SettingError(f"compile_backend must be null or one of {', '.join(known)}, got {self.compile_backend!r}.")
+
+        if self.layout not in (layouts := ("auto", *LAYOUTS)):
+            raise SettingError(f"layout must be one of {', '.join(layouts)}, got {self.layout!r}.")
 
     @property
     def dtype(self) -> torch.dtype:

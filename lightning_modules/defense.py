@@ -26,7 +26,7 @@ from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import LoRA, fold_adapters, merged, plain_layers, training_adapters_off
 from casehard.engine.checkpoint import num_positions, require_plain_weights
 from casehard.engine.export import merge_error
-from casehard.engine.forward import Batch, label_positions, run, takes_prefix_trees
+from casehard.engine.forward import Batch, label_positions, label_targets, placed, run, takes_prefix_trees, use_layout
 from casehard.engine.generation import generate
 from casehard.engine.gradients import add_to_grad, loss_and_gradient
 from casehard.engine.losses import losses
@@ -140,6 +140,8 @@ class Defense(L.LightningModule):
             self.register_module("model", model)
         self.backbone.compile(self.model)
         takes_prefix_trees(self.model, 0)  # found out now: later passes may run under somebody's hooks
+        half = trainer_of(self) is not None and str(self.trainer.precision) == "bf16-mixed"
+        use_layout(self.model, self.backbone.layout, torch.bfloat16 if half else self.model.dtype)
 
     def _whole(self) -> PreTrainedModel:
         return self.backbone.load_prepared(self.checkpoint, self.lora, self.tokenizer)
@@ -260,7 +262,7 @@ class Defense(L.LightningModule):
             name: of the stream; streams of other names are independent.
         """
         batches = self.data.batches(rows, batch_size, self.data.seed, name)
-        return lambda step: self._on_device(batches(step))
+        return lambda step: self.placed(batches(step))
 
     def pairs(self, first: list[Row], second: list[Row], batch_size: int, name: str) -> Callable[[int], tuple[Batch, Batch]]:
         """As ``stream``, of two lists whose rows belong together: row i of one batch and row i of the other are a pair.
@@ -280,9 +282,13 @@ class Defense(L.LightningModule):
 
         def pair(step: int) -> tuple[Batch, Batch]:
             one, other = batches(step)
-            return self._on_device(one), self._on_device(other)
+            return self.placed(one), self.placed(other)
 
         return pair
+
+    def placed(self, batch: Batch) -> Batch:
+        """A batch from the host where the model is, laid out for the device before it goes; see ``forward.placed``."""
+        return placed(self.model, batch)
 
     def noise(self, sizes: Sequence[int], dim: int, name: str, step: int) -> list[Tensor]:
         """Standard normal numbers, ``[sizes[i], dim]`` for row i of a batch, from the data's seed, name, step and row alone.
@@ -295,9 +301,6 @@ class Defense(L.LightningModule):
             seed = counter_seed(self.data.seed, f"{name} row {rank + row * num_ranks}", step)
             draws.append(torch.randn(size, dim, generator=torch.Generator().manual_seed(seed)).to(self.device))
         return draws
-
-    def _on_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @contextmanager
     def reference(self, kept: dict[str, Any] | None = None) -> Iterator[PreTrainedModel]:
@@ -409,8 +412,7 @@ class Defense(L.LightningModule):
     @staticmethod
     def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of ``logits`` ``[num_labels, vocab]``, summed here and divided by the global batch's labels per rank."""
-        targets = batch["labels"][:, 1:]
-        targets = targets[targets != -100]
+        targets = label_targets(batch["labels"])
         total = F.cross_entropy(logits.float(), targets, reduction="sum")
         return total / batch.get("num_labels", torch.tensor(float(len(targets)), device=total.device))
 

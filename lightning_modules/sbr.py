@@ -6,26 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from casehard.datamodules.chat import collate, prompt_ids, require_chat_template
+from casehard.datamodules.chat import IGNORED, collate, prompt_ids, require_chat_template
 from casehard.datamodules.columns import flaw
 from casehard.datamodules.order import batch_indices
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import looks_like_source, read_rows
-from casehard.engine.forward import Batch, label_positions, last_positions, run
+from casehard.engine.forward import Batch, label_positions, last_positions, placed, run
+from casehard.engine.layouts import joined
 from casehard.engine.weights import same_modes_after
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.job import Job
 from casehard.metrics.errors import SettingError
-
-
-def concatenated(first: Batch, second: Batch, pad_token_id: int) -> Batch:
-    """The rows of two batches in one, the shorter padded on the right."""
-    width = max(first["input_ids"].shape[1], second["input_ids"].shape[1])
-    fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
-    return {
-        key: torch.cat([F.pad(b[key], (0, width - b[key].shape[1]), value=value) for b in (first, second)])
-        for key, value in fill.items()
-    }
 
 
 class SBRModule(Defense):
@@ -55,7 +46,7 @@ class SBRModule(Defense):
     # Departures from the authors' setting: (1) the anchors share the forward pass of the batch, so they cost their tokens and no
     # more; (2) both terms are means, so gradient accumulation leaves the weight's meaning alone; (3) the unembedding is frozen.
 
-    anchor_ids: Tensor
+    anchor_ids: Tensor  # on the host, as the mask
     anchor_mask: Tensor
 
     def __init__(
@@ -108,9 +99,9 @@ class SBRModule(Defense):
         if not -depth - 1 <= self.anchor_layer <= depth:
             raise SettingError(f"anchor_layer must lie in [{-depth - 1}, {depth}], got {self.anchor_layer}. -1 is the paper's.")
         ids = [prompt_ids(row, self.tokenizer) for row in rows]
-        batch = collate([{"input_ids": i, "labels": [-100] * len(i)} for i in ids], self.tokenizer.pad_token_id, "right")
-        self.register_buffer("anchor_ids", batch["input_ids"], persistent=False)  # settings and data bring them
-        self.register_buffer("anchor_mask", batch["attention_mask"], persistent=False)
+        batch = collate([{"input_ids": i, "labels": [IGNORED] * len(i)} for i in ids], self.tokenizer.pad_token_id, "right")
+        self.anchor_ids, self.anchor_mask = batch["input_ids"], batch["attention_mask"]
+        self.every_anchor: Batch = {}  # where the model was when they were last asked for
 
     def _anchor_rows(self) -> list[Row]:
         rows = self.own_rows() if self.anchors is not None else self.trainer.datamodule.rows["refusals"]  # type: ignore[attr-defined]
@@ -131,9 +122,17 @@ class SBRModule(Defense):
         return SBRJob(self)
 
     def anchor_batch(self, turn: slice | list[int] = slice(None)) -> Batch:
-        """The anchors of a turn, without labels."""
-        ids = self.anchor_ids[turn]
-        return {"input_ids": ids, "attention_mask": self.anchor_mask[turn], "labels": torch.full_like(ids, -100)}
+        """The anchors of a turn, without labels, where the model is; laid out as one size whichever turn it is."""
+        every = turn == slice(None)
+        if every and self.every_anchor and self.every_anchor["input_ids"].device == self.model.device:
+            return self.every_anchor
+        ids, mask = self.anchor_ids[turn], self.anchor_mask[turn]
+        most = int(self.anchor_mask.sum(dim=1).topk(len(ids)).values.sum())
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.full_like(ids, IGNORED)}
+        batch = placed(self.model, batch, at_least=-(-most // 8) * 8)
+        if every:
+            self.every_anchor = batch
+        return batch
 
 
 class SBRJob(Job):
@@ -162,9 +161,9 @@ class SBRJob(Job):
         if defense.anchor_weight == 0:
             return defense.sft_loss(batch)
         turn = self._turn(step)
-        both = concatenated(batch, defense.anchor_batch(turn), defense.tokenizer.pad_token_id)
-        last = last_positions(both["attention_mask"])
-        last[: len(batch["input_ids"])] = False
+        fill = {"input_ids": defense.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        both = joined(batch, defense.anchor_batch(turn), fill)
+        last = last_positions(both["attention_mask"])[len(batch["input_ids"]) :]
         learnt = label_positions(both["labels"])
         (states,), logits = run(defense.model, both, logits_at=learnt, states_at=last, layers=[defense.anchor_layer])
         sft = defense.cross_entropy(logits, batch)

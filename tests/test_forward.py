@@ -15,7 +15,16 @@ from casehard import Defense
 from casehard.datamodules.chat import collate
 from casehard.engine import forward, prefix_tree
 from casehard.engine.anatomy import decoder_layers, final_norm
-from casehard.engine.forward import Batch, differing_positions, label_positions, last_positions, prefill, run, takes_prefix_trees
+from casehard.engine.forward import (
+    Batch,
+    differing_positions,
+    label_positions,
+    label_targets,
+    last_positions,
+    prefill,
+    run,
+    takes_prefix_trees,
+)
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
 LLAMA = SIZES | {"num_key_value_heads": 2, "initializer_range": 0.3}
@@ -111,12 +120,13 @@ def assert_equals_one_by_one(
 
 def test_label_positions_by_hand():
     labels = torch.tensor([[-100, -100, 7, 8], [-100, 5, -100, 6], [9, -100, -100, -100]])
-    assert label_positions(labels).tolist() == [[False, True, True, False], [True, False, True, False], [False] * 4]
+    assert label_positions(labels).tolist() == [1, 2, 4, 6]
+    assert label_targets(labels).tolist() == [7, 8, 5, 6]
 
 
 def test_last_positions_by_hand():
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0]])
-    assert last_positions(mask).int().tolist() == [[0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 1, 0]]
+    assert last_positions(mask).tolist() == [1, 7, 11, 14]
 
 
 @pytest.mark.parametrize("sides", [("right", "right"), ("left", "right"), ("right", "left"), ("left", "left")])

@@ -1,4 +1,4 @@
-"""Every setting of loading trains on two ranks, under DDP and FSDP2, what one process trains uncompiled."""
+"""Every setting of loading trains on two ranks, under DDP and FSDP2, what one process trains uncompiled on a prefix tree."""
 
 import os
 from dataclasses import replace
@@ -28,10 +28,11 @@ CELLS: dict[str, dict[str, Any]] = {
     "activation checkpointing": {"backbone": Backbone(activation_checkpointing=True)},
     "lora": {"lora": LoRA(rank=2)},
     "bfloat16": {"backbone": Backbone(weights_dtype="bfloat16")},
+    "padded": {"backbone": Backbone(layout="padded")},
     "compiled": {"backbone": Backbone(compile_backend="eager")},  # traced, and no more
     "adapters, compiled, checkpointed": {
         "lora": LoRA(rank=2),
-        "backbone": Backbone(activation_checkpointing=True, compile_backend="eager"),
+        "backbone": Backbone(activation_checkpointing=True, compile_backend="eager", layout="varlen"),
     },
 }
 
@@ -100,7 +101,7 @@ def on_two_ranks(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_two_ranks_train_the_model_of_one_process_however_it_is_loaded(on_two_ranks, checkpoint, tmp_path, cell):
-    settings = CELLS[cell] | {"backbone": replace(CELLS[cell].get("backbone", Backbone()), compile_backend=None)}
+    settings = CELLS[cell] | {"backbone": replace(CELLS[cell].get("backbone", Backbone()), compile_backend=None, layout="auto")}
     one = trained(checkpoint, settings, tmp_path, "one").exported().state_dict()
     start = Defense(checkpoint, **settings)
     start.configure_model()
