@@ -179,6 +179,7 @@ def main(
     num_anchors: int = 1,
     num_blocks: int = 5,
     num_warmup: int = 1,
+    beside: list[Literal["SBR", "Patcher"]] = ["SBR", "Patcher"],  # noqa: B006
     activation_checkpointing: bool = False,
     copy_device: str | None = None,
     compile_backend: str | None = None,
@@ -203,6 +204,7 @@ def main(
         num_anchors: of SBR.
         num_blocks: how many of each.
         num_warmup: how many of each before those.
+        beside: what is timed beside SFT.
         activation_checkpointing: compute activations again in the backward pass.
         copy_device: where Patcher keeps what is idle, such as cpu.
         compile_backend: of torch.compile for the decoder layers, such as inductor; the warm-up compiles.
@@ -231,7 +233,7 @@ def main(
     }
     attacker = InnerAttacker(num_inner_steps, STILL, batch_size)
     round_of = {"attacker": attacker, "num_outer_steps": num_steps, "num_sft_steps": 1, "copy_device": copy_device}
-    kinds: dict[str, tuple[type[Defense], dict[str, Any]]] = {
+    made: dict[str, tuple[type[Defense], dict[str, Any]]] = {
         "SFT": (Defense, {}),
         "SBR": (SBRModule, {"num_anchors": num_anchors, "freeze_unembedding": False}),  # all three train the same parameters
         "Patcher": (PatcherModule, round_of),
@@ -248,14 +250,15 @@ def main(
         gc.collect()  # the last block's moments hang in cycles
         sources = Sources([], refusals=["sandbox:defender/refusals"], alignment_harmful=["sandbox:defender/harmful"])
         data = RandomTokens(sources, SandboxJudge(), batching=Batching(batch_size, length), train_on="alignment")
-        make, settings = kinds[kind]
+        make, settings = made[kind]
         module = make(**shape, **settings)
         for name, value in handed_on.items():
             setattr(module, name, value)
         meter = Meter(every=num_steps, start=1)
         cluster = {"devices": 1} if strategy is None else strategy_of(strategy)
-        half: Any = "bf16-mixed" if precision == "bf16-mixed" else "32-true"
-        trainer = L.Trainer(accelerator=device, precision=half, max_steps=1 + num_steps, callbacks=[meter], **QUIET | cluster)
+        half = "bf16-mixed" if precision == "bf16-mixed" else "32-true"
+        where = cluster | {"precision": half, "accelerator": device}
+        trainer = L.Trainer(max_steps=1 + num_steps, callbacks=[meter], **QUIET, **where)
         trainer.fit(module, datamodule=data)
         module.model.zero_grad()
         handed_on.update({name: getattr(module, name) for name in ("model", "empty_model") if hasattr(module, name)})
@@ -263,6 +266,7 @@ def main(
             anchors = int(module.anchor_mask.sum())
         return Block(meter.seconds[0], meter.peak)  # not the meter, on which Lightning hangs the module, and that its moments
 
+    kinds = ["SFT", *beside]
     blocks: dict[str, list[Block]] = {kind: [] for kind in kinds}
     found: dict[str, Any] = {"kinds": {}}
 

@@ -6,7 +6,7 @@ stands beside the median, and how many sizes there were.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +14,16 @@ import torch
 from jsonargparse import CLI
 from paired import paired, spread
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.sources import read_rows
-from casehard.engine.anatomy import decoder_layers
-from casehard.engine.forward import Batch
+from casehard.engine.forward import Batch, use_layout
+from casehard.engine.layouts import layout_of
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.training import Plain, train_steps
+from casehard.lightning_modules.backbone import Backbone
 from casehard.lightning_modules.defense import Defense
 from casehard.records.files import write_whole
 
@@ -29,27 +31,58 @@ PRECISIONS = {"float32": False, "bfloat16": True}  # under autocast or not
 
 
 class Sizes:
-    """The distinct sizes in which a decoder layer gets its tokens, and of the mask beside them.
+    """The distinct sizes of the tokens that a model is called with, and of the mask beside them.
 
     Args:
-        layer: the first one.
+        model: of transformers.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.seen: dict[str, set[Any]] = {}
-        self.whose, self.new = "", False
-        layer.register_forward_pre_hook(self._look, with_kwargs=True)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.seen: set[Any] = set()
+        self.new = False  # whether there was one since this was last set
+        model.register_forward_pre_hook(self._look, with_kwargs=True)
 
-    def _look(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        size = (tuple(args[0].shape), tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__)
-        self.new |= size not in self.seen[self.whose]
-        self.seen[self.whose].add(size)
+    def _look(self, _: nn.Module, __: object, given: dict[str, Any]) -> None:
+        mask = given.get("attention_mask")
+        size = tuple(given["input_ids"].shape), None if mask is None else tuple(mask.shape)
+        self.new |= size not in self.seen
+        self.seen.add(size)
 
-    def watch(self, whose: str) -> None:
-        """From now on, sizes are those of ``whose``."""
-        self.whose, self.new = whose, False
-        self.seen.setdefault(whose, set())
+
+class Way:
+    """A way to take training steps, one at a time.
+
+    Args:
+        module: what trains.
+        loss_of: of a batch.
+        batches: the batch of a step.
+        num_steps: how many there will be.
+        precision: of ``PRECISIONS``.
+    """
+
+    def __init__(
+        self,
+        module: Defense | PreTrainedModel,
+        loss_of: Callable[[Batch], Tensor],
+        batches: Callable[[int], Batch],
+        num_steps: int,
+        precision: str,
+    ) -> None:
+        self.losses: list[float] = []
+        self.new: list[bool] = []  # whether the step had a size that was not there before
+        self.sizes = Sizes(module.model if isinstance(module, Defense) else module)
+        device = next(module.parameters()).device.type
+
+        def context() -> torch.autocast:
+            return torch.autocast(device, torch.bfloat16, enabled=PRECISIONS[precision])
+
+        self._steps = train_steps(module, Plain(loss_of), batches, num_steps, Optimizer(1e-12), context)
+
+    def step(self) -> None:
+        """The next one, its loss read."""
+        self.sizes.new = False
+        self.losses.append(float(next(self._steps)[1]))
+        self.new.append(self.sizes.new)
 
 
 def main(
@@ -62,6 +95,10 @@ def main(
     max_length: int = 512,
     seed: int = 0,
     device: str = "cpu",
+    layout: Literal["auto", "prefix_tree", "varlen", "padded"] = "auto",
+    compile_backend: str | None = None,
+    compile_mode: str | None = None,
+    kernels: str | None = None,
     figures: str | None = None,
 ) -> None:
     """Time a training step against the plain one.
@@ -76,20 +113,27 @@ def main(
         max_length: tokens of a row.
         seed: of the draw.
         device: where to run.
+        layout: of casehard's rows, as ``backbone.layout``.
+        compile_backend: for casehard's decoder layers, as ``backbone.compile_backend``; the warm-up compiles.
+        compile_mode: as ``backbone.compile_mode``; null leaves it out.
+        kernels: of casehard's model, as ``backbone.kernels``; null leaves it out.
         figures: file that gets all figures as JSON, as they come.
     """
-    module = Defense(checkpoint)
-    module.configure_model()
+    chosen = {"compile_backend": compile_backend, "compile_mode": compile_mode, "kernels": kernels}
+    backbone = Backbone(**{name: value for name, value in chosen.items() if value is not None})
+    module = Defense(checkpoint, backbone=backbone)
+    plain = Backbone().load(checkpoint).to(device)
+    with torch.device(device):
+        module.configure_model()
     module.to(device)
     examples, _ = encode_rows(read_rows(rows), module.tokenizer, max_length)
     draw = Batches(examples, batch_size, seed, "benchmark", module.tokenizer.pad_token_id)
-    sizes = Sizes(decoder_layers(module.model)[0])
 
-    def batches(step: int) -> Batch:
+    def sent(step: int) -> Batch:
         return {name: tensor.to(device) for name, tensor in draw(step).items()}
 
-    def plain(batch: Batch) -> Tensor:
-        return module.model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
+    def loss_of(batch: Batch) -> Tensor:
+        return plain(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
 
     drawn = [draw(step) for step in range(num_warmup, num_warmup + num_pairs)]
     tokens = {
@@ -100,35 +144,20 @@ def main(
     print(f"tokens of {batch_size} rows: " + ", ".join(f"{spread(n, '.0f')} {name}" for name, n in tokens.items()))
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else device, "precisions": {}}
     for precision in precisions:
-        losses: dict[str, list[float]] = {"plain": [], "casehard": []}
-        news: dict[str, list[bool]] = {"plain": [], "casehard": []}
-        sizes.seen.clear()
-
-        def steps_of(
-            name: str, loss: Callable[[Batch], Tensor], precision: str = precision, losses=losses, news=news
-        ) -> Callable[[], None]:
-            def context() -> torch.autocast:
-                return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=PRECISIONS[precision])
-
-            steps: Iterator[tuple[int, Any]] = train_steps(
-                module, Plain(loss), batches, num_warmup + num_pairs, Optimizer(1e-12), context
-            )
-
-            def step() -> None:
-                sizes.watch(name)
-                losses[name].append(float(next(steps)[1]))
-                news[name].append(sizes.new)
-
-            return step
-
-        times = paired(steps_of("plain", plain), steps_of("casehard", module.sft_loss), num_pairs, num_warmup, precision)
+        use_layout(module.model, layout, torch.bfloat16 if PRECISIONS[precision] else torch.float32)
+        ways = {
+            "plain": Way(plain, loss_of, sent, num_warmup + num_pairs, precision),
+            "casehard": Way(module, module.sft_loss, lambda step: module.placed(draw(step)), num_warmup + num_pairs, precision),
+        }
+        times = paired(ways["plain"].step, ways["casehard"].step, num_pairs, num_warmup, precision)
         found["precisions"][precision] = {
             "plain": [a for a, _ in times],
             "casehard": [b for _, b in times],
             "ratios": [b / a for a, b in times],
-            "sizes": {name: len(seen) for name, seen in sizes.seen.items()},
-            "new_size": {name: new[num_warmup:] for name, new in news.items()},
-            "losses_apart": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
+            "layout": layout_of(module.model),
+            "sizes": {name: len(way.sizes.seen) for name, way in ways.items()},
+            "new_size": {name: way.new[num_warmup:] for name, way in ways.items()},
+            "losses_apart": max(abs(a - b) for a, b in zip(*(way.losses for way in ways.values()), strict=True)),
         }
         if figures is not None:
             write_whole(Path(figures), json.dumps(found))
@@ -143,7 +172,7 @@ def show(found: dict[str, Any]) -> None:
             ratio = spread(says["ratios"]) if name == "casehard" else ""
             columns = f"{spread(says[name], '.4f'):26}  {ratio:22}  {says['sizes'][name]:5}  {sum(says['new_size'][name]):19}"
             print(f"{precision if name == 'plain' else '':10}  {name:8}  {columns}")
-        print(f"{'':10}  largest difference of the losses {says['losses_apart']:.1e}")
+        print(f"{'':10}  {says['layout']}; largest difference of the losses {says['losses_apart']:.1e}")
 
 
 if __name__ == "__main__":
