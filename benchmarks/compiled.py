@@ -13,7 +13,7 @@ from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import Plain, train_steps
+from casehard.engine.training import Plain, StepLoss, train_steps
 from casehard.lightning_modules.backbone import Backbone
 from casehard.lightning_modules.defense import Defense
 
@@ -47,7 +47,7 @@ def main(
         device: where to run.
     """
 
-    def steps_of(compile_backend: str | None) -> Iterator[tuple[int, float]]:
+    def steps_of(compile_backend: str | None) -> Iterator[tuple[int, StepLoss]]:
         module = Defense(checkpoint, backbone=Backbone(compile_backend=compile_backend))
         module.configure_model()
         module.to(device)

@@ -22,7 +22,7 @@ from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.training import Plain, Task, train_steps, with_progress_bar
+from casehard.engine.training import Plain, StepLoss, Task, named, train_steps, with_progress_bar
 from casehard.engine.weights import EVERYTHING, Changes, Weights, borrowed, check_device, local, reshard
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.job import Job
@@ -87,6 +87,7 @@ class Target:
     state: dict[str, Any] = field(default_factory=dict)
     bar: dict[str, str] = field(default_factory=dict)  # what the progress bar shows beside the loss
     num_done: int = 0  # optimizer steps that ``task`` took
+    last_loss: StepLoss | None = None  # of ``train``
 
     def batches(self, rows: list[Row], batch_size: int, stream: str = "attack") -> Callable[[int], Batch]:
         """The batch of every step of training on ``rows``: this process's share of ``batch_size`` rows, on the model's device.
@@ -153,11 +154,19 @@ class Target:
         steps = train_steps(
             self.module, task, self._placed(batches), num_steps, optimizer, self.module.forward_context, self.module.row_group
         )
-        for step, loss, bar in with_progress_bar(steps, num_steps, self.name, self.trainer):
-            self.num_done = begun + step
+        for step, loss in with_progress_bar(steps, num_steps, self.name, self.trainer, self.bar):
+            self.num_done, self.last_loss = begun + step, loss
             yield step
-            if self.bar:
-                bar.set_postfix({"loss": f"{loss:.3f}"} | self.bar)
+
+    def settle(self) -> None:
+        """Wait for the last step of ``train``, before somebody looks at the model.
+
+        Raises:
+            DivergedError: its loss was not finite.
+        """
+        if self.last_loss is not None:
+            with named(self.name):
+                float(self.last_loss)
 
     def _placed(self, batches: Callable[[int], Batch]) -> Callable[[int], Batch]:
         return lambda step: self.module.placed(batches(step))
@@ -385,6 +394,7 @@ class Attack(L.Callback):
                 state={},
                 bar={},
                 num_done=0,
+                last_loss=None,
             )
 
     def seeded_steps(self, target: Target) -> Iterator[int]:
@@ -394,6 +404,7 @@ class Attack(L.Callback):
 
     def scores(self, target: Target) -> Scores:
         """Scores of the model as it is now; at a service whose defense repairs models, as its customer gets it."""
+        target.settle()
         with target.module.handed_back(target.start, self.copy_device) if target.defended else nullcontext():
             return score(target.module, self.evaluation(target.data), partial(self.respond, target))
 
@@ -407,6 +418,8 @@ class Attack(L.Callback):
                 before = self.scores(target)
             step, seconds, since = 0, 0.0, time.perf_counter()
             for step in steps:
+                if step in self.score_steps:
+                    target.settle()  # its time counts
                 seconds += time.perf_counter() - since
                 if step == 1:  # now it is known what trains
                     self._record(target, 0, before, 0.0, outcome)

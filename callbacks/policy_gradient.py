@@ -102,6 +102,7 @@ class PolicyGradient(FineTuning):
 
     def rollout(self, target: Target, drawn: list[tuple[int, Row]]) -> Batch:
         """Answers of the model as it is to numbered prompts, as a batch with ``advantages`` ``[batch]``."""
+        target.settle()  # no answers can be sampled from what has diverged
         module, n = target.module, self.grpo.num_answers
         rows = [row for _, row in drawn for _ in range(n)]
         prompts = [prompt_ids(row, module.tokenizer) for row in rows]

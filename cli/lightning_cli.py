@@ -8,6 +8,7 @@ import warnings
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import lightning as L
@@ -45,7 +46,7 @@ from casehard.cli.run_folder import (
 from casehard.cli.run_settings import RunSettings
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.fit_checkpoint import numbers_only, read_notes, require_unharmed
-from casehard.engine.training import DivergedError, narrow
+from casehard.engine.training import DivergedError, narrow, runs_behind
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.saved import check_made_by
 from casehard.metrics.errors import SettingError
@@ -64,6 +65,16 @@ class ProgressBar(TQDMProgressBar):
         if narrow(bar):
             bar.bar_format = "{desc}{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         return bar
+
+    _next_look = 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Lightning's; where losses have to be waited for, once a second and at the end."""
+        last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if runs_behind(trainer.strategy.root_device) and not last and monotonic() < self._next_look:
+            return
+        super().on_train_batch_end(trainer, *args)
+        self._next_look = monotonic() + 1
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Lightning's, under their short names."""

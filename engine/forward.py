@@ -206,6 +206,23 @@ def prefill(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, DynamicCache]
     return logits, cache
 
 
+@torch.no_grad()
+def prefill_padded(model: PreTrainedModel, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, DynamicCache]:
+    """The same for rows padded on the right, where no token of a causal model sees the padding: attention gets no mask.
+
+    Args:
+        model: any causal language model of transformers whose keys and values are all that it remembers.
+        input_ids: ``[rows, width]``, on any device.
+        lengths: of the rows, ``[rows]``, on the same. What the cache holds beyond them is of the padding.
+    """
+    rows, width = input_ids.shape
+    last = (torch.arange(rows, device=lengths.device) * width + lengths - 1).to(model.device)
+    cache = DynamicCache()
+    with _at_unembedding(model, last[:0], last, list):
+        out = model(input_ids=input_ids.to(model.device), use_cache=True, past_key_values=cache)
+    return out.logits[0], cache
+
+
 def _by_row(packed: Tensor, index: Tensor) -> Tensor:
     """``[packs, heads, width, dim] -> [batch, heads, seq, dim]``: every row gets what it shares with others."""
     tokens = packed.transpose(1, 2).flatten(2).flatten(0, 1)

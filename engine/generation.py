@@ -1,9 +1,10 @@
 """Answers to many prompts at once, greedy or sampled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +22,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from casehard.datamodules.chat import turn_end
+from casehard.engine import few_shapes
 from casehard.engine.forward import Batch, additive, prefill, takes_prefix_trees, uncompiled
+from casehard.engine.layouts import layout_of
 from casehard.engine.sharding import max_over_ranks
 from casehard.engine.weights import group_of, same_modes_after
 
@@ -42,13 +45,14 @@ def generate(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     batch_size: int = 128,
+    graphs: bool = True,
 ) -> list[str]:
     """Greedy answers as texts; see ``sample``.
 
     Returns:
         What the model wrote to each prompt, special tokens and all; the last one is an end token unless it was cut.
     """
-    answers = sample(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size)
+    answers = sample(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size, graphs=graphs)
     return [tokenizer.decode(ids, skip_special_tokens=False) for ids in answers]  # type: ignore[misc]
 
 
@@ -61,8 +65,9 @@ def sample(
     temperature: float = 0.0,
     seeds: Sequence[int] | None = None,
     batch_size: int = 128,
+    graphs: bool = True,
 ) -> list[list[int]]:
-    """Answers as token ids, batched by length. An answer does not depend on the batch size, nor on the prompts beside it.
+    """Answers as token ids, many at once. An answer does not depend on the batch size, nor on the prompts beside it.
 
     Where the model is sharded every rank must call this, with prompts or without: it makes as many passes as the busiest one.
     torch's generators are not used.
@@ -75,6 +80,7 @@ def sample(
         temperature: of the distribution that tokens are drawn from, >= 0; 0 takes the likeliest.
         seeds: one a prompt, which with the prompt alone decides the answer; needed where ``temperature`` is above 0.
         batch_size: prompts at once; memory grows with it.
+        graphs: on a CUDA device, replay steps as graphs where that can be.
 
     Returns:
         What the model wrote to each prompt; the last token is an end token unless the answer was cut.
@@ -87,39 +93,74 @@ def sample(
     if temperature > 0 and len(seeds or ()) != len(prompts):
         raise ValueError(f"seeds must hold one for each of {len(prompts)} prompts, got {len(seeds or ())}.")
     ends, pad = end_tokens(model, tokenizer), tokenizer.pad_token_id
-    answers: list[list[int]] = [[]] * len(prompts)
+
+    def choice(rows: Sequence[int]) -> _Choice:
+        """How tokens of these prompts are chosen; -1 stands for a row without one."""
+        if not (temperature and seeds):
+            return _Choice(temperature, None)
+        return _Choice(temperature, _draws([0 if i < 0 else seeds[i] for i in rows], max_new_tokens, model.device))
+
     with _evaluating(model):
-        lengths = [len(prompt) for prompt in prompts]
-        chunks = _chunks(lengths, batch_size, "any" if takes_prefix_trees(model, 0) else neighbours(model))
-        for number in range(max_over_ranks(model, len(chunks))):
-            chunk = chunks[number] if number < len(chunks) else []
-            batch = _left_padded([prompts[i] for i in chunk] or [[pad]], pad, model.device)  # a row to keep step with
-            draws = _draws([seeds[i] for i in chunk] or [0], max_new_tokens, model.device) if temperature and seeds else None
-            by_steps = _goes_by_steps(model, max_over_ranks(model, batch["input_ids"].shape[1]) + max_new_tokens)
-            choose = _Choice(temperature, draws)
-            out = (_step_by_step if by_steps else _by_transformers)(model, batch, max_new_tokens, ends, pad, choose)
-            for i, ids in zip(chunk, out.tolist(), strict=False):
-                answers[i] = _ended(ids, ends)
+        if layout_of(model) != "prefix_tree" and _goes_by_steps(model, _longest(model, prompts) + max_new_tokens):
+            chosen = few_shapes.answers(model, prompts, max_new_tokens, batch_size, ends, pad, choice, graphs)
+        else:
+            chosen = _in_chunks(model, prompts, max_new_tokens, batch_size, ends, pad, choice)
+    return [_ended(ids, ends) for ids in chosen]
+
+
+def _longest(model: PreTrainedModel, prompts: Sequence[list[int]]) -> int:
+    """Tokens of the longest prompt on any rank that shares the weights."""
+    return max_over_ranks(model, max(map(len, prompts), default=0))
+
+
+def _in_chunks(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    ends: list[int],
+    pad: int,
+    choice: Callable[[Sequence[int]], "_Choice"],
+) -> list[list[int]]:
+    """The chosen tokens after each prompt, padded after an end: every chunk in the shape that its rows have at each step."""
+    answers: list[list[int]] = [[]] * len(prompts)
+    beside: Neighbours = "any" if takes_prefix_trees(model, 0) else neighbours(model)
+    chunks = _chunks([len(prompt) for prompt in prompts], batch_size, beside)
+    for number in range(max_over_ranks(model, len(chunks))):
+        chunk = chunks[number] if number < len(chunks) else []
+        batch = _left_padded([prompts[i] for i in chunk] or [[pad]], pad, model.device)  # a row to keep step with
+        by_steps = _goes_by_steps(model, max_over_ranks(model, batch["input_ids"].shape[1]) + max_new_tokens)
+        out = (_step_by_step if by_steps else _by_transformers)(model, batch, max_new_tokens, ends, pad, choice(chunk or [-1]))
+        for i, ids in zip(chunk, out.tolist(), strict=False):
+            answers[i] = ids
     return answers
 
 
 def _draws(seeds: Sequence[int], max_new_tokens: int, device: torch.device) -> Tensor:
-    """Uniform numbers, ``[batch, max_new_tokens]``, each row from its seed alone."""
+    """Uniform numbers below 1, ``[batch, max_new_tokens]``, each row from its seed alone, as precise as the device has them."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]).to(device)
+    draws = torch.stack([torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators])
+    if _most_precise(device) == torch.float32:
+        draws = (draws * 2**22).floor().float() / 2**22  # rounded down: a product with the whole must stay below it
+    return draws.to(device)
 
 
-class _Choice(NamedTuple):
+def _most_precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass(frozen=True)
+class _Choice:
     """How the next token is chosen: the likeliest, or where a uniform number falls among the cumulated probabilities."""
 
     temperature: float
-    draws: Tensor | None  # [batch, max_new_tokens]; None takes the likeliest
+    draws: Tensor | None  # [batch, max_new_tokens], in the dtype that sums are made in; None takes the likeliest
 
     def __call__(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
         """The token of every row, ``[rows]``, from ``logits`` ``[rows, vocab]``; ``rows`` are places in the whole batch."""
         if self.draws is None:
             return logits.argmax(dim=-1)
-        cumulated = (logits.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        cumulated = (logits.to(self.draws.dtype) / self.temperature).softmax(dim=-1).cumsum(dim=-1)
         return torch.searchsorted(cumulated, self.draws[rows, step][:, None] * cumulated[:, -1:], right=True)[:, 0]
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from casehard.engine.weights import Weights, group_of, like_parameter, local, reshard
-
-BUCKET = 2**25  # entries that are averaged in one call
+from casehard.engine.graphs import keep_gradients
+from casehard.engine.private import add_all, copy_all, multiply_all
+from casehard.engine.weights import Weights, buckets, copies, group_of, like_parameter, local, reshard
 
 
 def _num_ranks(group: dist.ProcessGroup | None) -> int:
@@ -61,24 +61,13 @@ def average_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup |
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for places in buckets(gradients):
+        bucket = [gradients[i] for i in places]
         mean = torch.cat([g.flatten() for g in bucket])
         dist.all_reduce(mean, group=group)
         mean /= size
-        for g, part in zip(bucket, mean.split([g.numel() for g in bucket]), strict=True):
-            g.copy_(part.view_as(g))
-
-
-def _buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of one dtype, at most ``BUCKET`` entries together (a larger tensor is alone)."""
-    buckets: list[list[Tensor]] = []
-    for tensor in tensors:
-        last = buckets[-1] if buckets else []
-        if last and last[0].dtype == tensor.dtype and sum(t.numel() for t in last) + tensor.numel() <= BUCKET:
-            last.append(tensor)
-        else:
-            buckets.append([tensor])
-    return buckets
+        copy_all(bucket, [part.view_as(g) for g, part in zip(bucket, mean.split([g.numel() for g in bucket]), strict=True)])
 
 
 def loss_and_gradient(
@@ -106,6 +95,7 @@ def loss_and_gradient(
             value = loss()
             with torch.autocast(value.device.type, enabled=False):
                 value.backward()
+        keep_gradients(parameters.values())
         average_gradients(list(parameters.values()), group)
         return value.detach(), {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
     finally:
@@ -123,7 +113,7 @@ def gradient(module: nn.Module, loss: Callable[[], Tensor], group: dist.ProcessG
 def add_to_grad(module: nn.Module, gradient: Weights, weight: float = 1.0) -> None:
     """Add ``weight * gradient`` to what waits in ``.grad``, parameter by parameter.
 
-    ``gradient`` is empty afterwards, so that its tensors go one by one and no second copy of it is held.
+    ``gradient`` is empty afterwards, so that its tensors go bucket by bucket and no second copy of it is held.
 
     Raises:
         ValueError: ``module`` lacks one of the names.
@@ -131,12 +121,17 @@ def add_to_grad(module: nn.Module, gradient: Weights, weight: float = 1.0) -> No
     parameters = dict(module.named_parameters())
     if unknown := sorted(set(gradient) - set(parameters)):
         raise ValueError(f"gradients must be named as the module names its parameters, and it has no {unknown[0]!r}.")
-    for name in list(gradient):
-        p, part = parameters[name], weight * gradient.pop(name)
-        if p.grad is None:
-            p.grad = like_parameter(p, part.to(p.device, p.dtype))
-        else:
-            local(p.grad).add_(part.to(p.device))
+    names = list(gradient)
+    for bucket in list(buckets(gradient.values())):
+        chosen = [parameters[names[i]] for i in bucket]
+        parts = multiply_all([gradient.pop(names[i]) for i in bucket], weight)
+        parts = [part.to(p.device) for p, part in zip(chosen, parts, strict=True)]
+        waiting = [(local(p.grad), part) for p, part in zip(chosen, parts, strict=True) if p.grad is not None]
+        for p, part in zip(chosen, parts, strict=True):
+            if p.grad is None:
+                p.grad = like_parameter(p, part.to(p.dtype))
+        if waiting:
+            add_all([g for g, _ in waiting], [part for _, part in waiting])
 
 
 def norm(module: nn.Module, weights: Weights) -> Tensor:
@@ -177,7 +172,10 @@ def difference(first: Weights, second: Weights) -> Weights:
 
 def summed(first: Weights, second: Weights, weight: float = 1.0) -> Weights:
     """``first + weight * second``, by name; a name that one of them lacks counts as zero there. Memory: one copy."""
-    total = {name: tensor.clone() for name, tensor in first.items()}
-    for name, tensor in second.items():
-        total[name] = total[name].add_(tensor, alpha=weight) if name in total else weight * tensor
+    total, names = copies(first), list(second)
+    for bucket in buckets(second.values()):
+        both = [names[i] for i in bucket if names[i] in total]
+        if both:
+            add_all([total[name] for name in both], [second[name] for name in both], weight)
+        total |= {names[i]: weight * second[names[i]] for i in bucket if names[i] not in total}
     return total

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 _QUANTISATION = ("quantization_method", "is_quantized", "hf_quantizer")
@@ -24,9 +25,14 @@ def runs_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the attention that the model runs (transformers)."""
+    return str(model.config._attn_implementation)
+
+
 def attention_takes_masks(model: PreTrainedModel) -> bool:
     """Whether the attention runs on any mask of ``[batch, 1, seq, seq]`` that it is given (transformers)."""
-    return getattr(model, "_supports_attention_backend", False) and model.config._attn_implementation in ("eager", "sdpa", VARLEN)
+    return getattr(model, "_supports_attention_backend", False) and attention_of(model) in ("eager", "sdpa", VARLEN)
 
 
 def forget_quantisation(model: PreTrainedModel) -> None:
@@ -44,6 +50,26 @@ def _drop(model: PreTrainedModel, names: tuple[str, ...]) -> None:
         model.__dict__.pop(name, None)
 
 
+def copy_all(into: list[Tensor], tensors: list[Tensor]) -> None:
+    """``into[i].copy_(tensors[i])``; on an accelerator in few kernels (torch)."""
+    torch._foreach_copy_(into, tensors)
+
+
+def add_all(into: list[Tensor], tensors: list[Tensor], weight: float = 1.0) -> None:
+    """``into[i].add_(tensors[i], alpha=weight)``; on an accelerator in few kernels (torch)."""
+    torch._foreach_add_(into, tensors, alpha=weight)
+
+
+def subtract_all(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """``first[i] - second[i]``; on an accelerator in few kernels (torch)."""
+    return list(torch._foreach_sub(first, second))
+
+
+def multiply_all(tensors: list[Tensor], factor: float) -> list[Tensor]:
+    """``factor * tensors[i]``; on an accelerator in few kernels (torch)."""
+    return list(torch._foreach_mul(tensors, factor))
+
+
 def parameters_of(module: nn.Module) -> dict[str, Any]:
     """A module's own parameters, to be reordered (torch)."""
     return module._parameters
@@ -59,6 +85,32 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def attention_of(model: PreTrainedModel) -> str:
-    """The name of the attention that the model runs (transformers)."""
-    return str(model.config._attn_implementation)
+class Unasked(TorchDispatchMode):
+    """For a block, refuse what makes the host wait for a number on a device, or that copies from one to the other (torch).
+
+    Args:
+        device: its type.
+
+    Raises:
+        RuntimeError: by the operation that waits.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out, aten = func(*args, **(kwargs or {})), torch.ops.aten
+        kinds = {each.device.type for each in (out, *args) if isinstance(each, Tensor)}
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            waits = any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
+        elif func.overloadpacket in (aten._to_copy, aten.copy_):
+            waits = len(kinds) > 1
+        else:
+            waits = bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+        if waits and self.device in kinds:
+            self.refuse(str(func))
+        return out
+
+    def refuse(self, operation: str) -> None:
+        raise RuntimeError(f"{operation} makes the host wait for a number")

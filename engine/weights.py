@@ -7,7 +7,7 @@ all-gather reads its own view of the shard.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from casehard.engine.private import add_all, copy_all, subtract_all
 from casehard.metrics.errors import SettingError
 
 Weights = dict[str, Tensor]
@@ -49,6 +50,42 @@ def reshard(module: nn.Module) -> None:
             m.reshard()
 
 
+BUCKET = 2**25  # entries that are worked on in one call
+
+
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[int]]:
+    """Places of neighbours that have one dtype and device, at most ``BUCKET`` entries together (a larger tensor is alone).
+
+    A pass over all weights is then few kernels on an accelerator, where every kernel has its price, and holds no copy of all.
+    """
+    last: list[int] = []
+    kind, room = None, 0
+    for place, tensor in enumerate(tensors):
+        room -= tensor.numel()
+        if last and (kind != (tensor.dtype, tensor.device) or room < 0):
+            yield last
+            last = []
+        if not last:
+            kind, room = (tensor.dtype, tensor.device), BUCKET - tensor.numel()
+        last.append(place)
+    if last:
+        yield last
+
+
+@torch.no_grad()
+def copies(tensors: Mapping[str, Tensor], device: str | None = None) -> Weights:
+    """A copy of every tensor, by name, on ``device`` (default: beside the original)."""
+    new = {name: torch.empty_like(tensor, device=device or tensor.device) for name, tensor in tensors.items()}
+    _write([(new[name], tensor) for name, tensor in tensors.items()])
+    return new
+
+
+def _write(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first."""
+    for bucket in buckets(part for part, _ in pairs):
+        copy_all([pairs[i][0] for i in bucket], [pairs[i][1] for i in bucket])
+
+
 def _match(tensors: Mapping[str, Tensor], module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Pairs of (this rank's part of the parameter or buffer, tensor) by name; an unmatched name is an error."""
     reshard(module)
@@ -64,7 +101,7 @@ def snapshot(module: nn.Module, device: str | None = None) -> Weights:
     Memory: one copy of what trains, on ``device`` (default: beside the original).
     """
     reshard(module)
-    return {n: local(p).to(device, copy=True) for n, p in module.named_parameters() if p.requires_grad}
+    return copies({n: local(p) for n, p in module.named_parameters() if p.requires_grad}, device)
 
 
 @torch.no_grad()
@@ -74,16 +111,17 @@ def restore(module: nn.Module, weights: Weights) -> None:
     Raises:
         ValueError: ``module`` lacks one of the names.
     """
-    for part, saved in _match(weights, module):
-        part.copy_(saved)
+    _write(_match(weights, module))
 
 
 @torch.no_grad()
 def attack_vector(module: nn.Module, start: Weights) -> Weights:
     """Attacked minus starting weights, by name: what an attack that began at the snapshot ``start`` has added."""
-    return {
-        name: part - saved.to(part.device) for (name, saved), (part, _) in zip(start.items(), _match(start, module), strict=True)
-    }
+    pairs, vector = _match(start, module), []
+    for bucket in buckets(part for part, _ in pairs):
+        parts = [pairs[i][0] for i in bucket]
+        vector += subtract_all(parts, [pairs[i][1].to(parts[0].device) for i in bucket])
+    return dict(zip(start, vector, strict=True))
 
 
 @contextmanager
@@ -104,7 +142,7 @@ def shifted(module: nn.Module, vector: Weights, scale: float = 1.0, one_backward
     """
     pairs = _match(vector, module)
     parameters = dict(module.named_parameters())
-    saved = {name: part.clone() for name, (part, _) in zip(vector, pairs, strict=True)}
+    saved = copies({name: part for name, (part, _) in zip(vector, pairs, strict=True)})
 
     def put_back(p: Tensor, name: str) -> None:
         local(p).copy_(saved.pop(name))
@@ -113,8 +151,9 @@ def shifted(module: nn.Module, vector: Weights, scale: float = 1.0, one_backward
     hooks = [p.register_post_accumulate_grad_hook(partial(put_back, name=name)) for name, p in early if p.requires_grad]
     try:
         with torch.no_grad():
-            for part, delta in pairs:
-                part.add_(delta.to(part.device), alpha=scale)
+            for bucket in buckets(part for part, _ in pairs):
+                parts = [pairs[i][0] for i in bucket]
+                add_all(parts, [pairs[i][1].to(parts[0].device) for i in bucket], scale)
         yield
     finally:
         for hook in hooks:
@@ -209,8 +248,8 @@ def borrowed(module: nn.Module, changes: Changes = EVERYTHING, device: str | Non
     parameters = list(named.values())
     flags = [p.requires_grad for p in parameters]
     gradients = [p.grad for p in parameters]
-    buffers = {n: local(b).clone() for n, b in module.named_buffers()}
-    weights = {n: local(p).to(device, copy=True) for n, p in named.items() if changes(n)}
+    buffers = copies({n: local(b) for n, b in module.named_buffers()})
+    weights = copies({n: local(p) for n, p in named.items() if changes(n)}, device)
     checked = {n: _fingerprint(p) for n, p in named.items() if n not in weights} if os.environ.get(CHECKED) else {}
     with same_modes_after(module), _same_rng_after():
         try:

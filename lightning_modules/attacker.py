@@ -134,5 +134,5 @@ class InnerAttacker:
     def _steps(self, module: Defense, batches: Callable[[int], dict[str, Tensor]], name: str) -> Iterator[int]:
         settings = (self.num_inner_steps, self.optimizer, module.forward_context, module.row_group)
         steps = train_steps(module, Plain(module.sft_loss), batches, *settings)
-        for step, _, _ in with_progress_bar(steps, self.num_inner_steps, name, module.trainer, leave=False):
+        for step, _ in with_progress_bar(steps, self.num_inner_steps, name, module.trainer, leave=False):
             yield step

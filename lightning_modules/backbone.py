@@ -12,8 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from casehard.engine.adapters import LoRA, add_adapter
 from casehard.engine.anatomy import decoder_layers
 from casehard.engine.checkpoint import load_model, load_tokenizer, require_rows_for_tokens
+from casehard.engine.graphs import use_graphs
+from casehard.engine.kernels import fuse, require_installed
 from casehard.engine.layouts import LAYOUTS
+from casehard.engine.weights import group_of
 from casehard.metrics.errors import SettingError
+
+MODES = ("default", GRAPHS := "reduce-overhead", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,9 @@ class Backbone:
             a third more time.
         compile_backend: of ``torch.compile`` for the decoder layers, such as inductor; null runs them as they are. Answers are
             generated without it.
+        compile_mode: of inductor: default; reduce-overhead, CUDA graphs for a model so small that launching its kernels takes the
+            time; max-autotune-no-cudagraphs, longer to compile.
+        kernels: liger for the fused norms, rotations and gated MLPs of liger-kernel, on a CUDA device; null for the model's own.
         layout: of the rows of a batch in a pass. ``prefix_tree``: shared prefixes once, least to compute, another size and mask
             at every step. ``varlen``: end to end, without padding between them or a mask. ``padded``: side by side, or end to
             end under a mask where that is less to compute. The last two have few sizes. auto takes the tree on a CPU; on an
@@ -42,6 +50,8 @@ class Backbone:
     tokenizer: str | None = None
     activation_checkpointing: bool = False
     compile_backend: str | None = None
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
+    kernels: Literal["liger"] | None = None
     layout: Literal["auto", "prefix_tree", "varlen", "padded"] = "auto"
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -53,7 +63,27 @@ class Backbone:
             )
         if self.compile_backend is not None and self.compile_backend not in (known := torch.compiler.list_backends(None)):
             raise SettingError(f"compile_backend must be null or one of {', '.join(known)}, got {self.compile_backend!r}.")
-
+        if self.compile_mode not in MODES:
+            raise SettingError(f"compile_mode must be one of {', '.join(MODES)}, got {self.compile_mode!r}.")
+        if self.compile_mode != "default" and self.compile_backend != "inductor":
+            raise SettingError(
+                f"compile_mode must be default unless compile_backend is inductor, got {self.compile_mode} and "
+                f"{self.compile_backend or 'null'}. Set compile_backend to inductor."
+            )
+        if self.compile_mode == GRAPHS and self.activation_checkpointing:
+            raise SettingError(
+                f"compile_mode must not be {GRAPHS} with activation_checkpointing: layers run again in the backward pass, where "
+                "CUDA graphs may write over what is still to be read. Leave one of them out."
+            )
+        if self.kernels is not None:
+            if self.kernels != "liger":
+                raise SettingError(f"kernels must be liger or null, got {self.kernels!r}.")
+            if self.compile_backend is not None:
+                raise SettingError(
+                    f"kernels must be null beside compile_backend {self.compile_backend}, which fuses the same operations, got "
+                    f"{self.kernels}. Choose one of them."
+                )
+            require_installed()
         if self.layout not in (layouts := ("auto", *LAYOUTS)):
             raise SettingError(f"layout must be one of {', '.join(layouts)}, got {self.layout!r}.")
 
@@ -84,6 +114,8 @@ class Backbone:
                     getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
                 )  # before 5.23
                 enable()
+            if self.kernels is not None:
+                fuse(model)
             if lora is not None:
                 add_adapter(model, lora, "defense")
 
@@ -97,10 +129,23 @@ class Backbone:
         return model
 
     def compile(self, model: PreTrainedModel) -> None:
-        """Compile the decoder layers, in place, where that is set; sharded ones after they were sharded."""
-        if self.compile_backend is not None:
-            for layer in decoder_layers(model):
-                layer.compile(dynamic=True, backend=self.compile_backend)
+        """Compile the decoder layers, in place, where that is set; sharded ones after they were sharded.
+
+        Raises:
+            SettingError: CUDA graphs for shards, which are put together in other memory at every step.
+        """
+        if self.compile_backend is None:
+            return
+        mode = {} if self.compile_mode == "default" else {"mode": self.compile_mode}
+        if self.compile_mode == GRAPHS:
+            if group_of(model) is not None:
+                raise SettingError(
+                    f"compile_mode must not be {GRAPHS} under FSDP2: weights are put together in other memory at every step, and "
+                    "CUDA graphs read theirs from one place. Set it to default, or take another strategy."
+                )
+            use_graphs()
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=True, backend=self.compile_backend, **mode)
 
 
 def shard_mesh(device_mesh: DeviceMesh | None, num_roles: int) -> DeviceMesh | None:

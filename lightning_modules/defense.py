@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 import lightning as L
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,14 +24,28 @@ from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import LoRA, fold_adapters, merged, plain_layers, training_adapters_off
 from casehard.engine.checkpoint import num_positions, require_plain_weights
+from casehard.engine.cross_entropy import summed_cross_entropy
 from casehard.engine.export import merge_error
 from casehard.engine.forward import Batch, label_positions, label_targets, placed, run, takes_prefix_trees, use_layout
 from casehard.engine.generation import generate
 from casehard.engine.gradients import add_to_grad, loss_and_gradient
+from casehard.engine.graphs import begin_step, keep_gradients
+from casehard.engine.kernels import require_device
 from casehard.engine.losses import losses
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.sharding import gathered, sharded
-from casehard.engine.weights import EVERYTHING, Weights, borrowed, group_of, local, reshard, restore, same_modes_after, shifted
+from casehard.engine.weights import (
+    EVERYTHING,
+    Weights,
+    borrowed,
+    copies,
+    group_of,
+    local,
+    reshard,
+    restore,
+    same_modes_after,
+    shifted,
+)
 from casehard.lightning_modules.backbone import Backbone, mixed_precision, shard_mesh
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.other_models import as_aligned, check_other, weights_of
@@ -130,6 +143,8 @@ class Defense(L.LightningModule):
                 f"trainer.precision must be 32-true, bf16-mixed or bf16-true, got {self.trainer.precision}: attackers train "
                 "without a scaler of gradients, and small ones would be lost in float16."
             )
+        if trainer_of(self) is not None and self.backbone.kernels is not None:
+            require_device(self.trainer.strategy.root_device)
         self.drawn_from = torch.get_rng_state()  # to draw random weights once more (``as_aligned``)
         if (mesh := self.shard_mesh()) is None:
             self.register_module("model", self._whole())
@@ -331,7 +346,7 @@ class Defense(L.LightningModule):
     def _copy_of(self, names: Iterable[str], device: str | None = None) -> Weights:
         reshard(self)
         parameters = dict(self.named_parameters())
-        return {name: local(parameters[name]).to(device, copy=True) for name in names}
+        return copies({name: local(parameters[name]) for name in names}, device)
 
     @contextmanager
     def handed_back(self, start: Weights, device: str | None = None) -> Iterator[None]:
@@ -409,11 +424,10 @@ class Defense(L.LightningModule):
         """Mean cross-entropy over the labels of the (global) batch."""
         return self.cross_entropy(run(self.model, batch, logits_at=label_positions(batch["labels"])).logits, batch)
 
-    @staticmethod
-    def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of ``logits`` ``[num_labels, vocab]``, summed here and divided by the global batch's labels per rank."""
         targets = label_targets(batch["labels"])
-        total = F.cross_entropy(logits.float(), targets, reduction="sum")
+        total = summed_cross_entropy(logits, targets, self.backbone.compile_backend)
         return total / batch.get("num_labels", torch.tensor(float(len(targets)), device=total.device))
 
     # ---- gradients
@@ -469,6 +483,10 @@ class Defense(L.LightningModule):
             yield
         finally:
             self.num_accumulated = 0
+
+    def on_after_backward(self) -> None:
+        """Gradients outlast the CUDA graphs that they came of."""
+        keep_gradients(self.parameters())
 
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Nothing where Lightning calls it, between ``training_step`` and backward, when added gradients wait."""
@@ -564,6 +582,7 @@ class Defense(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch under the loss of the job, or of the alignment."""
+        begin_step()
         if self.trainer.accumulate_grad_batches > 1 and "num_labels" not in batch:
             raise SettingError(
                 f"trainer.accumulate_grad_batches must be 1 where batches say nothing of num_labels, got "
@@ -621,10 +640,12 @@ class Defense(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Plain loss on held-out rows, a mean over their labels."""
+        begin_step()
         self.log("val/sft_loss", self.sft_loss(batch), prog_bar=True, sync_dist=True, batch_size=_num_labels(batch))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Plain loss on held-out rows, where there are some."""
+        begin_step()
         if batch:
             self.log("test/sft_loss", self.sft_loss(batch), sync_dist=True, batch_size=_num_labels(batch))
 

@@ -41,7 +41,8 @@ from casehard.callbacks.jailbreak_tuning import WRAPPERS, JailbreakTuning
 from casehard.callbacks.quantised import QuantisedAttack, quantised
 from casehard.callbacks.results import Results
 from casehard.callbacks.search import Range, Search
-from casehard.engine.training import DivergedError, Plain
+from casehard.engine import training
+from casehard.engine.training import DivergedError, Plain, StepLoss
 from casehard.engine.weights import NOTHING
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.other_models import as_aligned
@@ -382,7 +383,9 @@ def test_parameters_that_the_model_does_not_have_are_named_before_any_step(tmp_p
         FullParameterAttack("open_weight", train_only=[])
 
 
-def test_diverging_attack_says_which_and_what_to_do(tmp_path, checkpoint):
+@pytest.mark.parametrize("behind", [False, True])
+def test_diverging_attack_says_which_and_what_to_do(tmp_path, checkpoint, monkeypatch, behind):
+    monkeypatch.setattr(training, "runs_behind", lambda device: behind)
     attack = ATTACKS["full"](threat_model="open_weight", optimizer=Optimizer(learning_rate=1e30, clip_norm=None))
     before, module = Spy(), Defense(checkpoint)
     with pytest.raises(
@@ -390,6 +393,18 @@ def test_diverging_attack_says_which_and_what_to_do(tmp_path, checkpoint):
     ):
         toy_trainer(tmp_path, callbacks=[before, attack]).fit(module, datamodule=toy_data())
     assert same(before.seen[0], module.state_dict())
+
+
+def test_a_model_that_has_diverged_is_never_scored_however_late_its_loss_is_read(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(training, "runs_behind", lambda device: True)
+    monkeypatch.setattr(StepLoss, "is_here", lambda self: False)
+    attack = FullParameterAttack("open_weight", **FAST | {"num_attack_steps": 3, "score_steps": [1, 2, 3]})
+    spoiled = iter([1.0, math.nan, 1.0])
+    attack.task = lambda target: Plain(lambda batch: target.module.sft_loss(batch) * next(spoiled))
+    results = Results(str(tmp_path / "run"), export=False)
+    with pytest.raises(DivergedError, match=r"FullParameterAttack \(open_weight, none\): .* it was nan at step 2 of 3"):
+        toy_trainer(tmp_path, callbacks=[results, attack]).test(Defense(checkpoint), toy_data(), verbose=False)
+    assert [row.num_attack_steps for row in results.rows] == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ def test_an_attacker_trains_and_leaves_no_trace(family, lora):
     with borrowed(family), trainable(family, family.model, lora):
         start = snapshot(family)
         steps = train_steps(family, Plain(family.sft_loss), lambda step: batch, 2, Optimizer(1e-1, "sgd"))
-        first, second = (loss for _, loss in steps)
+        first, second = (float(loss) for _, loss in steps)
         trained = {name: p for name, p in family.named_parameters() if p.requires_grad}
         assert set(trained) == set(start)
         assert second < first

@@ -1,9 +1,7 @@
 import pytest
 import torch
 from test_forward import MODELS, build
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from toy import ROOT, on_ranks
+from toy import ROOT
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -14,7 +12,6 @@ from casehard.engine.adapters import add_adapter
 from casehard.engine.checkpoint import load_model, load_tokenizer
 from casehard.engine.forward import takes_prefix_trees
 from casehard.engine.generation import end_tokens, generate, neighbours, sample
-from casehard.engine.sharding import sharded
 
 SANDBOX = ROOT / "models/sandbox/aligned"
 NUM_TOKENS = 12
@@ -289,20 +286,6 @@ def test_samples_follow_the_models_probabilities_at_the_temperature(either, toke
     expected = (logits / temperature).softmax(dim=-1)
     assert (counts - expected).abs().max() < 4 * 0.5 / num_draws**0.5
     assert (counts - logits.softmax(dim=-1)).abs().sum() > 2 * (counts - expected).abs().sum()
-
-
-def sampled_by_halves(rank: int, checkpoint: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    """Each rank holds half of every weight; one has three batches of prompts, the other one."""
-    whole, mesh = load_model(checkpoint) if rank == 0 else None, init_device_mesh("cpu", (2,))
-    model, _ = sharded(whole, mesh, torch.device("cpu"), MixedPrecisionPolicy())
-    share = slice(9) if rank == 0 else slice(9, None)
-    tokenizer, seeds = load_tokenizer(checkpoint), list(range(len(prompts)))
-    assert sample(model, tokenizer, prompts[share], NUM_TOKENS, 1.0, seeds[share], batch_size=3) == expected[share]
-
-
-def test_two_ranks_sample_what_one_does(checkpoint, model, tokenizer, prompts, tmp_path):
-    expected = sample(model, tokenizer, prompts, NUM_TOKENS, 1.0, range(len(prompts)))
-    on_ranks(sampled_by_halves, tmp_path, checkpoint, prompts, expected)
 
 
 def test_sampling_needs_a_seed_for_every_prompt(model, tokenizer, prompts):

@@ -10,7 +10,6 @@ from test_forward import LLAMA, MODELS, assert_equals_one_by_one, batch_of, buil
 from test_patcher import ATTACKER, data
 from test_sbr import rows_of
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from toy import ROOT, toy_data, toy_trainer
 from transformers import AutoTokenizer
 
@@ -22,6 +21,7 @@ from casehard.engine import layouts, varlen
 from casehard.engine.forward import laid_out, placed, run, takes_rows_end_to_end, use_layout
 from casehard.engine.generation import generate
 from casehard.engine.layouts import LAYOUTS, Packed, end_to_end, known, labels_of, padded, rounded_up
+from casehard.engine.private import Unasked
 
 FAMILIES = {
     "llama": "llama, tied",
@@ -234,23 +234,15 @@ def test_what_is_known_moves_along():
 # ---- a step
 
 
-class Asked(TorchDispatchMode):
-    """Names of the operations for whose result a host waits."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal", "repeat_interleave.Tensor")
+class Asked(Unasked):
+    """Notes what a host would wait for, if it were a device that was asked."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("cpu")
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func).removeprefix("aten.")
-        by_mask = name.startswith("index") and any(
-            t is not None and t.dtype == torch.bool for t in (args[1] if isinstance(args[1], list | tuple) else ())
-        )
-        if by_mask or any(name.startswith(wait) for wait in self.WAITS):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
+    def refuse(self, operation: str) -> None:
+        self.names.append(operation)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])

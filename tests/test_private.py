@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from casehard.engine import private
 
-PRIVATE = r"_no_split|__dict__|_compiled_call_impl|_attn_implementation|_supports_attention|_hf_peft|_step_supports|\._parameters"
+PRIVATE = r"_no_split|__dict__|_compiled_call_impl|\._attn_implementation|_supports_att|_hf_peft|_step_supports|\._parameters|_foreach|\._version"
 
 
 def test_the_private_names_of_torch_transformers_and_peft_are_there_and_in_one_file(checkpoint):
@@ -29,5 +29,10 @@ def test_the_private_names_of_torch_transformers_and_peft_are_there_and_in_one_f
     assert adamw._step_supports_amp_scaling, "torch: Optimizer._step_supports_amp_scaling"
     private.clip_unscaled(adamw)
     assert not adamw._step_supports_amp_scaling, "torch: Optimizer._step_supports_amp_scaling"
+    pair = [torch.ones(2), torch.ones(3)]
+    private.copy_all(pair, [torch.full((2,), 2.0), torch.full((3,), 3.0)])
+    private.add_all(pair, pair, 0.5)
+    found = private.subtract_all(private.multiply_all(pair, 2.0), pair)
+    assert [t.tolist() for t in found] == [[3.0, 3.0], [4.5, 4.5, 4.5]], "torch: _foreach_copy_, _add_, _mul, _sub"
     users = {file.name for file in (ROOT / "engine").glob("*.py") if re.search(PRIVATE, file.read_text())}
     assert users == {"private.py"}

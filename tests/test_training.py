@@ -1,6 +1,7 @@
 import copy
 import io
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -9,13 +10,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import bits, on_ranks, same_bits, toy_data, toy_trainer
 
 from casehard import Defense, Optimizer
+from casehard.cli import lightning_cli
+from casehard.cli.lightning_cli import ProgressBar
 from casehard.datamodules.batches import Batches
+from casehard.engine import training
 from casehard.engine.gradients import average_gradients
 from casehard.engine.optimizer import offloaded
-from casehard.engine.training import DivergedError, Plain, train_steps, with_progress_bar
+from casehard.engine.training import DivergedError, Plain, StepLoss, train_steps, with_progress_bar
 
 NUM_STEPS = 6
 OPTIMIZERS = {
@@ -58,7 +63,7 @@ def loss_of(net: nn.Module):
 def test_training_is_the_loop_that_one_would_write_by_hand(net, name, schedule, num_warmup_steps, clip_norm):
     settings = Optimizer(0.1, name, schedule, num_warmup_steps, weight_decay=0.01, clip_norm=clip_norm)
     ours, by_hand = net, copy.deepcopy(net)
-    found = list(train_steps(ours, Plain(loss_of(ours)), batch_of, NUM_STEPS, settings))
+    found = [(step, float(loss)) for step, loss in train_steps(ours, Plain(loss_of(ours)), batch_of, NUM_STEPS, settings)]
 
     optimizer, losses = OPTIMIZERS[name](by_hand.parameters()), []
     for step in range(NUM_STEPS):
@@ -155,6 +160,59 @@ def test_an_infinite_loss_stops_too(net, value):
         list(train_steps(net, Plain(lambda _: net(torch.ones(1, 4)).sum() + value), batch_of, 1, Optimizer(0.1)))
 
 
+class Watch(TorchDispatchMode):
+    """Notes what reads a number from a device, and the optimizer's steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._fused_adamw_.default:
+            self.seen.append("step")
+        elif torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            self.seen.append("read")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("behind", "seen"), [(False, ["read", "step"] * 3), (True, ["step", *["step", "read"] * 2, "read"])])
+def test_a_device_that_runs_behind_is_asked_for_a_loss_once_the_next_step_is_queued(net, monkeypatch, behind, seen):
+    monkeypatch.setattr(training, "runs_behind", lambda device: behind)
+    with Watch() as watch:
+        for _ in train_steps(net, Plain(loss_of(net)), batch_of, 3, Optimizer(0.1)):
+            pass
+    assert watch.seen == seen
+
+
+def test_a_loss_that_is_read_late_stops_the_training_with_its_own_step(net, monkeypatch):
+    monkeypatch.setattr(training, "runs_behind", lambda device: True)
+
+    def loss(batch):
+        return loss_of(net)(batch) * (math.nan if batch["step"] == 1 else 1)
+
+    for num_steps in (3, 2):  # another step is queued by then; it is the last
+        steps, taken = train_steps(net, Plain(loss), lambda n: batch_of(n) | {"step": n}, num_steps, Optimizer(0.1)), []
+        with pytest.raises(DivergedError, match=f"it was nan at step 2 of {num_steps}"):
+            taken.extend(steps)
+        assert [step for step, _ in taken] == [1, 2]
+        with pytest.raises(DivergedError, match=f"it was nan at step 2 of {num_steps}"):  # who looks at the model asks first
+            float(taken[1][1])
+        net.load_state_dict({name: torch.ones_like(p) for name, p in net.state_dict().items()})
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_waits_for_no_number(net):
+    net = net.to("cuda")
+    steps = train_steps(net, Plain(loss_of(net)), lambda n: {k: v.cuda() for k, v in batch_of(n).items()}, 4, Optimizer(0.1))
+    next(steps)
+    torch.cuda.set_sync_debug_mode("error")  # an event that is waited for is none of these
+    try:
+        later = [next(steps), next(steps)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(float(loss) > 0 for _, loss in later)
+
+
 def test_nothing_to_train_is_an_error(net):
     with pytest.raises(ValueError, match="nothing to train: no parameter of the model requires a gradient"):
         list(train_steps(net.requires_grad_(False), Plain(loss_of(net)), batch_of, 1, Optimizer(0.1)))
@@ -196,7 +254,7 @@ def trained(checkpoint: str, rank: int, world_size: int) -> tuple[list[float], d
     module.configure_model()
     draw = Batches(examples(), 3, 0, "attack", pad_token_id=0, rank=rank, world_size=world_size)
     optimizer = Optimizer(0.5, "sgd", "linear", 1, clip_norm=0.7)
-    losses = [loss for _, loss in train_steps(module, Plain(module.sft_loss), draw, 4, optimizer)]
+    losses = [float(loss) for _, loss in train_steps(module, Plain(module.sft_loss), draw, 4, optimizer)]
     return losses, {name: p.detach() for name, p in module.named_parameters()}
 
 
@@ -263,10 +321,15 @@ def test_training_without_an_end_is_an_error_that_names_both_settings(checkpoint
     toy_trainer(tmp_path, max_steps=-1, max_epochs=1, limit_train_batches=1).fit(Defense(checkpoint), toy_data())
 
 
+def steps_of(*losses: float) -> Iterator[tuple[int, StepLoss]]:
+    for step, loss in enumerate(losses, start=1):
+        yield step, StepLoss(torch.tensor(loss), step, len(losses), 0.1)
+
+
 @pytest.mark.parametrize("shows", [True, False])
 def test_a_bar_is_seen_where_the_trainer_shows_one(tmp_path, capsys, shows):
     trainer = toy_trainer(tmp_path, enable_progress_bar=shows)
-    losses = [loss for _, loss, _ in with_progress_bar(iter([(1, 0.5), (2, 0.25)]), 2, "Attack", trainer)]
+    losses = [float(loss) for _, loss in with_progress_bar(steps_of(0.5, 0.25), 2, "Attack", trainer)]
     assert losses == [0.5, 0.25]
     assert ("Attack: 100%" in capsys.readouterr().err) == shows
 
@@ -275,14 +338,26 @@ def test_a_bar_is_seen_where_the_trainer_shows_one(tmp_path, capsys, shows):
     ("columns", "shown"), [(80, "finetuning_service, undefended): 2/2, loss=1.500, harmful=94.0"), (160, "100%|")]
 )
 def test_a_bar_shows_what_is_attacked_its_loss_and_its_score_at_any_width(tmp_path, columns, shown):
-    trainer = toy_trainer(tmp_path, enable_progress_bar=True)
-    out = io.StringIO()
-    steps = iter([(1, 2.0), (2, 1.5)])
-    for _, loss, bar in with_progress_bar(
-        steps, 2, "LoRAAttack (finetuning_service, undefended)", trainer, file=out, ncols=columns, mininterval=0
-    ):
-        bar.set_postfix({"loss": f"{loss:.3f}", "harmful": "94.0"})
+    trainer, beside = toy_trainer(tmp_path, enable_progress_bar=True), {}
+    out, name = io.StringIO(), "LoRAAttack (finetuning_service, undefended)"
+    for _ in with_progress_bar(steps_of(2.0, 1.5), 2, name, trainer, beside, file=out, ncols=columns, mininterval=0):
+        beside["harmful"] = "94.0"
     last = out.getvalue().split("\r")[-1].strip()
     assert shown in last
     assert last.startswith("LoRAAttack (finetuning_service, undefended): ")
     assert "loss=1.500, harmful=94.0" in last
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_bar_of_fit_asks_a_device_that_runs_behind_for_losses_once_a_second(checkpoint, tmp_path, monkeypatch, behind):
+    looks = []
+
+    class Bar(ProgressBar):
+        def get_metrics(self, trainer, pl_module):
+            looks.append(trainer.global_step)
+            return super().get_metrics(trainer, pl_module)
+
+    monkeypatch.setattr(lightning_cli, "runs_behind", lambda device: behind)
+    monkeypatch.setattr(lightning_cli, "monotonic", iter([0.4, 0.4, 0.9, 1.5, 1.5, 1.6, 1.6]).__next__)
+    toy_trainer(tmp_path, max_steps=5, enable_progress_bar=True, callbacks=[Bar()]).fit(Defense(checkpoint), toy_data())
+    assert sorted({*looks}) == ([1, 3, 5] if behind else [1, 2, 3, 4, 5])

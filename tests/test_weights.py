@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import bits, on_ranks, same_bits, toy_data, toy_trainer
 
 from casehard import Defense, LoRA, Optimizer
+from casehard.engine import weights
 from casehard.engine.adapters import add_adapter, temporary_adapter
 from casehard.engine.checkpoint import load_model
+from casehard.engine.gradients import add_to_grad
 from casehard.engine.training import Plain, train_steps
 from casehard.engine.weights import NOTHING, attack_vector, borrowed, reshard, restore, shifted, snapshot
 
@@ -336,6 +339,50 @@ def test_the_gradient_at_shifted_weights_lands_on_the_true_ones(checkpoint, dtyp
     assert torch.equal(lm_loss(model), unshifted)
 
 
+class Kernels(TorchDispatchMode):
+    """Counts what a device would be asked to compute."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += not any(name in str(func) for name in ("view", "detach", "alias", "empty"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("bucket", "number"), [(2**25, 2), (140, 4)], ids=["one_a_dtype", "small_buckets"])
+def test_passes_over_all_weights_are_few_kernels_whatever_the_number_of_tensors(monkeypatch, bucket, number):
+    monkeypatch.setattr(weights, "BUCKET", bucket)
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(3, 8) for _ in range(12)]).append(nn.Linear(4, 2, bias=False).bfloat16())
+    tensors, at_start = list(model.parameters()), [p.detach().clone() for p in model.parameters()]
+
+    def kernels(action):
+        with Kernels() as seen:
+            result = action()
+        return seen.number, result
+
+    taken, start = kernels(lambda: snapshot(model))
+    disturb(model)
+    moved = [p.detach().clone() for p in tensors]
+    found, vector = kernels(lambda: attack_vector(model, start))
+    with Kernels() as seen, shifted(model, vector, -0.3):
+        there = [p.detach().clone() for p in tensors]
+    seen.number -= len(tensors)
+    added, _ = kernels(lambda: add_to_grad(model, dict(vector), 0.7))
+    once = [p.grad.clone() for p in tensors]
+    again, _ = kernels(lambda: add_to_grad(model, dict(vector), 0.7))
+    back, _ = kernels(lambda: restore(model, start))
+    assert (taken, found, seen.number, added, again, back) == tuple(number * n for n in (1, 1, 3, 1, 2, 1))
+
+    for i, (p, begin, end) in enumerate(zip(tensors, at_start, moved, strict=True)):
+        delta = end - begin
+        assert torch.equal(list(vector.values())[i], delta)
+        assert torch.equal(there[i], end.clone().add_(delta, alpha=-0.3))
+        assert torch.equal(once[i], 0.7 * delta)
+        assert torch.equal(p.grad, 0.7 * delta + 0.7 * delta)
+        assert torch.equal(p, begin)
+
+
 @pytest.mark.parametrize("ending", [RuntimeError, KeyboardInterrupt])
 def test_shifted_weights_come_back_after_an_exception(small, ending):
     before = bits(small)
@@ -424,7 +471,7 @@ def check_shards(rank: int, checkpoint: str) -> None:
     with borrowed(model) as start:
         (_, first), (_, second) = train_steps(model, Plain(lambda _: lm_loss(model)), lambda _: {}, 2, Optimizer(1e-2))
         assert all(change.abs().max() > 0 for change in attack_vector(model, start).values())
-    assert second < first
+    assert float(second) < float(first)
     assert torch.equal(looked_at(model), unshifted)
 
     # training a borrowed model does what it does in one process, and leaves no trace
@@ -444,7 +491,7 @@ def check_shards(rank: int, checkpoint: str) -> None:
                 for _, loss in train_steps(
                     m, Plain(lambda _, m=m: lm_loss(m)), lambda _: {}, 3, Optimizer(0.1, "sgd", clip_norm=0.5)
                 ):
-                    losses[-1].append(loss)
+                    losses[-1].append(float(loss))
                     looked_at(m)  # scored between steps
                 ends.append(attack_vector(m, start))
                 looked_at(m)
