@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -13,12 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from paired import seconds
 from side_by_side import attacked, fits
 
-from casehard import Backbone, Defense
 from casehard.engine.checkpoint import load_model, load_tokenizer
-from casehard.engine.generation import sample
 from casehard.records.files import write_whole
 from casehard.version import revision
 
@@ -43,44 +39,6 @@ def smollm2(checkpoint: str, folder: str, figures: str) -> None:
     model.save_pretrained(folder)
     load_tokenizer(checkpoint).save_pretrained(folder)
     write_whole(Path(figures), json.dumps({"parameters": model.num_parameters()}))
-
-
-@torch.no_grad()
-def generation(
-    checkpoint: str, device: str, figures: str, num_prompts: int = 100, max_new_tokens: int = 64, num_rounds: int = 3
-) -> None:
-    """New tokens a second in bfloat16, beside the bound: at every step each weight is read once.
-
-    Args:
-        checkpoint: a model's folder, or its sizes alone, which get random weights.
-        device: where to run.
-        figures: file that gets what was found.
-        num_prompts: of 32 random tokens each, answered at once.
-        max_new_tokens: of an answer.
-        num_rounds: after one that does not count; the median counts.
-    """
-    weights = any(Path(checkpoint).glob("*.safetensors"))
-    sizes: dict[str, Any] = {} if weights else {"random_weights": True, "tokenizer": str(ROOT / "models/sandbox/aligned")}
-    module = Defense(checkpoint, backbone=Backbone(weights_dtype="bfloat16", **sizes))
-    module.configure_model()
-    model = module.to(device).eval().model
-    draw = torch.Generator().manual_seed(0)
-    prompts = torch.randint(10, len(module.tokenizer), (num_prompts, 32), generator=draw).tolist()
-    answers: list[list[int]] = []
-
-    def answer() -> None:
-        answers[:] = sample(model, module.tokenizer, prompts, max_new_tokens, batch_size=num_prompts)
-
-    took = statistics.median([seconds(answer) for _ in range(1 + num_rounds)][1:])
-    source = torch.randint(255, (2**30 if device == "cuda" else 2**26,), dtype=torch.uint8, device=device)
-    copied = torch.empty_like(source)
-    bandwidth = 2 * len(source) / min(seconds(lambda: copied.copy_(source)) for _ in range(5))
-    step = sum(p.numel() * p.element_size() for p in model.parameters()) / bandwidth
-    tokens, steps = sum(map(len, answers)), max(map(len, answers))
-    found = {"seconds": took, "tokens": tokens, "steps": steps, "tokens_per_second": tokens / took}
-    found |= {"bandwidth": bandwidth, "bound_tokens_per_second": tokens / (steps * step), "over_bound": took / (steps * step)}
-    write_whole(Path(figures), json.dumps(found))
-    print(found)
 
 
 class Outcomes:

@@ -57,9 +57,10 @@ def _steps(name: str, cap: int, **settings: Any) -> Part:
     return Part(name, cap, "training_step:main", {**REAL, **settings}, {**FEW, **dict.fromkeys(settings)})
 
 
-def _answers(name: str, cap: int, checkpoint: str) -> Part:
-    few = {**SMALL, "num_prompts": 3, "max_new_tokens": 3, "num_rounds": 1}
-    return Part(name, cap, "device_parts:generation", {"checkpoint": checkpoint, "device": "cuda"}, few)
+def _answers(name: str, cap: int, **settings: Any) -> Part:
+    full = {"device": "cuda", "batch_size": 100, "num_pairs": 2, "num_alone": 1, **settings}
+    few = {**SMALL, "prompts": "sandbox:test/harmful#train[:3]", "max_new_tokens": 3, "num_pairs": 1, "num_warmup": 0}
+    return Part(name, cap, "scoring:main", full, {**few, "precision": "float32", "random_weights": False})
 
 
 STAGES = [  # most important first. Parts of a stage run side by side; what is timed has a stage to itself
@@ -76,8 +77,8 @@ STAGES = [  # most important first. Parts of a stage run side by side; what is t
     [_scale("scale_padded", 20, {}, layout="padded", beside=["SBR"], profile=False)],
     [_steps("training_step", 35)],
     [_steps("training_step_graphs", 40, compile_backend="inductor", compile_mode="reduce-overhead")],
-    [_answers("generation", 25, "{smollm2}")],
-    [_answers("generation_1_5b", 25, str(RANDOM["checkpoint"]))],
+    [_answers("generation", 25, checkpoint="{smollm2}", precision="bf16-mixed")],
+    [_answers("generation_1_5b", 25, checkpoint=RANDOM["checkpoint"], precision="bf16", random_weights=True)],
     [
         Part(
             "patcher",

@@ -59,10 +59,8 @@ def _of_steps(found: dict[str, Any]) -> Iterator[str]:
 
 def _of_generation(found: dict[str, Any]) -> Iterator[str]:
     if found:
-        yield (
-            f"{found['tokens_per_second']:.0f} tokens/s, bound {found['bound_tokens_per_second']:.0f}; "
-            f"a token takes {found['over_bound']:.1f} times as long"
-        )
+        speed = f"{found['tokens_per_second']:.0f} tokens/s, at most {found['bound']:.0f} by memory"
+        yield f"{speed}: {found['over_bound']:.1f} times the time; {found['same']} of {found['alone']} answers as one by one"
 
 
 def _of_main_job(found: dict[str, Any]) -> Iterator[str]:
@@ -81,7 +79,7 @@ def _of_patcher(found: dict[str, Any]) -> Iterator[str]:
 LINES: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
     "device_parts:tests": _of_tests,
     "device_parts:main_job": _of_main_job,
-    "device_parts:generation": _of_generation,
+    "scoring:main": _of_generation,
     "scale:main": _of_scale,
     "training_step:main": _of_steps,
     "patcher_against_sft:main": _of_patcher,

@@ -4,7 +4,9 @@ Beside the tokens a second stands the bound that memory sets: a step, of one tok
 What a step takes is what longer answers take more: passes over prompts, and on a GPU the capture of a graph, come once.
 """
 
+import json
 import math
+import statistics
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,7 @@ from casehard.datamodules.chat import prompt_ids
 from casehard.datamodules.sources import read_rows
 from casehard.engine.generation import end_tokens, sample
 from casehard.engine.layouts import Layout, choose, layout_of
+from casehard.records.files import write_whole
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 
@@ -52,6 +55,7 @@ def main(
     layout: Layout | None = None,
     graphs: bool = True,
     random_weights: bool = False,
+    figures: str | None = None,
 ) -> None:
     """Time the answers to all prompts at once against one by one.
 
@@ -68,6 +72,7 @@ def main(
         layout: of the passes; null takes the one for the device.
         graphs: on a CUDA device, replay steps as graphs.
         random_weights: take only the sizes from the checkpoint, and the sandbox's tokenizer.
+        figures: file that gets what the last lines say, as JSON.
     """
     if device == "cuda" and not torch.cuda.is_available():
         print("Skipped: --device cuda needs a CUDA device, and none is here.")
@@ -78,7 +83,8 @@ def main(
         weights_dtype="bfloat16" if precision == "bf16" else "float32",
     )
     module = Defense(checkpoint, backbone=backbone)
-    module.configure_model()
+    with torch.device(device):
+        module.configure_model()
     module.to(device).eval()
     model, tokenizer = module.model, module.tokenizer
     if layout is not None:
@@ -115,6 +121,10 @@ def main(
     weights, rate = bytes_read(model, torch.bfloat16 if mixed else model.dtype), bandwidth(device)
     bound = math.ceil(len(asked) / batch_size) * max(map(len, answers["together"])) * weights / rate
     same = sum(a == b for a, b in zip(answers["one by one"], answers["together"], strict=False))
+    if figures is not None:
+        took = statistics.median(b for _, b in times)
+        found = {"seconds": took, "tokens_per_second": tokens / took, "bound": tokens / bound, "over_bound": took / bound}
+        write_whole(Path(figures), json.dumps(found | {"same": same, "alone": len(alone), "bandwidth": rate, "tokens": tokens}))
     print(f"{len(asked)} prompts, {layout_of(model)}, {precision}; {same} of {len(alone)} answers the same")
     print(f"one by one  {spread(a for a, _ in times)} s")
     print(f"together    {spread(b for _, b in times)} s")

@@ -227,4 +227,4 @@ def test_every_part_runs_on_the_cpu_and_its_figures_are_there(device, tmp_path, 
     assert not [what for what, (value, _) in values.items() if math.isnan(value)]
     assert values["tests marked gpu that fail"] == (0, "met")
     assert values["SFT of Qwen2.5-1.5B, share of peak"][1] == "missed"
-    assert f"{values['SmolLM2, a token over the memory bound'][0]:.1f} times as long" in shown
+    assert f"{values['SmolLM2, a token over the memory bound'][0]:.1f} times the time" in shown
