@@ -213,18 +213,11 @@ def prepare(wheels: str | None, scratch: Path) -> None:
     forkserver.set_forkserver_preload(PRELOADED)
 
 
-def wheels_for(folder: str, python: str) -> None:
-    """Download the wheels that a stock image lacks, in the versions of ``constraints.txt``."""
-    pure = [
-        "--no-deps",
-        "--only-binary=:all:",
-        "--platform=any",
-        "--implementation=py",
-        "--abi=none",
-        f"--python-version={python}",
-    ]
-    command = [sys.executable, "-m", "pip", "download", *pure, "-c", str(ROOT / "constraints.txt"), "-d", folder, *LACKING]
-    subprocess.run(command, check=True)
+def download(folder: str, python: str) -> None:
+    """The wheels that a stock image lacks, in the versions of ``constraints.txt``, for any machine."""
+    pure = ["--no-deps", "--only-binary=:all:", "--platform=any", "--implementation=py", "--abi=none"]
+    where = [f"--python-version={python}", "-c", str(ROOT / "constraints.txt"), "-d", folder]
+    subprocess.run([sys.executable, "-m", "pip", "download", *pure, *where, *LACKING], check=True)
 
 
 def main(
@@ -237,6 +230,8 @@ def main(
     skip: list[str] | None = None,
     seconds: int = LIMIT,
     tiny: bool = False,
+    wheels_for: str | None = None,
+    python: str = "3.12",
 ) -> int:
     """Run the parts that are not done yet, and print the table.
 
@@ -250,10 +245,15 @@ def main(
         skip: names of those to leave out.
         seconds: of the whole call.
         tiny: every part on the CPU with the sandbox, to see that it works; nothing is judged.
+        wheels_for: make the folder of wheels, and no more.
+        python: version that the wheels are for.
 
     Returns:
         Exit status: 1 where a part failed or was cut off.
     """
+    if wheels_for is not None:
+        download(wheels_for, python)
+        return 0
     deadline = time.monotonic() + seconds
     names = [part.name for stage in STAGES for part in stage]
     for name in [*(parts or []), *(skip or [])]:
@@ -289,24 +289,19 @@ def main(
     return int(any(each["status"].startswith(("failed", "cut off", "no time")) for each in check.parts.values()))
 
 
-def from_command_line() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("wheels", "smollm2", "data", "rows"):
+def from_command_line() -> dict[str, Any]:
+    """The arguments of ``main``."""
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("wheels", "smollm2", "data", "rows", "wheels_for"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--out", default="device")
     parser.add_argument("--parts", nargs="+")
     parser.add_argument("--skip", nargs="+")
     parser.add_argument("--seconds", type=int, default=LIMIT)
-    parser.add_argument("--tiny", nargs="?", type=json.loads, const=True, default=False, help="true or false")
-    parser.add_argument("--wheels_for", metavar="FOLDER", help="make the folder of wheels, and stop")
-    parser.add_argument("--python", default="3.12", help="of the image that the wheels are for")
-    settings = vars(parser.parse_args())
-    folder, python = settings.pop("wheels_for"), settings.pop("python")
-    if folder is not None:
-        wheels_for(folder, python)
-    else:
-        sys.exit(main(**settings))
+    parser.add_argument("--tiny", nargs="?", type=json.loads, const=True, default=False)
+    parser.add_argument("--python", default="3.12")
+    return vars(parser.parse_args())
 
 
 if __name__ == "__main__":
-    from_command_line()
+    sys.exit(main(**from_command_line()))

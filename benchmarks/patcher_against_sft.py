@@ -99,7 +99,7 @@ def main(
     passes = num_sft_steps + num_rounds * (num_inner_steps + 2 * num_outer_steps)
     adamw = {"learning_rate": learning_rate}
     attack = {
-        **{"threat_model": "open_weight", "poison_ratio": 0.2, "num_samples": 400, "batch_size": batch_size, "optimizer": adamw},
+        **{"threat_model": "open_weight", "poison_ratio": 0.2, "num_samples": 200, "batch_size": batch_size, "optimizer": adamw},
         **{"num_attack_steps": score_steps[-1], "score_steps": score_steps},
     }
     inner = {"num_inner_steps": num_inner_steps, "batch_size": batch_size, "optimizer": adamw}
