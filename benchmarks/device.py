@@ -283,6 +283,8 @@ def main(
                 say("a forked process cannot use the device: every part imports for itself")
                 how = "spawn"
                 check.run(stage, scratch, how, deadline)
+                if check.parts["machine"]["status"] == "failed":
+                    break
         say("\n" + "\n".join(table(check.parts, judged(check.parts, tiny))))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -60,28 +60,22 @@ class Outcomes:
         write_whole(Path(self.figures), json.dumps(self.found))
 
 
-def tests(files: list[str], figures: str) -> None:
-    """Run the tests marked gpu in the files that have some. What a newer version of a package warns of fails no test here."""
+def tests(files: list[str], workers: int, figures: str) -> None:
+    """Run the tests marked gpu. What another version of a package warns of fails none of them.
+
+    Args:
+        files: with the tests; all that have some where there is none.
+        workers: processes that share them; 0 for this one.
+        figures: file that gets what is known so far.
+    """
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:  # of tests that run this
         del os.environ[name]
     named = [str(ROOT / file) for file in files] or [
         str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")
     ]
-    settings = [
-        "-m",
-        "gpu",
-        "-n",
-        "0",
-        "-W",
-        "default",
-        "-rfE",
-        "--durations=0",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(ROOT),
-    ]
-    sys.exit(pytest.main([*settings, "-c", str(ROOT / "pyproject.toml"), *named], plugins=[Outcomes(figures)]))
+    shared = ["-n", str(workers), "--dist", "load", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    settings = ["-m", "gpu", "-W", "default", "-rfE", "-c", str(ROOT / "pyproject.toml")]
+    sys.exit(pytest.main([*settings, *shared, *named], plugins=[Outcomes(figures)]))
 
 
 def main_job(devices: list[str], settings: list[str], figures: str) -> None:

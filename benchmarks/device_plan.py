@@ -64,9 +64,11 @@ def _answers(name: str, cap: int, **settings: Any) -> Part:
 
 
 STAGES = [  # most important first. Parts of a stage run side by side; what is timed has a stage to itself
-    [Part("machine", 15, "device_parts:machine", {"device": "cuda"}, {"device": "cpu"})],
+    [Part("machine", 45, "device_parts:machine", {"device": "cuda"}, {"device": "cpu"})],
     [
-        Part("tests", 70, "device_parts:tests", {"files": []}, {"files": ["tests/test_benchmarks.py"]}),
+        Part(
+            "tests", 70, "device_parts:tests", {"files": [], "workers": 6}, {"files": ["tests/test_benchmarks.py"], "workers": 0}
+        ),
         Part("main_job", 70, "device_parts:main_job", {"devices": ["cuda", "cpu"], "settings": []}, ONE_STEP),
         Part("smollm2", 60, "device_parts:smollm2", {"checkpoint": "{gguf}", "folder": "{smollm2}"}),
     ],
