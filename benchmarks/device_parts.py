@@ -14,7 +14,7 @@ import pytest
 import torch
 from side_by_side import attacked, fits
 
-from casehard.engine.checkpoint import load_model, load_tokenizer
+from casehard.lightning_modules.backbone import Backbone
 from casehard.records.files import write_whole
 from casehard.version import revision
 
@@ -35,9 +35,9 @@ def machine(device: str, figures: str) -> None:
 
 def smollm2(checkpoint: str, folder: str, figures: str) -> None:
     """Leave the model of a GGUF file as a Hugging Face folder, which loads at once."""
-    model = load_model(checkpoint, torch.float32, False, None)
+    model = Backbone().load(checkpoint)
     model.save_pretrained(folder)
-    load_tokenizer(checkpoint).save_pretrained(folder)
+    Backbone().load_tokenizer(checkpoint).save_pretrained(folder)
     write_whole(Path(figures), json.dumps({"parameters": model.num_parameters()}))
 
 

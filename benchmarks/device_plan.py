@@ -16,7 +16,10 @@ TINY = {
     **{"batch_size": 2, "length": 24, "layers": 1, "profile": False},
     **{"num_steps": 1, "num_inner_steps": 1, "num_blocks": 1, "num_warmup": 0},
 }
-REAL = {"checkpoint": "{smollm2}", "rows": "{rows}", "num_pairs": 30, "num_warmup": 3, "device": "cuda"}
+REAL = {
+    **{"checkpoint": "{smollm2}", "rows": "{rows}", "num_pairs": 30, "num_warmup": 3, "device": "cuda"},
+    **{"precisions": ["bfloat16", "float32"]},
+}
 SMALL = {"checkpoint": str(ROOT / "models/sandbox/aligned"), "device": "cpu"}
 FEW = {**SMALL, "rows": "sandbox:attacker/harmful#train[:24]", "batch_size": 2, "num_pairs": 2, "num_warmup": 1}
 ONE_ATTACK = {
@@ -123,10 +126,10 @@ class Goal:
         return value, "not measured" if math.isnan(value) else "met" if self.least <= value <= self.most else "missed"
 
 
-def _scaled(figures: dict[str, Any]) -> dict[str, Any]:
-    """The kinds of the variant that trains fastest by SFT."""
-    variants = [found["kinds"] for name, found in figures.items() if name.startswith("scale") and "SFT" in found.get("kinds", {})]
-    return dict(max(variants, key=lambda kinds: float(kinds["SFT"]["share_of_peak"])))
+def _scaled(figures: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A kind under the variant that trains fastest by SFT, of those that it was measured under."""
+    variants = [found["kinds"] for name, found in figures.items() if name.startswith("scale") and kind in found.get("kinds", {})]
+    return dict(max(variants, key=lambda kinds: float(kinds["SFT"]["share_of_peak"]))[kind])
 
 
 def median(values: Sequence[float]) -> float:
@@ -143,11 +146,11 @@ def _ratios(figures: dict[str, Any]) -> list[list[float]]:
 
 GOALS = [
     Goal("tests marked gpu that fail", lambda f: len(f["tests"]["failed"]) if f["tests"]["passed"] else math.nan, most=0),
-    Goal("SFT of Qwen2.5-1.5B, share of peak", lambda f: _scaled(f)["SFT"]["share_of_peak"], least=0.5),
-    Goal("SBR over SFT, seconds a step", lambda f: median(_scaled(f)["SBR"]["over_sft"]), most=1.03),
+    Goal("SFT of Qwen2.5-1.5B, share of peak", lambda f: _scaled(f, "SFT")["share_of_peak"], least=0.5),
+    Goal("SBR over SFT, seconds a step", lambda f: median(_scaled(f, "SBR")["over_sft"]), most=1.03),
     Goal(
         "Patcher over SFT, over its limit",
-        lambda f: median(_scaled(f)["Patcher"]["over_sft"]) / _scaled(f)["Patcher"]["limit"],
+        lambda f: median(_scaled(f, "Patcher")["over_sft"]) / _scaled(f, "Patcher")["limit"],
         most=1.03,
     ),
     Goal("SmolLM2 on real rows over plain, median", lambda f: max(median(ratios) for ratios in _ratios(f)), most=0.6),

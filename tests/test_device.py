@@ -191,6 +191,33 @@ def test_wheels_are_of_the_versions_that_the_tests_passed_with(device):
     assert set(device.LACKING) - {"liger_kernel"} <= fixed  # which no test here can use
 
 
+def test_a_goal_is_judged_by_the_fastest_variant_that_has_its_figure(device):
+    from device_plan import judged
+
+    def scale(share: float, **over_sft: float) -> dict:
+        kinds = {
+            kind: {"over_sft": [over], "limit": 2.75, "share_of_peak": share} for kind, over in {"SFT": 1.0, **over_sft}.items()
+        }
+        return {"figures": {"kinds": kinds}}
+
+    parts = {"machine": {"figures": {"gib": 80}}, "scale": scale(0.4, SBR=1.1, Patcher=2.8), "scale_liger": scale(0.45, SBR=1.02)}
+    parts |= {"scale_padded": scale(0.51), "scale_compiled": {"status": "left out: needs --x"}}
+    parts["training_step"] = {
+        "figures": {"precisions": {"float32": {"ratios": [0.5, 0.6, 0.7]}, "bfloat16": {"ratios": [0.4, 0.3, 2.0]}}}
+    }
+    parts["training_step_graphs"] = {"figures": {"precisions": {"bfloat16": {"ratios": [0.7, 0.7]}}}}
+    assert judged(parts, tiny=False) == {
+        "tests marked gpu that fail": (pytest.approx(math.nan, nan_ok=True), "not measured"),
+        "SFT of Qwen2.5-1.5B, share of peak": (0.51, "met"),
+        "SBR over SFT, seconds a step": (1.02, "met"),
+        "Patcher over SFT, over its limit": (pytest.approx(2.8 / 2.75), "met"),
+        "SmolLM2 on real rows over plain, median": (0.6, "met"),
+        "SmolLM2 on real rows over plain, worst step": (2.0, "missed"),
+        "SmolLM2, a token over the memory bound": (pytest.approx(math.nan, nan_ok=True), "not measured"),
+        "Qwen2.5-1.5B, a token over the memory bound": (pytest.approx(math.nan, nan_ok=True), "not measured"),
+    }
+
+
 def test_real_rows_are_split_so_that_nothing_scored_is_trained_on(device, tmp_path):
     from patcher_against_sft import split
 
