@@ -60,7 +60,8 @@ def _of_steps(found: dict[str, Any]) -> Iterator[str]:
 def _of_generation(found: dict[str, Any]) -> Iterator[str]:
     if found:
         speed = f"{found['tokens_per_second']:.0f} tokens/s, at most {found['bound']:.0f} by memory"
-        yield f"{speed}: {found['over_bound']:.1f} times the time; {found['same']} of {found['alone']} answers as one by one"
+        step = f", a step alone {found['step_over_bound']:.1f}" if "step_over_bound" in found else ""
+        yield f"{speed}: {found['over_bound']:.1f} times the time{step}; {found['same']} of {found['alone']} answers alike"
 
 
 def _of_main_job(found: dict[str, Any]) -> Iterator[str]:

@@ -121,10 +121,6 @@ def main(
     weights, rate = bytes_read(model, torch.bfloat16 if mixed else model.dtype), bandwidth(device)
     bound = math.ceil(len(asked) / batch_size) * max(map(len, answers["together"])) * weights / rate
     same = sum(a == b for a, b in zip(answers["one by one"], answers["together"], strict=False))
-    if figures is not None:
-        took = statistics.median(b for _, b in times)
-        found = {"seconds": took, "tokens_per_second": tokens / took, "bound": tokens / bound, "over_bound": took / bound}
-        write_whole(Path(figures), json.dumps(found | {"same": same, "alone": len(alone), "bandwidth": rate, "tokens": tokens}))
     print(f"{len(asked)} prompts, {layout_of(model)}, {precision}; {same} of {len(alone)} answers the same")
     print(f"one by one  {spread(a for a, _ in times)} s")
     print(f"together    {spread(b for _, b in times)} s")
@@ -133,10 +129,22 @@ def main(
     print(f"at most     {tokens / bound:.0f}: a step reads {weights / 1e6:.3g} MB of weights, at {rate / 1e9:.3g} GB/s")
     print(f"over bound  {spread((b / bound for _, b in times), '.1f')}")
     chunks, most, half = math.ceil(len(asked) / batch_size), *(max(map(len, answers[name])) for name in ("together", "half"))
+    took = statistics.median(b for _, b in times)
+    found = {
+        "seconds": took,
+        "tokens": tokens,
+        "tokens_per_second": tokens / took,
+        "bound": tokens / bound,
+        "over_bound": took / bound,
+    }
+    found |= {"same": same, "alone": len(alone), "bandwidth": rate}
     if most > half:
         steps = [(b - a) / (chunks * (most - half)) for a, b in lengths]
+        found["step_over_bound"] = statistics.median(steps) * rate / weights
         print(f"a step      {spread((1e3 * each for each in steps), '.3g')} ms")
         print(f"over bound  {spread((each * rate / weights for each in steps), '.1f')}")
+    if figures is not None:
+        write_whole(Path(figures), json.dumps(found))
 
 
 if __name__ == "__main__":
