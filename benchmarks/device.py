@@ -63,13 +63,14 @@ class Running:
     """
 
     def __init__(self, part: Part, settings: dict[str, Any], scratch: Path, how: str) -> None:
-        self.part, self.begun = part, time.monotonic()
+        self.part = part
         self.log, self.figures = scratch / f"{part.name}.log", scratch / f"{part.name}.json"
         self.figures.unlink(missing_ok=True)
         self.looked_at = 0
         args = (part.call, {**settings, "figures": str(self.figures)}, str(self.log), sys.path)
         self.process = mp.get_context(how).Process(target=run_part, args=args)  # type: ignore[attr-defined]
-        self.process.start()
+        self.process.start()  # the first one waits for the server's imports
+        self.begun = time.monotonic()
 
     def has_news(self) -> bool:
         """Whether it has left other figures since it was last asked."""
