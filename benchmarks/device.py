@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -134,12 +135,14 @@ class Check:
     def planned(self, part: Part, chosen: Collection[str], given: Mapping[str, str | None]) -> tuple[Part, dict[str, Any]] | None:
         """A part that is to run, with its settings; None where it is not. Says which."""
         settings, missing = filled({**part.settings, **part.tiny} if self.tiny else part.settings, given)
+        if part.package is not None and not self.tiny and find_spec(part.package) is None:
+            missing.append(part.package)
         again = part.name in ("machine", "smollm2")  # which the others need
         plan = f"at most {part.cap} s"
         if part.name not in chosen or (missing and again):
             plan = "left out"
         elif missing:
-            plan = f"left out: needs {', '.join(f'--{name}' for name in missing)}"
+            plan = f"left out: needs {', '.join(missing)}"
             self.put(part.name, {"status": plan, "seconds": 0.0})
         elif self.parts.get(part.name, {}).get("status") == "done" and not again:
             plan = "done before"
@@ -196,7 +199,7 @@ def filled(settings: Mapping[str, Any], given: Mapping[str, str | None]) -> tupl
     for name, value in settings.items():
         if isinstance(value, str) and (asked := re.fullmatch(r"{(\w+)}", value)):
             full[name] = given[asked[1]]
-            missing += [asked[1]] if given[asked[1]] is None else []
+            missing += [f"--{asked[1]}"] if given[asked[1]] is None else []
     return full, missing
 
 
@@ -268,10 +271,10 @@ def main(
     given["smollm2"] = str(scratch / "smollm2") if given["gguf"] else given["smollm2"]
     chosen = {"machine", "smollm2", *(name for name in parts or names if name not in (skip or []))}
     say(f"at most {seconds} s; what is found goes to {check.file}")
-    stages = [[each for part in stage if (each := check.planned(part, chosen, given))] for stage in STAGES]
     how = "forkserver"
     try:
         prepare(wheels, scratch)
+        stages = [[each for part in stage if (each := check.planned(part, chosen, given))] for stage in STAGES]
         for stage in stages:
             if time.monotonic() > deadline:
                 for part, _ in stage:

@@ -43,6 +43,7 @@ class Part:
         call: ``script:function``.
         settings: arguments of the function; ``{smollm2}`` is what ``--smollm2`` said, and so on, without which it is left out.
         tiny: those that are others under ``--tiny``.
+        package: without which it is left out, but for ``--tiny``.
     """
 
     name: str
@@ -50,10 +51,11 @@ class Part:
     call: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    package: str | None = None
 
 
-def _scale(name: str, cap: int, tiny: Mapping[str, Any], **settings: Any) -> Part:
-    return Part(name, cap, "scale:main", {**RANDOM, **BLOCKS, **settings}, {**SMALL, **TINY, **tiny})
+def _scale(name: str, cap: int, tiny: Mapping[str, Any], package: str | None = None, **settings: Any) -> Part:
+    return Part(name, cap, "scale:main", {**RANDOM, **BLOCKS, **settings}, {**SMALL, **TINY, **tiny}, package)
 
 
 def _steps(name: str, cap: int, **settings: Any) -> Part:
@@ -77,7 +79,7 @@ STAGES = [  # most important first. Parts of a stage run side by side; what is t
     ],
     [_scale("scale", 50, {"profile": True})],
     [_scale("scale_compiled", 50, {"compile_backend": None}, compile_backend="inductor")],
-    [_scale("scale_liger", 30, {"kernels": None}, kernels="liger")],
+    [_scale("scale_liger", 30, {"kernels": None}, "liger_kernel", kernels="liger")],
     [_scale("scale_fsdp2", 30, {}, strategy=str(ROOT / "experiments/cluster/one_gpu.yaml"))],
     [_scale("scale_padded", 20, {}, layout="padded", beside=["SBR"], profile=False)],
     [_steps("training_step", 35)],

@@ -70,7 +70,7 @@ def fakes(device, monkeypatch, tmp_path):
     sys.path.insert(0, str(tmp_path))
 
     def put(*stages: list[tuple]) -> None:
-        parts = [[device.Part(name, cap, f"fakes:{call}", given) for name, cap, call, given in stage] for stage in stages]
+        parts = [[device.Part(name, cap, f"fakes:{call}", *given) for name, cap, call, *given in stage] for stage in stages]
         monkeypatch.setattr(device, "STAGES", parts)
 
     def call(**settings) -> int:
@@ -95,7 +95,11 @@ def test_a_part_that_fails_or_outstays_its_cap_is_said_so_and_the_rest_goes_on(f
             ("endless", *endless, {}),
             *([("reader", 4, "reader", {"file": file})] if endless == (1, "endless") else []),
         ]
-        last = [("last", 30, "good", {"value": 2}), ("needy", 30, "good", {"model": "{smollm2}"})]
+        last = [
+            ("last", 30, "good", {"value": 2}, {}, "from_a_wheel"),
+            ("needy", 30, "good", {"model": "{smollm2}"}),
+            ("poor", 30, "good", {}, {}, "no_such_package"),
+        ]
         return [[("machine", 30, "good", {})], side_by_side, last]
 
     put(*stages(1, "endless"))
@@ -109,6 +113,7 @@ def test_a_part_that_fails_or_outstays_its_cap_is_said_so_and_the_rest_goes_on(f
         "reader": "done",  # so what endless had found was on disk while it ran
         "last": "done",
         "needy": "left out: needs --smollm2",
+        "poor": "left out: needs no_such_package",
     }
     assert [found[name]["figures"]["value"] for name in ("first", "last")] == [1, 2]
     assert found["last"]["figures"]["wheel"] == "wheel"
@@ -126,7 +131,7 @@ def test_a_part_that_fails_or_outstays_its_cap_is_said_so_and_the_rest_goes_on(f
     put(*stages(30, "good"))
     assert call() == 0
     again = kept()
-    assert {each["status"] for name, each in again.items() if name != "needy"} == {"done"}
+    assert {each["status"] for name, each in again.items() if name not in ("needy", "poor")} == {"done"}
     assert [again[name]["figures"] for name in ("first", "last")] == [found[name]["figures"] for name in ("first", "last")]
     assert "  first                done before\n" in capsys.readouterr().out
     assert call(smollm2=str(tmp_path), parts=["needy"]) == 0
