@@ -4,7 +4,9 @@ Beside the tokens a second stands the bound that memory sets: a step, of one tok
 What a step takes is what longer answers take more: passes over prompts, and on a GPU the capture of a graph, come once.
 """
 
+import json
 import math
+import statistics
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,7 @@ from casehard.datamodules.chat import prompt_ids
 from casehard.datamodules.sources import read_rows
 from casehard.engine.generation import end_tokens, sample
 from casehard.engine.layouts import Layout, choose, layout_of
+from casehard.records.files import write_whole
 
 SANDBOX = Path(__file__).parent.parent / "models/sandbox/aligned"
 
@@ -52,6 +55,7 @@ def main(
     layout: Layout | None = None,
     graphs: bool = True,
     random_weights: bool = False,
+    figures: str | None = None,
 ) -> None:
     """Time the answers to all prompts at once against one by one.
 
@@ -68,6 +72,7 @@ def main(
         layout: of the passes; null takes the one for the device.
         graphs: on a CUDA device, replay steps as graphs.
         random_weights: take only the sizes from the checkpoint, and the sandbox's tokenizer.
+        figures: file that gets what the last lines say, as JSON.
     """
     if device == "cuda" and not torch.cuda.is_available():
         print("Skipped: --device cuda needs a CUDA device, and none is here.")
@@ -78,7 +83,8 @@ def main(
         weights_dtype="bfloat16" if precision == "bf16" else "float32",
     )
     module = Defense(checkpoint, backbone=backbone)
-    module.configure_model()
+    with torch.device(device):
+        module.configure_model()
     module.to(device).eval()
     model, tokenizer = module.model, module.tokenizer
     if layout is not None:
@@ -123,10 +129,22 @@ def main(
     print(f"at most     {tokens / bound:.0f}: a step reads {weights / 1e6:.3g} MB of weights, at {rate / 1e9:.3g} GB/s")
     print(f"over bound  {spread((b / bound for _, b in times), '.1f')}")
     chunks, most, half = math.ceil(len(asked) / batch_size), *(max(map(len, answers[name])) for name in ("together", "half"))
+    took = statistics.median(b for _, b in times)
+    found = {
+        "seconds": took,
+        "tokens": tokens,
+        "tokens_per_second": tokens / took,
+        "bound": tokens / bound,
+        "over_bound": took / bound,
+    }
+    found |= {"same": same, "alone": len(alone), "bandwidth": rate}
     if most > half:
         steps = [(b - a) / (chunks * (most - half)) for a, b in lengths]
+        found["step_over_bound"] = statistics.median(steps) * rate / weights
         print(f"a step      {spread((1e3 * each for each in steps), '.3g')} ms")
         print(f"over bound  {spread((each * rate / weights for each in steps), '.1f')}")
+    if figures is not None:
+        write_whole(Path(figures), json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Which casehard this is."""
 
 import subprocess
-from importlib.metadata import version
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -24,6 +25,17 @@ def revision(root: Path = PACKAGE.parent) -> str:
     return BUILT.read_text(encoding="utf-8").strip() if BUILT.exists() else "unknown"
 
 
+def version_of(package: str) -> str:
+    """The version of a package that is installed; casehard's own where it is not: that of the checkout that this is."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        if package != "casehard":
+            raise
+        project: str = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+        return project
+
+
 def described() -> str:
     """Version and revision, as ``casehard --version`` prints them."""
-    return f"casehard {version('casehard')}, git revision {revision()}"
+    return f"casehard {version_of('casehard')}, git revision {revision()}"

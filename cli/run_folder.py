@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from casehard.datamodules.fingerprint import Origin
 from casehard.metrics.errors import SettingError
 from casehard.records.files import DONE, RUN_FOLDER, config_hash, write_whole
-from casehard.version import revision
+from casehard.version import revision, version_of
 
 CONFIG, LAST = "config.yaml", Path("checkpoints", "last.ckpt")  # in a run's folder
 OF_A_START = {".lock", CONFIG, "wandb"}  # what a run leaves before it does anything
@@ -170,7 +169,7 @@ def write_marker(folder: Path, config: str, origins: Sequence[Origin], facts: di
         **facts,
         "config": config_hash(config),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "revision": revision()} | {name: version(name) for name in NAMED},
+        "versions": {"python": platform.python_version(), "revision": revision()} | {name: version_of(name) for name in NAMED},
         **rests_on(yaml.safe_load(config), origins, NAMED, STARTED),
         **leaves(folder),
     }

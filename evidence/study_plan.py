@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from casehard.records.files import DONE, config_hash
 from casehard.records.marker import Marker, changes, read_marker
 from casehard.records.outcome import first_broken
 from casehard.records.rows import read_run
+from casehard.version import version_of
 
 INDEX = "cells.json"  # in the study's folder: which runs are its cells
 
@@ -125,7 +125,7 @@ class Cell:
         marker, path = self.marker(), Path(self.folder, DONE)
         if marker is None:
             return f"{path} is no marker of this casehard's" if path.exists() and read_marker(path.parent) is None else ""
-        before, now = marker["versions"].get("casehard"), version("casehard")
+        before, now = marker["versions"].get("casehard"), version_of("casehard")
         return f"casehard {before} is {now} now" if before != now else next(changes(marker, Path(self.folder)), "")
 
 

@@ -20,6 +20,7 @@ LONG = [
     "attacks",
     "distributed_adapters",
     "cli",
+    "device",
     "attack_ranks",
     "study",
     "docs",

@@ -4,6 +4,7 @@
 """
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy import ROOT
 
 from casehard import Backbone, Defense
-from casehard.datamodules.chat import collate
+from casehard.datamodules.batches import Batches
+from casehard.datamodules.chat import collate, encode_rows
+from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import run
 
 SHORT = {"batch_size": 2, "length": 24, "num_steps": 2, "num_inner_steps": 1, "num_blocks": 1, "num_warmup": 0}
@@ -52,6 +55,20 @@ def test_without_a_gpu_it_says_so_and_skips(scale, checkpoint, capsys, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     scale.main(checkpoint, device="cuda")
     assert capsys.readouterr().out == "Skipped: --device cuda needs a CUDA device, and none is here.\n"
+
+
+def test_what_takes_longest_is_listed_with_its_calls(scale):
+    matrix = torch.ones(500, 500)
+
+    def action() -> None:
+        for _ in range(3):
+            matrix @ matrix
+        matrix.sum()
+
+    worked, longest = scale.top_kernels(action, "cpu", most=2)
+    assert [(kernel["name"], kernel["calls"]) for kernel in longest] == [("aten::mm", 3), ("aten::sum", 1)]
+    assert longest[0]["ms"] > longest[1]["ms"] > 0
+    assert [kernel["share"] for kernel in longest] == [pytest.approx(kernel["ms"] / 1e3 / worked) for kernel in longest]
 
 
 @pytest.mark.gpu
@@ -94,6 +111,31 @@ def test_what_is_to_be_computed_is_what_torch_counts(scale, checkpoint, tied):
     assert scale.model_flops(module.model, tokens, 3 * rows, length) + skipped == pytest.approx(
         counter.get_total_flops(), rel=0.01
     )
+
+
+def test_a_training_step_says_how_many_sizes_there_were_and_which_steps_had_a_new_one(checkpoint, monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import training_step
+
+    kept, rows = tmp_path / "f.json", "sandbox:attacker/harmful#train[:40]"
+    training_step.main(checkpoint, rows, batch_size=2, num_pairs=6, num_warmup=2, precisions=["float32"], figures=str(kept))
+    found = json.loads(kept.read_text())["precisions"]["float32"]
+
+    tokenizer = Defense(checkpoint).tokenizer
+    draw = Batches(encode_rows(read_rows(rows), tokenizer, 512)[0], 2, 0, "benchmark", tokenizer.pad_token_id)
+    shapes = [draw(step)["input_ids"].shape for step in range(8)]
+    new = [shape not in shapes[:step] for step, shape in enumerate(shapes)]
+    assert 1 < sum(new) < 8
+    assert (found["sizes"]["plain"], found["new_size"]["plain"]) == (sum(new), new[2:])
+    assert found["sizes"]["casehard"] == sum(new)  # two such rows do not fold
+    assert len(found["plain"]) == len(found["casehard"]) == len(found["new_size"]["casehard"]) == 6
+    assert found["ratios"] == [b / a for a, b in zip(found["plain"], found["casehard"], strict=True)]
+    line = capsys.readouterr().out.splitlines()[-2].split()
+    assert line[0] == "casehard"
+    assert [float(value.strip("()")) for value in (line[1], line[4])] == [
+        pytest.approx(value, abs=1e-4) for value in (statistics.median(found["casehard"]), max(found["casehard"]))
+    ]
+    assert line[-2:] == [str(found["sizes"]["casehard"]), str(sum(found["new_size"]["casehard"]))]
 
 
 def test_the_parallel_form_is_compared_with_what_the_threads_allow(monkeypatch, capsys, tmp_path):

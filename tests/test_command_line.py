@@ -4,6 +4,7 @@ import logging
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from casehard.cli.lightning_cli import Cli
 from casehard.cli.machine import LIGHTNING, is_news
 from casehard.cli.main import OTHERS, TRAINING
 from casehard.shipped import experiment
-from casehard.version import revision
+from casehard.version import revision, version_of
 
 # ---- commands
 
@@ -39,6 +40,16 @@ def test_version_and_revision_are_those_of_the_checkout(call, tmp_path):
     assert revision().removesuffix("-dirty") == head[:12]
     assert call("--version") == f"casehard 0.1.0, git revision {revision()}\n"
     assert revision(tmp_path) == "unknown"
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(call, monkeypatch):
+    def version(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("casehard.version.version", version)
+    assert call("--version") == f"casehard 0.1.0, git revision {revision()}\n"
+    with pytest.raises(PackageNotFoundError, match="torch"):
+        version_of("torch")
 
 
 # ---- names

@@ -308,7 +308,7 @@ def test_a_cell_whose_files_change_while_it_runs_says_so(rested, tmp_path, comma
 
 
 def test_a_cell_of_another_casehard_runs_again(rested, monkeypatch, capsys):
-    monkeypatch.setattr("casehard.evidence.study_plan.version", lambda _: "99.0")
+    monkeypatch.setattr("casehard.evidence.study_plan.version_of", lambda _: "99.0")
     assert ran_again(rested) == ["a"]
     assert f"a: casehard {version('casehard')} is 99.0 now" in capsys.readouterr().out
 
