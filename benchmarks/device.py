@@ -203,6 +203,20 @@ def filled(settings: Mapping[str, Any], given: Mapping[str, str | None]) -> tupl
     return full, missing
 
 
+def placed(smollm2: str | None, data: str | None, rows: str | None, scratch: Path) -> dict[str, str | None]:
+    """What was given, by the names that ``device_plan.Part`` fills in, its paths good in any folder."""
+    model = smollm2 and str(Path(smollm2).resolve())
+    gguf = model if model and model.endswith(".gguf") else None
+    folder = data and str(Path(data).resolve())
+    source = str(Path(rows).resolve()) if rows and Path(rows).exists() else rows
+    return {
+        "smollm2": str(scratch / "smollm2") if gguf else model,
+        "gguf": gguf,
+        "data": folder,
+        "rows": source or (folder and f"{folder}/sst2_beavertails_train.json"),
+    }
+
+
 def prepare(wheels: str | None, scratch: Path) -> None:
     """Make what is imported importable, here and in all processes: the repository, the scripts here, the wheels unpacked."""
     site = scratch / "site-packages"  # whose modules count as installed
@@ -264,11 +278,7 @@ def main(
         if name not in names:
             sys.exit(f"--parts and --skip must name parts, of {', '.join(names)}, got {name}.")
     check, scratch = Check(Path(out).resolve(), tiny), Path(tempfile.mkdtemp(prefix="casehard_device_"))
-    given = {name: value and str(Path(value).resolve()) for name, value in (("smollm2", smollm2), ("data", data))}
-    given["rows"] = str(Path(rows).resolve()) if rows and Path(rows).exists() else rows
-    given["rows"] = given["rows"] or (data and f"{given['data']}/sst2_beavertails_train.json")
-    given["gguf"] = given["smollm2"] if smollm2 is not None and smollm2.endswith(".gguf") else None
-    given["smollm2"] = str(scratch / "smollm2") if given["gguf"] else given["smollm2"]
+    given = placed(smollm2, data, rows, scratch)
     chosen = {"machine", "smollm2", *(name for name in parts or names if name not in (skip or []))}
     say(f"at most {seconds} s; what is found goes to {check.file}")
     how = "forkserver"
@@ -278,9 +288,8 @@ def main(
         for stage in stages:
             if time.monotonic() > deadline:
                 for part, _ in stage:
-                    check.put(
-                        part.name, {"figures": {}, **check.parts.get(part.name, {}), "status": "no time left", "seconds": 0.0}
-                    )
+                    before = check.parts.get(part.name, {})
+                    check.put(part.name, {"figures": {}, **before, "status": "no time left", "seconds": 0.0})
                 continue
             check.run(stage, scratch, how, deadline)
             if stage is stages[0] and check.parts["machine"]["status"] == "failed":

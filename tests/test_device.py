@@ -191,6 +191,23 @@ def test_parts_fit_into_the_call_and_what_is_timed_runs_alone(device):
         assert len(stage) == 1 or not any(part.name.startswith(("scale", "training_step", "generation")) for part in stage)
 
 
+def test_what_is_given_is_found_from_any_folder(device, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").touch()
+    found = device.placed("m.gguf", "data", None, tmp_path / "scratch")
+    assert found == {
+        "smollm2": f"{tmp_path}/scratch/smollm2",
+        "gguf": f"{tmp_path}/m.gguf",
+        "data": f"{tmp_path}/data",
+        "rows": f"{tmp_path}/data/sst2_beavertails_train.json",
+    }
+    assert device.placed("model", None, "mine.json", tmp_path) == {
+        "smollm2": f"{tmp_path}/model", "gguf": None, "data": None, "rows": f"{tmp_path}/mine.json",
+    }  # fmt: skip
+    assert device.placed(None, None, "sandbox:test/mood", tmp_path)["rows"] == "sandbox:test/mood"
+    assert set(device.placed(None, None, None, tmp_path).values()) == {None}
+
+
 def test_wheels_are_of_the_versions_that_the_tests_passed_with(device):
     fixed = {line.partition("==")[0].lower().replace("-", "_") for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert set(device.LACKING) - {"liger_kernel"} <= fixed  # which no test here can use
