@@ -11,7 +11,6 @@ from paired import paired, seconds, spread
 from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.sources import read_rows
-from casehard.engine.forward import Batch
 from casehard.engine.kernels import require_device
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.training import Plain, StepLoss, train_steps
@@ -57,18 +56,16 @@ def main(
 
     def steps_of(backbone: Backbone) -> Iterator[tuple[int, StepLoss]]:
         module = Defense(checkpoint, backbone=backbone)
-        module.configure_model()
-        module.to(device)
+        with torch.device(device):
+            module.configure_model()
         examples, _ = encode_rows(read_rows(rows), module.tokenizer, max_length)
         draw = Batches(examples, batch_size, seed, "benchmark", module.tokenizer.pad_token_id)
-
-        def batches(step: int) -> Batch:
-            return {name: tensor.to(device) for name, tensor in draw(step).items()}
 
         def context() -> torch.autocast:
             return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
-        return train_steps(module, Plain(module.sft_loss), batches, 1 + num_warmup + num_pairs, Optimizer(1e-12), context)
+        num_steps, batches = 1 + num_warmup + num_pairs, lambda step: module.placed(draw(step))
+        return train_steps(module, Plain(module.sft_loss), batches, num_steps, Optimizer(1e-12), context)
 
     plain = steps_of(Backbone())
     fast = steps_of(Backbone(compile_backend=backend, compile_mode=compile_mode, kernels=kernels))

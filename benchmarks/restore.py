@@ -3,6 +3,7 @@
 import statistics
 from pathlib import Path
 
+import torch
 from jsonargparse import CLI
 from paired import paired, spread
 
@@ -41,15 +42,15 @@ def main(
         device: where to run.
     """
     module = Defense(checkpoint)
-    module.configure_model()
-    module.to(device)
+    with torch.device(device):
+        module.configure_model()
     rows = mix(read_rows(benign), read_rows(harmful), 500, 0.1, seed=0)
     examples, _ = encode_rows(rows, module.tokenizer, 512)
     draw = Batches(examples, batch_size, 0, "benchmark", module.tokenizer.pad_token_id)
     steps = train_steps(
         module,
         Plain(module.sft_loss),
-        lambda step: {name: tensor.to(device) for name, tensor in draw(step).items()},
+        lambda step: module.placed(draw(step)),
         num_warmup + num_pairs,
         Optimizer(),
     )

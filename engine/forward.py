@@ -45,7 +45,8 @@ Batch = dict[str, Tensor]
 divided by."""
 
 _TAKES_TREES: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # found by ``takes_prefix_trees``
-_TAKES_VARLEN: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # found by ``takes_rows_end_to_end``
+# found by ``takes_rows_end_to_end``: in half precision, and without
+_TAKES_VARLEN: WeakKeyDictionary[PreTrainedModel, dict[bool, bool]] = WeakKeyDictionary()
 
 
 def label_positions(labels: Tensor) -> Tensor:
@@ -164,10 +165,10 @@ def placed(model: PreTrainedModel, batch: Batch, at_least: int = 0) -> Batch:
         batch = widened(batch, {"input_ids": 0, "attention_mask": 0, "labels": IGNORED})
         labels_of(batch["labels"])
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        if takes_rows_end_to_end(model) and known(ids, END_TO_END, mask) is None:
+        if any(_TAKES_VARLEN.get(model, {}).values()) and known(ids, END_TO_END, mask) is None:
             rows = end_to_end(ids, mask, at_least)
-            if layout_of(model) == "varlen" or _cheaper_under_a_mask(rows, ids, _break_even_length(model)):
-                remember(ids, END_TO_END, rows, mask)
+            dear = layout_of(model) == "padded" and not _cheaper_under_a_mask(rows, ids, _break_even_length(model))
+            remember(ids, END_TO_END, padded(ids, mask, ids.shape[1]) if dear else rows, mask)
     return moved(batch, model.device)
 
 
@@ -326,11 +327,12 @@ def takes_rows_end_to_end(model: PreTrainedModel, dtype: torch.dtype = torch.flo
         model: any causal language model of transformers.
         dtype: that it is to attend in: a GPU has a kernel for half precision alone.
     """
-    if model not in _TAKES_VARLEN:
-        _TAKES_VARLEN[model] = _takes_mask(model) and varlen.use(model) and _agrees_end_to_end(model, dtype)
-        if not _TAKES_VARLEN[model] and attention_of(model) == VARLEN:
+    takes, half = _TAKES_VARLEN.setdefault(model, {}), dtype in varlen.HALF
+    if half not in takes:
+        takes[half] = _takes_mask(model) and varlen.use(model) and _agrees_end_to_end(model, dtype)
+        if not any(takes.values()) and attention_of(model) == VARLEN:
             varlen.unuse(model)
-    return _TAKES_VARLEN[model]
+    return takes[half]
 
 
 def _agrees_end_to_end(model: PreTrainedModel, dtype: torch.dtype) -> bool:
@@ -359,12 +361,12 @@ def _within_windows(model: PreTrainedModel, length: int) -> bool:
     return all(length <= window for window in _windows(model))
 
 
-def use_layout(model: PreTrainedModel, layout: Layout | Literal["auto"], dtype: torch.dtype) -> None:
+def use_layout(model: PreTrainedModel, setting: Layout | Literal["auto"], dtype: torch.dtype) -> None:
     """Have all passes of ``model`` take a layout. Where the model is sharded all ranks must call it.
 
     Args:
         model: any causal language model of transformers.
-        layout: ``auto`` takes the prefix tree on a CPU, on an NVIDIA GPU in half precision rows end to end if the model takes
+        setting: ``auto`` takes the prefix tree on a CPU, on an NVIDIA GPU in half precision rows end to end if the model takes
             them, else padded rows.
         dtype: that attention runs in.
 
@@ -372,7 +374,9 @@ def use_layout(model: PreTrainedModel, layout: Layout | Literal["auto"], dtype: 
         SettingError: rows end to end for a model that does not take them.
     """
     kind = model.device.type
-    if layout == "auto":
+    if setting != "auto":
+        layout = setting
+    else:
         flash = kind == "cuda" and torch.version.cuda is not None and dtype in varlen.HALF
         layout = "prefix_tree" if kind == "cpu" else "varlen" if flash and takes_rows_end_to_end(model, dtype) else "padded"
     if layout != "prefix_tree" and not takes_rows_end_to_end(model, dtype) and _takes_mask(model):
@@ -382,7 +386,7 @@ def use_layout(model: PreTrainedModel, layout: Layout | Literal["auto"], dtype: 
             f"layout must be auto, prefix_tree or padded for {type(model).__name__}, got varlen: its rows do not come out end to "
             "end as they do one by one."
         )
-    choose(model, layout)
+    choose(model, None if setting == "auto" and kind == "cpu" else layout)  # it may be moved from there
 
 
 def _takes_mask(model: PreTrainedModel) -> bool:

@@ -37,9 +37,11 @@ def layout_of(model: PreTrainedModel) -> Layout:
     return _CHOSEN.get(model, "prefix_tree" if model.device.type == "cpu" else "padded")
 
 
-def choose(model: PreTrainedModel, layout: Layout) -> None:
-    """Have all passes of ``model`` take this layout; ``forward.use_layout`` also makes sure that the model can."""
-    _CHOSEN[model] = layout
+def choose(model: PreTrainedModel, layout: Layout | None) -> None:
+    """Have all passes of ``model`` take this layout, or None for that of its device; ``forward.use_layout`` also tries it."""
+    _CHOSEN.pop(model, None)
+    if layout is not None:
+        _CHOSEN[model] = layout
 
 
 # ---- rows
@@ -216,7 +218,7 @@ def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor], fill: Mapp
         found = Labels(torch.cat([at[0], at[1] + num_rows * width]), torch.cat([one.targets, other.targets]))
         remember(both["labels"], "labels", found)
     rows, more = (known(b["input_ids"], END_TO_END, b["attention_mask"]) for b in (first, second))
-    if isinstance(rows, Packed) and isinstance(more, Packed):
+    if isinstance(rows, Packed) and isinstance(more, Packed) and rows.starts is not None and more.starts is not None:
         remember(both["input_ids"], END_TO_END, _end_to_end_both(rows, more, width), both["attention_mask"])
     return both
 

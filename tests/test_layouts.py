@@ -141,6 +141,7 @@ def test_padded_rows_lie_end_to_end_where_that_is_less_to_compute():
         rows = [{"input_ids": [3 + i % 50 for i in range(n)], "labels": [-100] * (n - 1) + [4]} for n in several]
         batch = placed(model, collate(rows, 0, "left"))
         found[name] = laid_out(model, batch).starts is not None
+        assert laid_out(model, placed(model, batch)) is laid_out(model, batch)  # twice is once
         assert_equals_one_by_one(model, batch)
     assert found == {"like": False, "unlike": True}
 
@@ -372,6 +373,7 @@ def test_auto_is_the_prefix_tree_on_a_cpu(checkpoint):
     module = Defense(checkpoint)
     module.configure_model()
     assert layouts.layout_of(module.model) == "prefix_tree"
+    assert layouts.layout_of(module.model.to("meta")) == "padded"  # moved without a word, it gets what every device takes
     assert module.model.config._attn_implementation == "sdpa"
 
 
