@@ -11,6 +11,7 @@ from paired import paired, seconds, spread
 from casehard.datamodules.batches import Batches
 from casehard.datamodules.chat import encode_rows
 from casehard.datamodules.sources import read_rows
+from casehard.engine.forward import use_layout
 from casehard.engine.kernels import require_device
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.training import Plain, StepLoss, train_steps
@@ -58,6 +59,7 @@ def main(
         module = Defense(checkpoint, backbone=backbone)
         with torch.device(device):
             module.configure_model()
+        use_layout(module.model, "auto", torch.bfloat16 if precision == "bfloat16" else torch.float32)
         examples, _ = encode_rows(read_rows(rows), module.tokenizer, max_length)
         draw = Batches(examples, batch_size, seed, "benchmark", module.tokenizer.pad_token_id)
 
