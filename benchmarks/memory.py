@@ -25,13 +25,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint as again
 from tqdm import tqdm
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from casehard import Backbone, LoRA, Optimizer
 from casehard.engine.anatomy import decoder_layers
+from casehard.engine.cross_entropy import summed_cross_entropy
 from casehard.engine.gradients import add_to_grad, loss_and_gradient
 from casehard.engine.sharding import fill, shard
 from casehard.engine.weights import Weights, local, shifted
@@ -179,7 +179,7 @@ class Step:
         method: SFT, or of Patcher the defender's step or a step of the inner attack.
         copy_device: cpu keeps on the CPU what Patcher's ``copy_device: cpu`` does.
         lora_rank: of adapters that train; null trains all.
-        loss_chunks: parts in which logits are computed, again in the backward pass; 1 for at once.
+        loss_at_once: the loss of all labels in one, as F.cross_entropy takes it, and not as casehard does.
     """
 
     checkpoint: str
@@ -193,7 +193,7 @@ class Step:
     method: Literal["SFT", "Patcher", "inner attack"] = "SFT"
     copy_device: Literal["cpu"] | None = None
     lora_rank: int | None = None
-    loss_chunks: int = 1
+    loss_at_once: bool = False
 
     @property
     def num_labels(self) -> int:
@@ -276,30 +276,19 @@ class Step:
         return torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16-mixed" else nullcontext()
 
     def loss(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        """Cross-entropy of the second half of every row, as ``Defense.sft_loss`` takes it; in chunks if so set."""
+        """Cross-entropy of the second half of every row, as ``Defense.sft_loss`` takes it."""
         half = self.length // 2
         places = torch.arange(self.batch_size * self.length).view(self.batch_size, -1)[:, self.length - half - 1 : -1].flatten()
-        head: Any = model.get_output_embeddings()
         targets = ids[:, self.length - half :].flatten()
-        forward: Callable[..., Tensor] = head.forward
-        hook = head.register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1)[places][None],))
-        with self.precise():
-            try:
-                if self.loss_chunks > 1:
-                    head.forward = lambda states: states
-                out = model(input_ids=ids, use_cache=False).logits[0]
-            finally:
-                hook.remove()
-                if self.loss_chunks > 1:
-                    del head.forward
-            if self.loss_chunks == 1:
-                return F.cross_entropy(out.float(), targets, reduction="sum") / torch.tensor(float(len(targets)))
-
-            def part(states: Tensor, wanted: Tensor) -> Tensor:
-                return F.cross_entropy(forward(states).float(), wanted, reduction="sum")
-
-            parts = zip(out.chunk(self.loss_chunks), targets.chunk(self.loss_chunks), strict=True)
-            return torch.stack([again(part, *each, use_reentrant=False) for each in parts]).sum() / len(targets)  # type: ignore[misc]
+        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].flatten(0, 1)[places][None],))
+        try:
+            with self.precise():
+                logits = model(input_ids=ids, use_cache=False).logits[0]
+                if self.loss_at_once:
+                    return F.cross_entropy(logits.float(), targets, reduction="sum") / torch.tensor(float(len(targets)))
+                return summed_cross_entropy(logits, targets) / torch.tensor(float(len(targets)))
+        finally:
+            hook.remove()
 
 
 def lines_of(rows: list[list[str]]) -> str:
@@ -321,18 +310,17 @@ def by_kind(step: Step) -> str:
 
 def ways(plain: Step) -> str:
     """The step in several ways, from what autocast holds to what torchtitan and torchtune hold."""
-    lean = replace(plain, strategy="fsdp2")
-    chunked = replace(lean, loss_chunks=8)
     attack = replace(plain, method="inner attack")
     steps = {
         "SFT": plain,
+        "SFT, the loss at once": replace(plain, loss_at_once=True),
         "Patcher, the defender's step": replace(plain, method="Patcher"),
         "Patcher, inner attack": attack,
         "the same, `copy_device: cpu`": replace(attack, copy_device="cpu"),
-        "SFT, FSDP2's policy on one process": lean,
-        "the same, and the loss in 8 chunks": chunked,
-        "the same, and activation checkpointing": replace(chunked, activation_checkpointing=True),
+        "Patcher, inner attack, the loss at once": replace(attack, loss_at_once=True),
+        "SFT, `cluster/one_gpu.yaml`": replace(plain, strategy="fsdp2"),
         "SFT, activation checkpointing": replace(plain, activation_checkpointing=True),
+        "SFT, both": replace(plain, strategy="fsdp2", activation_checkpointing=True),
     }
     rows = [["GiB", *KINDS, "together", HOST]]
     for name, step in tqdm(steps.items(), leave=False):

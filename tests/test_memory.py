@@ -123,10 +123,11 @@ def test_the_bytes_that_are_computed_from_sizes_are_those_of_a_real_fit(memory, 
     with meter.looking():
         toy_trainer(tmp_path, **settings).fit(module, train_dataloaders=DataLoader([batch, batch], batch_size=None))
     computed = step.held()
-    for kind in (set(memory.KINDS) - {memory.PASSING}) | {memory.HOST}:
+    for kind in (set(memory.KINDS) - {memory.SAVED, memory.PASSING}) | {memory.HOST}:
         assert meter.most[kind] == computed[kind], kind
-    with_batch = sum(tensor.nbytes for tensor in batch.values()) + 64
-    assert 0 <= meter.most[memory.PASSING] - computed[memory.PASSING] <= with_batch
+    with_batch = sum(tensor.nbytes for tensor in batch.values())  # and where its labels are
+    for kind in (memory.SAVED, memory.PASSING):
+        assert 0 <= meter.most[kind] - computed[kind] <= with_batch + 100, kind
     trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     assert 0 <= computed[memory.MOMENTS] - 2 * trained < 4 * 100  # and the numbers of steps
     if case == "autocast":  # by hand: the logits' log-probabilities and two gradients, and every matrix once more
@@ -176,7 +177,7 @@ def test_patcher_holds_two_copies_more_than_sft_one_of_them_on_the_cpu_by_a_sett
         moments = [torch.zeros(one // 2, dtype=torch.float32)]
         module.alignment_loss(batch, 0).backward()
     del moments
-    assert abs(meter.most.total() - patcher.total()) < sum(tensor.nbytes for tensor in batch.values()) + 500
+    assert abs(meter.most.total() - patcher.total()) < 2 * sum(tensor.nbytes for tensor in batch.values())
 
 
 # ---- copies
@@ -341,7 +342,7 @@ def counted_on_a_rank(rank: int, checkpoint: str, folder: Path) -> None:
             copies = {"at the step": round(callback.at_step / one), "after": round(callback.after / one)}
             (folder / f"{strategy}.json").write_text(json.dumps({"most": callback.meter.most.total(), "copies": copies}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("casehard.engine.gradients.BUCKET", 2000)
+        patch.setattr("casehard.engine.weights.BUCKET", 2000)
         module = Defense(checkpoint)
         module.configure_model()
         for p in module.parameters():
@@ -361,7 +362,7 @@ def test_two_processes_hold_what_is_computed_the_buckets_of_ddp_too(memory, chec
     one = memory.Step(checkpoint, batch_size=3, length=48)
     computed = {"ddp": replace(one, strategy="ddp"), "fsdp2": replace(one, strategy="fsdp2", processes=2)}
     for name, step in computed.items():
-        assert 0 <= found[name]["most"] - step.held().total() <= 3 * half_learnt(3, 48)["labels"].nbytes + 100, name
+        assert 0 <= found[name]["most"] - step.held().total() <= 6 * half_learnt(3, 48)["labels"].nbytes, name
     at_step = {name: each["copies"]["at the step"] for name, each in found.items()}
     assert at_step == {"ddp": 5, "views": 4, "fsdp2": 4}  # weights, gradients, two moments; and the buckets
     assert {name: each["copies"]["after"] for name, each in found.items()} == {"ddp": 1, "views": 1, "fsdp2": 1}

@@ -50,7 +50,7 @@ def test_imports_run_one_way():
 
 
 HOST_NUMBERS = {"metrics/statistics.py", "metrics/columns.py", "callbacks/policy_gradient.py"}  # of Python's numbers; numpy
-ON_THE_DEVICE = {"engine/generation.py"}  # the sampler's draws, which one attack needs: not on MPS
+ON_THE_DEVICE = {"engine/generation.py"}  # the sampler's draws: in float32 on MPS
 
 
 def test_float64_is_of_the_cpu_alone_since_some_accelerators_have_none():
