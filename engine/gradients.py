@@ -63,11 +63,14 @@ def average_gradients(parameters: list[nn.Parameter], group: dist.ProcessGroup |
             p.grad = torch.zeros_like(p)
     gradients = [p.grad for p in parameters if p.grad is not None]
     for places in buckets(gradients):
-        bucket = [gradients[i] for i in places]
-        mean = torch.cat([g.flatten() for g in bucket])
-        dist.all_reduce(mean, group=group)
-        mean /= size
-        copy_all(bucket, [part.view_as(g) for g, part in zip(bucket, mean.split([g.numel() for g in bucket]), strict=True)])
+        _average([gradients[i] for i in places], size, group)
+
+
+def _average(bucket: list[Tensor], size: int, group: dist.ProcessGroup | None) -> None:
+    mean = torch.cat([g.flatten() for g in bucket])
+    dist.all_reduce(mean, group=group)
+    mean /= size
+    copy_all(bucket, [part.view_as(g) for g, part in zip(bucket, mean.split([g.numel() for g in bucket]), strict=True)])
 
 
 def loss_and_gradient(
