@@ -91,6 +91,12 @@ class Meter(Clock):
         elif trainer.global_step == trainer.max_steps:
             self.peak = peak_bytes(device)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the weights where they are, and no moments: of a large model Lightning would copy both to the CPU for seconds."""
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()
+        pl_module.cpu = lambda: pl_module  # type: ignore[method-assign]
+
 
 def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":

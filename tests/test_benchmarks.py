@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import strategy
 from test_sbr import rows_of
 from torch.utils.flop_counter import FlopCounterMode
 from toy import ROOT
@@ -49,6 +50,18 @@ def test_any_sizes_are_run_and_measured(scale, checkpoint, capsys, precision):
             0.99 / (step + 0.0005) < tokens / (2 * 24 * limit) < 1.01 / (step - 0.0005)
         )  # seconds are printed to the third place
         assert min(ratio, share) > 0
+
+
+def test_between_two_fits_nothing_is_copied_to_the_cpu(scale, checkpoint, monkeypatch):
+    moved = []
+
+    def away(optimizers, device):
+        moved.extend(optimizer for optimizer in optimizers if optimizer.state)
+
+    monkeypatch.setattr(strategy, "_optimizers_to_device", away)
+    monkeypatch.setattr(scale.Defense, "cpu", moved.append)
+    scale.main(checkpoint, device="cpu", profile=True, **SHORT)
+    assert moved == []
 
 
 def test_without_a_gpu_it_says_so_and_skips(scale, checkpoint, capsys, monkeypatch):
