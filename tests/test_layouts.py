@@ -280,7 +280,8 @@ def test_the_kernel_gives_the_sums_under_the_mask(window):
         rows = {"cu_seq_lens_q": starts, "max_length_q": 128, "sliding_window": window, "scaling": 0.1}
         out, _ = varlen.attention(torch.nn.Identity(), q.to(dtype), k.to(dtype), v.to(dtype), None, **rows)
         found.append([out.float(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
-    assert_close(found[1], found[0], rtol=3e-2, atol=3e-2)
+    for ours, others in zip(found[1], found[0], strict=True):  # one number may be what is left of large ones, rounded
+        assert (ours - others).norm() <= 1e-2 * others.norm()
 
 
 @pytest.mark.gpu
