@@ -159,7 +159,7 @@ class Defense(L.LightningModule):
             self.register_module("model", model)
         self.backbone.compile(self.model)
         takes_prefix_trees(self.model, 0)  # found out now: later passes may run under somebody's hooks
-        half = trainer_of(self) is not None and str(self.trainer.precision) == "bf16-mixed"
+        half = trainer_of(self) is not None and str(self.trainer.precision) in ("bf16-mixed", "bf16-true")
         use_layout(self.model, self.backbone.layout, torch.bfloat16 if half else self.model.dtype)
 
     def _home(self) -> torch.device:

@@ -22,6 +22,7 @@ from casehard.engine.forward import laid_out, placed, run, takes_rows_end_to_end
 from casehard.engine.generation import generate
 from casehard.engine.layouts import LAYOUTS, Packed, end_to_end, known, labels_of, padded, rounded_up
 from casehard.engine.private import Unasked
+from casehard.lightning_modules import defense
 
 FAMILIES = {
     "llama": "llama, tied",
@@ -376,6 +377,16 @@ def test_auto_is_the_prefix_tree_on_a_cpu(checkpoint):
     assert layouts.layout_of(module.model) == "prefix_tree"
     assert layouts.layout_of(module.model.to("meta")) == "padded"  # moved without a word, it gets what every device takes
     assert module.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16), ("bf16-true", torch.bfloat16)]
+)
+def test_the_layout_is_that_of_the_precision_that_a_trainer_passes_in(checkpoint, tmp_path, monkeypatch, precision, dtype):
+    asked = []
+    monkeypatch.setattr(defense, "use_layout", lambda model, layout, dtype: asked.append((layout, dtype)))
+    toy_trainer(tmp_path, max_steps=1, precision=precision).fit(Defense(checkpoint), toy_data())
+    assert asked == [("auto", dtype)]
 
 
 def test_a_wrong_layout_is_refused():
