@@ -377,7 +377,7 @@ def use_layout(model: PreTrainedModel, setting: Layout | Literal["auto"], dtype:
     if setting != "auto":
         layout = setting
     else:
-        flash = kind == "cuda" and torch.version.cuda is not None and dtype in varlen.HALF
+        flash = varlen.HAS_KERNEL and kind == "cuda" and torch.version.cuda is not None and dtype in varlen.HALF
         layout = "prefix_tree" if kind == "cpu" else "varlen" if flash and takes_rows_end_to_end(model, dtype) else "padded"
     if layout != "prefix_tree" and not takes_rows_end_to_end(model, dtype) and _takes_mask(model):
         varlen.use(model)  # the same attention as before, but nothing is asked of the device

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,7 +17,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from casehard.engine.layouts import Packed
 from casehard.engine.private import VARLEN, attention_of
 
-_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    _TAKEN = frozenset[str]()
+else:
+    _TAKEN = frozenset(inspect.signature(varlen_attn).parameters)
+
+HAS_KERNEL = {"scale", "window_size"} <= _TAKEN  # since torch 2.11
+_TAKES_GROUPS = "enable_gqa" in _TAKEN  # since torch 2.12
 HALF = (torch.bfloat16, torch.float16)  # all that the kernel takes
 
 
@@ -68,7 +75,7 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, head_dim]
-    kernel = query.is_cuda and query.dtype in HALF
+    kernel = HAS_KERNEL and query.is_cuda and query.dtype in HALF
     if q.shape[1] != k.shape[1] and not (kernel and _TAKES_GROUPS):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if not kernel:

@@ -1,7 +1,9 @@
 """Layouts for accelerators, on the CPU: the same results, few sizes, and no question to the device in a step."""
 
 import gc
+import sys
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 
 import lightning as L
 import pytest
@@ -387,6 +389,19 @@ def test_the_layout_is_that_of_the_precision_that_a_trainer_passes_in(checkpoint
     monkeypatch.setattr(defense, "use_layout", lambda model, layout, dtype: asked.append((layout, dtype)))
     toy_trainer(tmp_path, max_steps=1, precision=precision).fit(Defense(checkpoint), toy_data())
     assert asked == [("auto", dtype)]
+
+
+def test_a_torch_without_the_kernel_has_the_sums_under_a_mask(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    spec = spec_from_file_location("of_an_older_torch", varlen.__file__)
+    monkeypatch.setattr(varlen.ALL_ATTENTION_FUNCTIONS, "register", lambda *_: None)
+    monkeypatch.setattr(varlen.ALL_MASK_ATTENTION_FUNCTIONS, "register", lambda *_: None)
+    older = module_from_spec(spec)
+    spec.loader.exec_module(older)
+    assert (varlen.HAS_KERNEL, older.HAS_KERNEL) == (True, False)
+    q, rows = torch.randn(1, 2, 9, 8), {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length_q": 8}
+    ours, others = (each.attention(torch.nn.Identity(), q, q, q, None, **rows)[0] for each in (older, varlen))
+    assert torch.equal(ours, others)
 
 
 def test_a_wrong_layout_is_refused():
