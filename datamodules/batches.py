@@ -49,7 +49,7 @@ class Batches:
     def __call__(self, step: int) -> Batch:
         """This rank's share of batch ``step`` (from 0); ``num_labels`` lets the ranks' mean be the global batch's mean."""
         batch = collate(self.rows(step)[self.rank :: self.world_size], self.pad_token_id, self.padding_side)
-        return batch | {"num_labels": torch.tensor(self.num_labels(step) / self.world_size)}
+        return batch | {"num_labels": torch.tensor(self.num_labels(step) / self.world_size, device="cpu")}
 
     def rows(self, step: int) -> list[Example]:
         """All rows of batch ``step``, over all ranks."""
@@ -84,7 +84,7 @@ class StepLoader:
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(len(self) - self.step % len(self)):
             self.step += 1
-            yield self.batches(self.step - 1) | {"num_labels": torch.tensor(self._share(self.step - 1))}
+            yield self.batches(self.step - 1) | {"num_labels": torch.tensor(self._share(self.step - 1), device="cpu")}
 
     def _share(self, step: int) -> float:
         """This rank's share of the labels of the batches that make one step with batch ``step``, per batch."""

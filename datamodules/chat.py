@@ -158,7 +158,7 @@ def encode_together(
 def collate(
     examples: Sequence[dict[str, list[int]]], pad_token_id: int, padding_side: Literal["left", "right"]
 ) -> dict[str, Tensor]:
-    """``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, seq]``, padded to the longest example.
+    """``input_ids``, ``attention_mask`` and ``labels``, each ``[batch, seq]``, padded to the longest example; on the host.
 
     Pads are known by an example's length, so a pad token that is also the end token is still learnt where it ends an answer.
     """
@@ -168,11 +168,12 @@ def collate(
         pads = [filler] * (width - len(values))
         return pads + values if padding_side == "left" else values + pads
 
-    return {
-        "input_ids": torch.tensor([padded(example["input_ids"], pad_token_id) for example in examples]),
-        "attention_mask": torch.tensor([padded([1] * len(example["input_ids"]), 0) for example in examples]),
-        "labels": torch.tensor([padded(example["labels"], IGNORED) for example in examples]),
+    rows = {
+        "input_ids": [padded(example["input_ids"], pad_token_id) for example in examples],
+        "attention_mask": [padded([1] * len(example["input_ids"]), 0) for example in examples],
+        "labels": [padded(example["labels"], IGNORED) for example in examples],
     }
+    return {name: torch.tensor(values, device="cpu") for name, values in rows.items()}
 
 
 def _render(row: Row, tokenizer: PreTrainedTokenizerBase, answered: bool = False) -> str:

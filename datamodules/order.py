@@ -43,12 +43,13 @@ def batch_indices(num_rows: int, batch_size: int, seed: int, stream: str, step: 
 def permutation(num_rows: int, seed: int, stream: str, epoch: int = 0) -> tuple[int, ...]:
     """The order of ``num_rows`` rows in one epoch of a stream, the same in every process."""
     generator = torch.Generator().manual_seed(counter_seed(seed, stream, epoch))
-    return tuple(torch.randperm(num_rows, generator=generator).tolist())
+    return tuple(torch.randperm(num_rows, generator=generator, device="cpu").tolist())
 
 
 def uniform(seed: int, stream: str, step: int) -> float:
     """A number from [0, 1), the same in every process, from the arguments alone."""
-    return torch.rand((), generator=torch.Generator().manual_seed(counter_seed(seed, stream, step))).item()
+    generator = torch.Generator().manual_seed(counter_seed(seed, stream, step))
+    return torch.rand((), generator=generator, device="cpu").item()
 
 
 def counter_seed(seed: int, stream: str, number: int) -> int:

@@ -139,7 +139,7 @@ def _in_chunks(
 def _draws(seeds: Sequence[int], max_new_tokens: int, device: torch.device) -> Tensor:
     """Uniform numbers below 1, ``[batch, max_new_tokens]``, each row from its seed alone, as precise as the device has them."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    draws = torch.stack([torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators])
+    draws = torch.stack([torch.rand(max_new_tokens, generator=g, dtype=torch.float64, device="cpu") for g in generators])
     if _most_precise(device) == torch.float32:
         draws = (draws * 2**22).floor().float() / 2**22  # rounded down: a product with the whole must stay below it
     return draws.to(device)

@@ -39,7 +39,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, break_even_length: float) ->
     if len(rows) * max(lengths) * (1 + max(lengths) / 2 / break_even_length) <= cost:
         return padded(input_ids, attention_mask)
     ids, positions, tree_mask, places = _trees(rows, common, sizes)
-    index = torch.zeros(mask.shape, dtype=torch.long)
+    index = torch.zeros(mask.shape, dtype=torch.long, device="cpu")  # another may be torch's default, as while a model loads
     index[order] = index.masked_scatter(mask[order], places)
     return Packed(ids, positions, tree_mask, index).to(device)
 
@@ -102,18 +102,20 @@ def _tree(rows: Sequence[Tokens], common: Sequence[int]) -> tuple[Tokens, list[i
 def _trees(rows: Sequence[Tokens], common: Sequence[int], sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``input_ids``, ``positions`` and ``attention_mask`` of the packs, and the index of the rows' tokens, row after row."""
     width = max(tokens for _, tokens in sizes)
-    input_ids, positions = torch.zeros(2, len(sizes), width, dtype=torch.long)
-    attention_mask = torch.eye(width, dtype=torch.bool).repeat(len(sizes), 1, 1)  # padding attends to itself, or it would be nan
+    input_ids, positions = torch.zeros(2, len(sizes), width, dtype=torch.long, device="cpu")
+    attention_mask = torch.eye(width, dtype=torch.bool, device="cpu").repeat(
+        len(sizes), 1, 1
+    )  # padding sees itself, or it would be nan
     places: list[int] = []
     start = 0
     for number, (num_rows, num_tokens) in enumerate(sizes):
         these = slice(start, start := start + num_rows)
         tokens, depths, paths = _tree(rows[these], common[these])
-        input_ids[number, :num_tokens] = torch.tensor(tokens)
-        positions[number, :num_tokens] = torch.tensor(depths)
-        on_path = torch.zeros(num_rows, num_tokens)
+        input_ids[number, :num_tokens] = torch.tensor(tokens, device="cpu")
+        positions[number, :num_tokens] = torch.tensor(depths, device="cpu")
+        on_path = torch.zeros(num_rows, num_tokens, device="cpu")
         for row, path in zip(on_path, paths, strict=True):
             row[path] = 1
             places += [number * width + step for step in path]
         attention_mask[number, :num_tokens, :num_tokens] = (on_path.T @ on_path).tril() > 0
-    return input_ids, positions, attention_mask, torch.tensor(places)
+    return input_ids, positions, attention_mask, torch.tensor(places, device="cpu")

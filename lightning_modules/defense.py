@@ -324,7 +324,8 @@ class Defense(L.LightningModule):
         draws = []
         for row, size in enumerate(sizes):
             seed = counter_seed(self.data.seed, f"{name} row {rank + row * num_ranks}", step)
-            draws.append(torch.randn(size, dim, generator=torch.Generator().manual_seed(seed)).to(self.device))
+            generator = torch.Generator().manual_seed(seed)
+            draws.append(torch.randn(size, dim, generator=generator, device="cpu").to(self.device))
         return draws
 
     @contextmanager

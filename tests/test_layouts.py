@@ -17,12 +17,14 @@ from transformers import AutoTokenizer
 
 from casehard import Backbone, Defense, Optimizer, PatcherModule, SBRModule
 from casehard.datamodules.batches import Batches
-from casehard.datamodules.chat import collate, encode_rows
+from casehard.datamodules.chat import IGNORED, collate, encode_rows
+from casehard.datamodules.order import permutation, uniform
 from casehard.datamodules.sources import read_rows
 from casehard.engine import layouts, varlen
 from casehard.engine.forward import laid_out, placed, run, takes_rows_end_to_end, use_layout
-from casehard.engine.generation import generate
+from casehard.engine.generation import _draws, generate
 from casehard.engine.layouts import LAYOUTS, Packed, end_to_end, known, labels_of, padded, rounded_up
+from casehard.engine.prefix_tree import pack
 from casehard.engine.private import Unasked
 from casehard.lightning_modules import defense
 
@@ -379,6 +381,26 @@ def test_auto_is_the_prefix_tree_on_a_cpu(checkpoint):
     assert layouts.layout_of(module.model) == "prefix_tree"
     assert layouts.layout_of(module.model.to("meta")) == "padded"  # moved without a word, it gets what every device takes
     assert module.model.config._attn_implementation == "sdpa"
+
+
+def everything_of_the_host(rows: Batches) -> list[torch.Tensor]:
+    batch = rows(0)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    found = [pack(ids, mask, torch.inf), end_to_end(ids, mask), padded(ids, mask)]
+    labels, draws = labels_of(batch["labels"].clone()), _draws([1, 2], 3, torch.device("cpu"))
+    return [*batch.values(), *(t for packed in found for t in packed if isinstance(t, torch.Tensor)), *labels, draws]
+
+
+def test_what_the_host_makes_stays_there_whatever_the_default_device_is():
+    """Lightning makes that of the model the default while it loads."""
+    examples = [{"input_ids": [1, 2, *range(3, 5 + i)], "labels": [IGNORED, 2, *range(3, 5 + i)]} for i in range(3)]
+    rows = [Batches(examples, 3, seed, "default device", 0) for seed in (0, 0)]
+    expected = everything_of_the_host(rows[0])
+    permutation.cache_clear()
+    with torch.device("meta"):
+        found, number = everything_of_the_host(rows[1]), uniform(0, "default device", 0)
+    assert number == uniform(0, "default device", 0)
+    assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
