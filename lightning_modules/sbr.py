@@ -167,7 +167,10 @@ class SBRJob(Job):
         learnt = label_positions(both["labels"])
         (states,), logits = run(defense.model, both, logits_at=learnt, states_at=last, layers=[defense.anchor_layer])
         sft = defense.cross_entropy(logits, batch)
-        drift = F.mse_loss(states.float(), self.state["aligned_states"][turn])
+        aligned = self.state["aligned_states"]
+        if not isinstance(turn, slice):  # a list would be sent to the device while the host waits for all that is queued there
+            aligned = aligned[torch.tensor(turn, device="cpu").to(aligned.device, non_blocking=True)]
+        drift = F.mse_loss(states.float(), aligned)
         self.terms = {"sft_loss": sft.detach(), "anchor_drift": drift.detach()}
         return sft + defense.anchor_weight * drift
 

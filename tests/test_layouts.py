@@ -11,6 +11,7 @@ import torch
 from test_forward import LLAMA, MODELS, assert_equals_one_by_one, batch_of, build, one_by_one, picked, sft_loss
 from test_patcher import ATTACKER, data
 from test_sbr import rows_of
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from toy import ROOT, toy_data, toy_trainer
 from transformers import AutoTokenizer
@@ -289,10 +290,31 @@ def test_the_kernel_gives_the_sums_under_the_mask(window):
         assert (ours - others).norm() <= 1e-2 * others.norm()
 
 
+def test_no_list_is_sent_to_the_device_as_an_index(checkpoint):
+    module = SBRModule(checkpoint, anchors="sandbox:defender/refusals#train[:6]", anchors_per_step=2)
+    module.configure_model()
+    job, lists = module.job(), []
+
+    class Lists(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.__getitem__ and isinstance(args[1], list):
+                lists.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    job.begin()
+    batch = module.placed(collate(rows_of(), 0, "right") | {"num_labels": torch.tensor(9.0)})
+    with Lists():
+        job.loss(batch, 0)
+    assert any(indexed is module.anchor_ids for indexed in lists)  # on the host
+    assert not any(indexed is job.state["aligned_states"] for indexed in lists)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("anchors_per_step", [None, 2])
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
-def test_a_step_on_a_gpu_waits_for_nothing(checkpoint, layout):
-    module = SBRModule(checkpoint, anchors="sandbox:defender/refusals#train[:6]", backbone=Backbone(layout=layout))
+def test_a_step_on_a_gpu_waits_for_nothing(checkpoint, layout, anchors_per_step):
+    settings = {"anchors": "sandbox:defender/refusals#train[:6]", "anchors_per_step": anchors_per_step}
+    module = SBRModule(checkpoint, backbone=Backbone(layout=layout), **settings)
     module.configure_model()
     module.to("cuda")
     job = module.job()
