@@ -69,7 +69,7 @@ def _reading(checkpoint: str) -> Iterator[None]:
     """For a block of calls of libraries, which raise anything at a file that is damaged or foreign: say it in one sentence."""
     try:
         yield
-    except (OSError, MemoryError):  # say what is missing
+    except (OSError, MemoryError, torch.OutOfMemoryError):  # say what is missing
         raise
     except Exception as error:
         says = str(error).strip().partition("\n")[0][:300] or "no reason"

@@ -863,3 +863,14 @@ def test_an_undefended_model_that_computes_otherwise_is_an_error(checkpoint, tmp
     with pytest.raises(ValueError, match=message), undefended_at(module, other):
         pass
     assert same_bits(bits(module), before)
+
+
+@pytest.mark.parametrize("random_weights", [True, False])
+def test_a_device_that_is_too_small_is_not_blamed_on_the_checkpoint(checkpoint, monkeypatch, random_weights):
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    for name in ("from_config", "from_pretrained"):
+        monkeypatch.setattr(AutoModelForCausalLM, name, full)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 2"):
+        load_model(checkpoint, random_weights=random_weights)
