@@ -5,7 +5,7 @@ accelerator is needed: layouts are those that it would get.
 """
 
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jsonargparse import CLI
 from tqdm import tqdm
@@ -20,6 +20,12 @@ from casehard.engine.layouts import LAYOUTS, Packed, layout_of
 from casehard.lightning_modules.defense import Defense
 
 Size = tuple[tuple[int, ...], tuple[int, ...] | None]  # of the ids, and of the mask where there is one
+
+
+def size_of(given: dict[str, Any]) -> Size:
+    """Of what a model is called with; an empty mask is none."""
+    mask = given.get("attention_mask")
+    return tuple(given["input_ids"].shape), None if mask is None or not mask.numel() else tuple(mask.shape)
 
 
 class Found(NamedTuple):
@@ -54,8 +60,7 @@ def of_answers(model: PreTrainedModel, tokenizer, prompts: list[list[int]], num_
     sizes: Counter[Size] = Counter()
 
     def look(_: object, args: object, given: dict) -> None:
-        mask = given.get("attention_mask")
-        sizes[tuple(given["input_ids"].shape), None if mask is None or not mask.numel() else tuple(mask.shape)] += 1
+        sizes[size_of(given)] += 1
 
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     try:

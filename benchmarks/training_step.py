@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import CLI
 from paired import paired, spread
+from shapes import size_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -43,8 +44,7 @@ class Sizes:
         model.register_forward_pre_hook(self._look, with_kwargs=True)
 
     def _look(self, _: nn.Module, __: object, given: dict[str, Any]) -> None:
-        mask = given.get("attention_mask")
-        size = tuple(given["input_ids"].shape), None if mask is None else tuple(mask.shape)
+        size = size_of(given)
         self.new |= size not in self.seen
         self.seen.add(size)
 
@@ -125,7 +125,6 @@ def main(
     plain = Backbone().load(checkpoint).to(device)
     with torch.device(device):
         module.configure_model()
-    module.to(device)
     examples, _ = encode_rows(read_rows(rows), module.tokenizer, max_length)
     draw = Batches(examples, batch_size, seed, "benchmark", module.tokenizer.pad_token_id)
 

@@ -7,6 +7,7 @@ positions and drops the rest, so that it works for every architecture, with what
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,12 +26,11 @@ from casehard.engine.layouts import (
     Packed,
     choose,
     end_to_end,
-    known,
     labels_of,
     layout_of,
     moved,
+    once,
     padded,
-    remember,
     widened,
 )
 from casehard.engine.outputs import changed_outputs, uncompiled
@@ -138,19 +138,13 @@ def laid_out(model: PreTrainedModel, batch: Batch, fold: bool = True) -> Packed:
     if layout == "prefix_tree":
         if not fold or not takes_prefix_trees(model, ids.shape[1]):
             return padded(ids, mask)
-        how: object = _break_even_length(model)
-    else:
-        if not fold:
-            return padded(ids, mask, ids.shape[1])
-        how = END_TO_END
-    packed = known(ids, how, mask)
-    if packed is None and layout == "padded":
+        break_even = _break_even_length(model)
+        return once(ids, break_even, partial(pack, ids, mask, break_even), mask)
+    if not fold:
         return padded(ids, mask, ids.shape[1])
-    if packed is None:
-        packed = end_to_end(ids, mask) if how == END_TO_END else pack(ids, mask, _break_even_length(model))
-        remember(ids, how, packed, mask)
-    assert isinstance(packed, Packed)
-    return packed
+    # of a padded batch ``placed`` knows whether it lies end to end; else it is not asked
+    work_out = partial(end_to_end, ids, mask) if layout == "varlen" else partial(padded, ids, mask, ids.shape[1])
+    return once(ids, END_TO_END, work_out, mask)
 
 
 def placed(model: PreTrainedModel, batch: Batch, at_least: int = 0) -> Batch:
@@ -165,17 +159,17 @@ def placed(model: PreTrainedModel, batch: Batch, at_least: int = 0) -> Batch:
         batch = widened(batch, {"input_ids": 0, "attention_mask": 0, "labels": IGNORED})
         labels_of(batch["labels"])
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        if any(_TAKES_VARLEN.get(model, {}).values()) and known(ids, END_TO_END, mask) is None:
-            rows = end_to_end(ids, mask, at_least)
-            dear = layout_of(model) == "padded" and not _cheaper_under_a_mask(rows, ids, _break_even_length(model))
-            remember(ids, END_TO_END, padded(ids, mask, ids.shape[1]) if dear else rows, mask)
+        if any(_TAKES_VARLEN.get(model, {}).values()):
+            once(ids, END_TO_END, partial(_in_few_sizes, model, ids, mask, at_least), mask)
     return moved(batch, model.device)
 
 
-def _cheaper_under_a_mask(rows: Packed, ids: Tensor, break_even_length: float) -> bool:
-    """Whether rows end to end, each token attending to all and most of that in vain, cost less than the same padded."""
+def _in_few_sizes(model: PreTrainedModel, ids: Tensor, mask: Tensor, at_least: int) -> Packed:
+    """Rows end to end; for a model of padded rows only where each token, attending to all in vain, costs less than padding."""
+    rows, break_even = end_to_end(ids, mask, at_least), _break_even_length(model)
     total, (number, width) = rows.input_ids.shape[1], ids.shape
-    return total * (1 + total / break_even_length) < number * width * (1 + width / 2 / break_even_length)
+    cheaper = total * (1 + total / break_even) < number * width * (1 + width / 2 / break_even)
+    return rows if layout_of(model) == "varlen" or cheaper else padded(ids, mask, width)
 
 
 def token_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -379,13 +373,14 @@ def use_layout(model: PreTrainedModel, setting: Layout | Literal["auto"], dtype:
     else:
         flash = varlen.HAS_KERNEL and kind == "cuda" and torch.version.cuda is not None and dtype in varlen.HALF
         layout = "prefix_tree" if kind == "cpu" else "varlen" if flash and takes_rows_end_to_end(model, dtype) else "padded"
-    if layout != "prefix_tree" and not takes_rows_end_to_end(model, dtype) and _takes_mask(model):
-        varlen.use(model)  # the same attention as before, but nothing is asked of the device
-    if layout == "varlen" and not takes_rows_end_to_end(model, dtype):
-        raise SettingError(
-            f"layout must be auto, prefix_tree or padded for {type(model).__name__}, got varlen: its rows do not come out end to "
-            "end as they do one by one."
-        )
+    if layout != "prefix_tree" and not takes_rows_end_to_end(model, dtype):
+        if layout == "varlen":
+            raise SettingError(
+                f"layout must be auto, prefix_tree or padded for {type(model).__name__}, got varlen: its rows do not come out "
+                "end to end as they do one by one."
+            )
+        if _takes_mask(model):
+            varlen.use(model)  # the same attention as before, but nothing is asked of the device
     choose(model, None if setting == "auto" and kind == "cpu" else layout)  # it may be moved from there
 
 

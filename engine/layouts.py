@@ -6,8 +6,9 @@ have few sizes and no mask, and all that the host must know is worked out before
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -142,6 +143,9 @@ def _found(labels: Tensor) -> Labels:
 # ---- what was worked out already
 
 
+Result = TypeVar("Result", Packed, Labels)
+
+
 class _Known(NamedTuple):
     versions: tuple[int, ...]
     how: object
@@ -165,17 +169,21 @@ def remember(of: Tensor, how: object, result: Packed | Labels, mask: Tensor | No
     _KNOWN[of] = _Known(_versions(of, mask), how, mask, result)
 
 
+def once(of: Tensor, how: object, work_out: Callable[[], Result], mask: Tensor | None = None) -> Result:
+    """What is known of a tensor (and mask), else what ``work_out`` returns, which is known from then on."""
+    result = known(of, how, mask)
+    if result is None:
+        remember(of, how, result := work_out(), mask)
+    return result  # type: ignore[return-value]  # a way to work out has one kind of result
+
+
 def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(version_of(tensor) for tensor in tensors if tensor is not None)
 
 
 def labels_of(labels: Tensor) -> Labels:
     """The labels of a batch ``[batch, seq]``, those that are not -100; a device is asked only where none was known yet."""
-    result = known(labels, "labels")
-    if result is None:
-        remember(labels, "labels", result := _found(labels))
-    assert isinstance(result, Labels)
-    return result
+    return once(labels, "labels", partial(_found, labels))
 
 
 def moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
