@@ -37,6 +37,8 @@ class LoRA:
         dropout: on the adapter's input, in [0, 1); 0 where experts are adapted.
         target_modules: names of layers, or ends of names, such as ``q_proj``, ``experts.down_proj`` or
             ``model.layers.0.mlp.down_proj``; by default every linear layer but the unembedding, and all experts.
+        frozen_a: draw the first factor from N(0, 1 / its inputs) and leave it there, so that every matrix moves within ``rank``
+            random directions of its input. ``alpha: RANK`` with ``rslora: false`` gives the scale 1.
     """
 
     rank: int = 16
@@ -44,6 +46,7 @@ class LoRA:
     rslora: bool = True
     dropout: float = 0.0
     target_modules: list[str] | None = None
+    frozen_a: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -231,7 +234,10 @@ def add_adapter(model: PreTrainedModel, settings: LoRA, name: str) -> None:
     for layer in _lora_layers(model):
         layer.set_adapter(_names(layer))
     for parameter_name, p in model.named_parameters():
-        p.requires_grad_(f".{name}." in parameter_name)
+        frozen = settings.frozen_a and f".lora_A.{name}." in parameter_name
+        if frozen:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+        p.requires_grad_(f".{name}." in parameter_name and not frozen)
     _say(f"Adapter {name!r}: {adapted(model, name)}.")
 
 
@@ -338,7 +344,7 @@ def adapted(model: PreTrainedModel, name: str = "attack") -> str:
     share, still = coverage(model, name)
     layers = [layer for layer in _lora_layers(model) if name in layer.lora_A]
     ranks = sorted({layer.r[name] for layer in layers})
-    trained = sum(p.numel() for n, p in model.named_parameters() if f".{name}." in n)
+    trained = sum(p.numel() for n, p in model.named_parameters() if f".{name}." in n and p.requires_grad)
     return (
         f"LoRA r{'/'.join(map(str, ranks))} on {len(layers)} of {len(matrices(model))} weight matrices "
         f"({share:g}% of the decoder); {_grouped(trained)} parameters" + (f"; not on {', '.join(still)}" if still else "")

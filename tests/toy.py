@@ -156,6 +156,7 @@ FAST: dict[str, Any] = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
     "full": lambda **s: FullParameterAttack(**(FAST | s)),
     "lora": lambda **s: LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
+    "subspace": lambda **s: LoRAAttack(lora=LoRA(rank=1, frozen_a=True), **(FAST | s)),
     "phases": lambda **s: FullParameterAttack(phases=[Phase("benign", 1), Phase("harmful", 2)], **(FAST | s)),
     "edit": lambda **s: Halving(**s),
     "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
