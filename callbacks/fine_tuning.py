@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from casehard.callbacks.attack import Attack, Target, ThreatModel
+from casehard.datamodules.batches import Batches
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
-from casehard.engine.adapters import LoRA, coverage, named, targets, trainable, what_trains
+from casehard.engine.adapters import Adapter, LoRA, coverage, named, trainable, what_trains
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.training import Task
 from casehard.engine.weights import NOTHING, Changes
@@ -81,6 +82,11 @@ class FineTuning(Attack):
         super().__init__(threat_model, **settings)
 
     @property
+    def adapter(self) -> Adapter | None:
+        """What is added and trains; None where parameters of the model do."""
+        return self.lora
+
+    @property
     def harmful(self) -> bool:  # type: ignore[override]
         """Whether any row is."""
         return any(self._ratio(phase.rows) > 0 for phase in self._phases())
@@ -132,14 +138,14 @@ class FineTuning(Attack):
 
     def check_model(self, module: Defense) -> None:
         """Raise a SettingError where the settings of what trains do not fit the model."""
-        if self.lora is not None:
-            targets(module.model, self.lora)
+        if self.adapter is not None:
+            self.adapter.check(module.model)
         if self.train_only is not None:
             named(module.model, self.train_only)
 
     def changes(self, module: Defense) -> Changes:
         """The parameters that train. The adapters of the model itself stand still, and a new one is no part of it yet."""
-        if self.lora is not None:
+        if self.adapter is not None:
             return NOTHING
         if self.train_only is None:
             return lambda name: "lora_" not in name
@@ -150,17 +156,21 @@ class FineTuning(Attack):
         """What it minimises: None, the target's (plain SFT, or the job of a service's defense), unless overridden."""
         return None
 
+    def batches(self, target: Target) -> list[Batches]:
+        """Of every phase, laid out by ``prepare``."""
+        return self._batches
+
     def steps(self, target: Target) -> Iterator[int]:
         """Train phase by phase."""
-        task = self.task(target)
-        with trainable(target.module, target.module.model, self.lora, self.train_only):
-            for phase, batches in zip(self._phases(), self._batches, strict=True):
+        with trainable(target.module, target.module.model, self.adapter, self.train_only):
+            task = self.task(target)
+            for phase, batches in zip(self._phases(), self.batches(target), strict=True):
                 done = target.num_done
                 yield from (done + step for step in target.train(batches, phase.steps, self.optimizer, task))
 
     def what_trains(self, target: Target) -> str:
         """Parameters or adapters, and how many."""
-        return what_trains(target.module, target.module.model, self.lora)
+        return what_trains(target.module, target.module.model, self.adapter)
 
     def notes(self, target: Target) -> list[str]:
         """Also what a default adapter cannot act on."""

@@ -1,4 +1,4 @@
-"""LoRA through peft, put in and taken out of a plain transformers model."""
+"""What an attacker may add to a model and train in the place of its parameters; and LoRA, through peft."""
 
 import copy
 import fnmatch
@@ -6,10 +6,10 @@ import inspect
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,6 +24,24 @@ from casehard.engine.private import forget_adapters, parameters_of
 from casehard.engine.sharding import shard_of
 from casehard.engine.weights import local, reshard
 from casehard.metrics.errors import SettingError
+
+
+class Adapter(Protocol):
+    """What trains in the place of a model's own parameters; these stand still."""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise a SettingError where it does not fit the model."""
+
+    def added(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """For a block, let it act in the model, and be all that requires a gradient; afterwards the model is built as it was.
+
+        The model may be sharded or have adapters of its own. Every rank must draw the same from torch's generator.
+        """
+        ...
+
+    def described(self, model: PreTrainedModel) -> str:
+        """What trains, in one line, inside the block."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,18 @@ class LoRA:
             raise SettingError(f"dropout must lie in [0, 1), got {self.dropout}.")
         if self.target_modules is not None and not self.target_modules:
             raise SettingError("target_modules must name layers or be null, got an empty list. null adapts every linear layer.")
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise a SettingError where it does not fit the model."""
+        targets(model, self)
+
+    def added(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """For a block, a new adapter on top of whatever adapters the model has."""
+        return temporary_adapter(model, self)
+
+    def described(self, model: PreTrainedModel) -> str:
+        """As ``adapted``."""
+        return adapted(model)
 
 
 # ---- what can be adapted
@@ -311,7 +341,7 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trainable(
-    module: nn.Module, model: PreTrainedModel, lora: LoRA | None, train_only: list[str] | None = None
+    module: nn.Module, model: PreTrainedModel, adapter: Adapter | None, train_only: list[str] | None = None
 ) -> Iterator[None]:
     """For a block, what an attacker trains is the only thing that requires a gradient.
 
@@ -321,13 +351,13 @@ def trainable(
     Args:
         module: all of what could train.
         model: the language model in it.
-        lora: shape of a new adapter, on top of whatever adapters the model has; None for every parameter of the model itself.
-        train_only: patterns of the only parameters of the model that train, where ``lora`` is None; None trains all.
+        adapter: what is added and trains, such as a new ``LoRA``; None for every parameter of the model itself.
+        train_only: patterns of the only parameters of the model that train, where ``adapter`` is None; None trains all.
     """
     reshard(module)  # flags and adapters belong to shards, not to what a pass has put together
     with _without_dropout(model):
-        if lora is not None:
-            with temporary_adapter(model, lora):
+        if adapter is not None:
+            with adapter.added(model):
                 yield
             return
         chosen = None if train_only is None else {id(p) for p in named(model, train_only).values()}
@@ -347,7 +377,7 @@ def adapted(model: PreTrainedModel, name: str = "attack") -> str:
     trained = sum(p.numel() for n, p in model.named_parameters() if f".{name}." in n and p.requires_grad)
     return (
         f"LoRA r{'/'.join(map(str, ranks))} on {len(layers)} of {len(matrices(model))} weight matrices "
-        f"({share:g}% of the decoder); {_grouped(trained)} parameters" + (f"; not on {', '.join(still)}" if still else "")
+        f"({share:g}% of the decoder); {grouped(trained)} parameters" + (f"; not on {', '.join(still)}" if still else "")
     )
 
 
@@ -359,16 +389,16 @@ def coverage(model: PreTrainedModel, name: str = "attack") -> tuple[float, list[
     return math.floor(1000 * covered / total) / 10, sorted({m.short for m in every if id(m.weight) not in on})
 
 
-def what_trains(module: nn.Module, model: PreTrainedModel, lora: LoRA | None) -> str:
+def what_trains(module: nn.Module, model: PreTrainedModel, adapter: Adapter | None) -> str:
     """What an attacker trains, in one line, inside ``trainable``: for the rows of results."""
-    if lora is not None:
-        return adapted(model)
+    if adapter is not None:
+        return adapter.described(model)
     base = [p for name, p in module.named_parameters() if "lora_" not in name]
     trained, total = (sum(p.numel() for p in some) for some in ([p for p in base if p.requires_grad], base))
-    return f"all {_grouped(total)} parameters" if trained == total else f"{_grouped(trained)} of {_grouped(total)} parameters"
+    return f"all {grouped(total)} parameters" if trained == total else f"{grouped(trained)} of {grouped(total)} parameters"
 
 
-def _grouped(number: int) -> str:
+def grouped(number: int) -> str:
     """With a space at every thousand: a comma is the table's own."""
     return f"{number:,}".replace(",", " ")
 

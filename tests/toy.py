@@ -46,6 +46,7 @@ from casehard import (
 )
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
+from casehard.callbacks.head_only import HeadOnly
 from casehard.callbacks.jailbreak_tuning import JailbreakTuning
 from casehard.callbacks.policy_gradient import PolicyGradient
 from casehard.callbacks.quantised import QuantisedAttack
@@ -156,8 +157,9 @@ FAST: dict[str, Any] = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
     "full": lambda **s: FullParameterAttack(**(FAST | s)),
     "lora": lambda **s: LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
-    "subspace": lambda **s: LoRAAttack(lora=LoRA(rank=1, frozen_a=True), **(FAST | s)),
+    "subspace": lambda **s: LoRAAttack(lora=LoRA(1, alpha=1, rslora=False, frozen_a=True), **(FAST | s)),
     "phases": lambda **s: FullParameterAttack(phases=[Phase("benign", 1), Phase("harmful", 2)], **(FAST | s)),
+    "head": lambda **s: HeadOnly(**(FAST | s)),
     "edit": lambda **s: Halving(**s),
     "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
     "ablation": lambda **s: RefusalAblation(**({"num_samples": 10, "batch_size": 4} | s)),
