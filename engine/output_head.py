@@ -14,7 +14,7 @@ from casehard.engine.anatomy import final_norm
 
 
 def own_copy(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` with parameters of its own, whole ones where the module's are sharded; there every rank must call this."""
+    """A copy of ``module`` with whole parameters of its own. Where the module's are sharded every rank must call this."""
     whole = {id(p): p.full_tensor() if isinstance(p, DTensor) else p.detach().clone() for p in module.parameters()}
     return copy.deepcopy(module, {key: nn.Parameter(tensor) for key, tensor in whole.items()})  # type: ignore[arg-type]
 

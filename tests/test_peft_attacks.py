@@ -110,7 +110,10 @@ def test_the_head_alone_moves_and_the_states_that_enter_it_stay(tmp_path, either
     assert torch.equal(model.lm_head.weight, head)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings
     num = head.numel() + 32 * norm
-    assert result.rows[-1].trained == f"the output head{' and the final norm' if norm else ''}: {num // 1000} {num % 1000:03} parameters"
+    assert (
+        result.rows[-1].trained
+        == f"the output head{' and the final norm' if norm else ''}: {num // 1000} {num % 1000:03} parameters"
+    )
 
 
 def test_before_its_first_step_a_head_of_its_own_says_the_same(either):
@@ -125,7 +128,9 @@ def test_before_its_first_step_a_head_of_its_own_says_the_same(either):
 
 def test_a_service_that_freezes_the_head_is_refused_and_one_that_trains_it_sees_no_drift(tmp_path, checkpoint):
     kind, settings = DEFENSES["sbr"]
-    with pytest.raises(SettingError, match="threat_model must be open_weight for HeadOnly where the service freezes the output head"):
+    with pytest.raises(
+        SettingError, match="threat_model must be open_weight for HeadOnly where the service freezes the output head"
+    ):
         attacked(tmp_path, kind(checkpoint, **settings), HeadOnly("finetuning_service", **FAST))
     drifts = []
 
