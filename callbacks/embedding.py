@@ -76,6 +76,10 @@ class EmbeddingAttack(Attack):
         soft = [list(range(first + i * num, first + (i + 1) * num)) for i in range(len(rows))]
         return [suffixed_ids(row, suffix, module.tokenizer) for row, suffix in zip(rows, soft, strict=True)]
 
+    def start(self, module: Defense, number: int) -> Tensor:
+        """The ids that so many soft tokens begin as."""
+        return torch.full((number,), text_ids(FIRST, module.tokenizer)[-1], device=module.device)
+
     def steps(self, target: Target) -> Iterator[int]:
         """Say how many steps to take; they are taken when prompts are answered, by the rank that answers them."""
         target.module.requires_grad_(False).eval()
@@ -95,7 +99,8 @@ class EmbeddingAttack(Attack):
             state["done"] = state["steps"]
         if not harmful:
             return super().respond(target, rows, max_new_tokens)
-        with soft_tokens(module.model, text_ids(FIRST, module.tokenizer)[-1], torch.cat([state["added"][row] for row in rows])):
+        added = torch.cat([state["added"][row] for row in rows])
+        with soft_tokens(module.model, self.start(module, len(added)), added):
             return module.generate(self.prompts(module, rows), max_new_tokens, target.data.evaluation.batch_size)
 
     def optimise(self, target: Target, rows: list[Row]) -> None:
@@ -105,7 +110,7 @@ class EmbeddingAttack(Attack):
         batch = module.placed(collate(examples, module.tokenizer.pad_token_id, "right"))
 
         def loss(added: Tensor) -> Tensor:
-            with module.forward_context(), soft_tokens(module.model, text_ids(FIRST, module.tokenizer)[-1], added):
+            with module.forward_context(), soft_tokens(module.model, self.start(module, len(added)), added):
                 return module.sft_loss(batch)
 
         zeros = torch.zeros(self.num_tokens, table_shape(module.model)[1], device=module.device)

@@ -57,6 +57,6 @@ class HeadOnly(FineTuning):
         tied = module.model.get_output_embeddings().weight is module.model.get_input_embeddings().weight
         if group_of(module) is not None and "post_finetuning" in module.stages and (self.final_norm or not tied):
             raise SettingError(
-                f"trainer.strategy must not shard weights for {self.name} where a service ({module.label}) repairs models and the "
-                "head is not tied or final_norm is set, got shards. Take ddp."
+                f"trainer.strategy must not shard weights for {self.name} where a service ({module.label}) repairs models and "
+                "the head is not tied or final_norm is set, got shards. Take ddp."
             )

@@ -1,3 +1,4 @@
+from casehard.callbacks.adapter_attack import AdapterAttack as AdapterAttack
 from casehard.callbacks.attack import Attack as Attack
 from casehard.callbacks.attack import Target as Target
 from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
@@ -14,6 +15,10 @@ from casehard.datamodules.sandbox_judge import SandboxJudge as SandboxJudge
 from casehard.datamodules.sft import SFTDataModule as SFTDataModule
 from casehard.engine.adapters import LoRA as LoRA
 from casehard.engine.optimizer import Optimizer as Optimizer
+from casehard.engine.other_adapters import AdaLoRA as AdaLoRA
+from casehard.engine.other_adapters import IA3 as IA3
+from casehard.engine.other_adapters import LoReFT as LoReFT
+from casehard.engine.other_adapters import PromptTuning as PromptTuning
 from casehard.evidence.found import Found as Found
 from casehard.evidence.found import read as read
 from casehard.lightning_modules.booster import BoosterModule as BoosterModule

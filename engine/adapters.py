@@ -5,7 +5,7 @@ import fnmatch
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -298,6 +298,21 @@ def _unwrap(model: nn.Module) -> None:
 
 
 @contextmanager
+def wrapped(model: PreTrainedModel, chosen: list[Matrix], wrap: Callable[[nn.Module, Matrix], nn.Module]) -> Iterator[None]:
+    """For a block, put ``wrap(layer, matrix)`` around every layer of ``chosen``, outside the adapters that are there."""
+    above = _above(model)
+    places = [(*_outside(matrix.layer, above), matrix) for matrix in chosen]
+    layers = [getattr(parent, place) for parent, place, _ in places]
+    try:
+        for (parent, place, matrix), layer in zip(places, layers, strict=True):
+            setattr(parent, place, wrap(layer, matrix))
+        yield
+    finally:
+        for (parent, place, _), layer in zip(places, layers, strict=True):
+            setattr(parent, place, layer)
+
+
+@contextmanager
 def temporary_adapter(model: PreTrainedModel, settings: LoRA, name: str = "attack") -> Iterator[None]:
     """Train an adapter for the length of a block; afterwards the model is built as it was."""
     try:
@@ -431,6 +446,12 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 # ---- out of the way, for a while
 
 
+def second_factor(layer: LoraLayer, name: str) -> Tensor:
+    """The factor without which an adapter adds nothing, of LoRA and AdaLoRA."""
+    factor = layer.lora_B[name]
+    return factor if isinstance(factor, Tensor) else factor.weight  # type: ignore[return-value]
+
+
 @torch.no_grad()
 def fold_adapters(model: PreTrainedModel) -> None:
     """Add what every adapter does to the weights under it, in place and shard by shard, and set the adapter to do nothing."""
@@ -439,7 +460,7 @@ def fold_adapters(model: PreTrainedModel) -> None:
         weight = _weight(layer)
         for name in _names(layer):
             local(weight).add_(shard_of(layer.get_delta_weight(name).detach(), weight))  # type: ignore[attr-defined]
-            local(layer.lora_B[name].weight).zero_()  # type: ignore[arg-type]
+            local(second_factor(layer, name)).zero_()
 
 
 @contextmanager
@@ -468,7 +489,7 @@ def training_adapters_off(model: PreTrainedModel) -> Iterator[None]:
     layers = _lora_layers(model)
     try:
         for layer in layers:
-            layer.set_adapter([name for name in _names(layer) if not layer.lora_B[name].weight.requires_grad])  # type: ignore[union-attr]
+            layer.set_adapter([name for name in _names(layer) if not second_factor(layer, name).requires_grad])
         yield
     finally:
         for layer in layers:

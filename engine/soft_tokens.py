@@ -16,15 +16,40 @@ def table_shape(model: PreTrainedModel) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
+class Marks:
+    """Which tokens of the last pass were marked, laid out as its ids: bool."""
+
+    now: Tensor
+
+
 @contextmanager
-def soft_tokens(model: PreTrainedModel, token: int, added: Tensor) -> Iterator[None]:
+def marks(model: PreTrainedModel) -> Iterator[Marks]:
+    """For a block, ids from the end of the vocabulary on stand for the ids so far below them, and say that these are marked.
+
+    The marks stand on the ids themselves, so they are right under every layout, and in generation, whose new tokens have none.
+    """
+    size, seen = table_shape(model)[0], Marks()
+
+    def read(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        seen.now = args[0] >= size
+        return (torch.where(seen.now, args[0] - size, args[0]),)
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(read)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def soft_tokens(model: PreTrainedModel, tokens: Tensor, added: Tensor) -> Iterator[None]:
     """For a block, ids from the end of the vocabulary on stand for soft tokens, in passes and generation alike.
 
-    Id ``table_shape(model)[0] + i`` has the embedding of ``token`` plus ``added[i]``, through which gradients flow.
+    Id ``table_shape(model)[0] + i`` has the embedding of ``tokens[i]`` plus ``added[i]``, through which gradients flow.
 
     Args:
         model: any causal language model of transformers whose layers see no ids; it may be sharded.
-        token: an id of the vocabulary.
+        tokens: ids of the vocabulary, ``[num]``.
         added: ``[num, dim]``, cast to the embeddings' dtype.
     """
     size, index = table_shape(model)[0], torch.empty(0)
@@ -32,7 +57,7 @@ def soft_tokens(model: PreTrainedModel, token: int, added: Tensor) -> Iterator[N
     def replace(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         nonlocal index
         index = args[0] - size
-        return (args[0].masked_fill(index >= 0, token),)
+        return (torch.where(index < 0, args[0], tokens[index.clamp(min=0)]),)
 
     def add(_: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
         return torch.where(index[..., None] < 0, out, out + F.embedding(index.clamp(min=0), added).to(out.dtype))

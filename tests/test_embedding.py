@@ -57,7 +57,7 @@ def test_passes_and_answers_with_soft_tokens_are_those_of_transformers_from_thei
     added = torch.randn(3, 32)
     prompts = [[5, 6, 7, first, 8], [5, 6, 7, first + 1, first + 2, 8, 9], [5, 6, 7]]  # they begin alike
     table = torch.cat([model.get_input_embeddings().weight, model.get_input_embeddings().weight[11] + added]).detach()
-    with soft_tokens(model, 11, added):
+    with soft_tokens(model, torch.tensor([11] * 3), added):
         ours = generate(model, llama.tokenizer, prompts, 6)
     for prompt, text in zip(prompts, ours, strict=True):
         embeddings, ids = table[prompt][None], []

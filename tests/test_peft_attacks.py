@@ -1,19 +1,38 @@
 """Attacks that differ in what trains: their limiting cases. The crossed tests have them in toy.ATTACKS."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import AdaLoraConfig, get_peft_model
+from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora import LoraLayer
-from test_adapters import built
-from toy import DEFENSES, FAST, bits, looking, save_toy_checkpoint, toy_data, toy_trainer
+from test_adapters import built, train
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.testing import assert_close
+from toy import DEFENSES, FAST, bits, looking, on_ranks, same_bits, save_toy_checkpoint, toy_data, toy_trainer
 
-from casehard import Defense, LoRA, SettingError
+from casehard import Backbone, Defense, LoRA, Optimizer, SettingError
+from casehard.callbacks.adapter_attack import AdapterAttack
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.head_only import HeadOnly
 from casehard.callbacks.results import Results
-from casehard.engine.adapters import temporary_adapter
+from casehard.datamodules.chat import prompt_ids
+from casehard.engine.adapters import add_adapter, temporary_adapter, trainable
+from casehard.engine.checkpoint import load_model
+from casehard.engine.forward import run, use_layout
+from casehard.engine.generation import generate
+from casehard.engine.gradients import average_gradients
+from casehard.engine.other_adapters import IA3, AdaLoRA, LoReFT, OtherAdapter, PromptTuning, orthogonality
+from casehard.engine.output_head import OutputHead
+from casehard.engine.sharding import sharded
+from casehard.engine.soft_tokens import table_shape
+from casehard.engine.training import Plain, train_steps
+from casehard.engine.weights import reshard
 
 IDS = torch.arange(5, 37).view(2, 16)
 
@@ -31,6 +50,15 @@ def attacked(folder: Path, module: Defense, attack: Attack, look: Any = lambda t
     trainer = toy_trainer(folder, callbacks=[results, looking(attack, look)])
     trainer.test(module, datamodule=toy_data(), verbose=False)
     return results
+
+
+def moved(model: nn.Module, adapter: Any) -> None:
+    """As if what trains had been trained."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
 
 
 # ---- random subspace
@@ -142,3 +170,277 @@ def test_a_service_that_freezes_the_head_is_refused_and_one_that_trains_it_sees_
     attacked(tmp_path, module, HeadOnly("finetuning_service", score_steps=[2, 3], **FAST), look)
     assert len(drifts) == 2
     assert max(drifts) < 1e-12  # the batch beside the anchors rounds
+
+
+# ---- other adapters
+
+ADAPTERS: dict[str, Any] = {
+    "adalora": AdaLoRA(1, 3),
+    "ia3": IA3(),
+    "soft prompt": PromptTuning(3),
+    "reft": LoReFT(2, first=2, last=3),
+    "head": OutputHead(final_norm=True),
+}
+OWN = {
+    "adalora": {"lora_A", "lora_B", "lora_E"},
+    "ia3": {"ia3_l"},
+    "soft prompt": {"soft"},
+    "reft": {"free", "weight", "bias"},
+    "head": {"weight"},
+}
+
+
+def asked(adapter: Any, model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """``ids`` as the adapter has them as prompts."""
+    rows = ids.tolist()
+    return torch.tensor([adapter.prompt(row, model) for row in rows]) if isinstance(adapter, OtherAdapter) else ids
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_starts_at_nothing_trains_alone_and_goes_as_it_came(llama, name, own):
+    model, adapter = llama.model, ADAPTERS[name]
+    if own:
+        add_adapter(model, LoRA(rank=2, dropout=0.5), "defense")
+        train(model, "defense")
+        model.eval()
+    flags = {p: p.requires_grad for p in model.parameters()}
+    before, structure = bits(model), built(model)
+    with torch.no_grad():
+        logits = model(IDS).logits
+        for ending in (None, KeyboardInterrupt):
+            with pytest.raises(ending) if ending else nullcontext(), trainable(llama, model, adapter):
+                ids = asked(adapter, model)
+                new = model(ids).logits[:, -16:]
+                if name == "soft prompt":  # it begins as tokens
+                    first = model.attack.tokens.expand(len(IDS), -1)
+                    assert torch.equal(new, model(torch.cat([first, IDS], 1)).logits[:, -16:])
+                else:
+                    assert torch.equal(new, logits)
+                    if name != "head":
+                        assert torch.equal(model(IDS).logits, logits)
+                assert {
+                    n.split(".")[-2 if name in ("adalora", "ia3") else -1] for n, p in model.named_parameters() if p.requires_grad
+                } == OWN[name]
+                moved(model, adapter)
+                assert not torch.allclose(model(ids).logits[:, -16:], new)
+                assert all(
+                    torch.equal(now, before[n])
+                    for n, now in bits(model).items()
+                    if n in before and "lm_head" not in n and n != "model.norm.weight"
+                )
+                if ending:
+                    raise ending
+            for p, flag in flags.items():
+                p.requires_grad_(flag)
+            assert built(model) == structure
+            assert same_bits(bits(model), before)
+            assert torch.equal(model(IDS).logits, logits)
+
+
+def test_ia3_scales_keys_values_and_what_enters_down_proj(llama, checkpoint):
+    by_hand = load_model(checkpoint)
+    with torch.no_grad(), IA3().added(llama.model):
+        moved(llama.model, IA3())
+        for layer, plain in zip(llama.model.model.layers, by_hand.model.layers, strict=True):
+            for ours, theirs in (
+                (layer.self_attn.k_proj, plain.self_attn.k_proj),
+                (layer.self_attn.v_proj, plain.self_attn.v_proj),
+            ):
+                theirs.weight.mul_(ours.ia3_l["attack"])
+            plain.mlp.down_proj.weight.mul_(layer.mlp.down_proj.ia3_l["attack"])
+        assert_close(llama.model(IDS).logits, by_hand(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
+def test_adalora_trains_as_pefts_own_model_does(llama, checkpoint):
+    adapter, num_steps, optimizer = AdaLoRA(1, 3, warm_up_ratio=0.2, final_ratio=0.3), 10, Optimizer(1e-2, clip_norm=None)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    more = {"lora_alpha": 16, "target_modules": names, "total_step": num_steps, "tinit": 2, "tfinal": 3, "task_type": "CAUSAL_LM"}
+    torch.manual_seed(3)
+    theirs = get_peft_model(load_model(checkpoint), AdaLoraConfig(init_r=3, target_r=1, **more))
+    torch.manual_seed(3)
+    with trainable(llama, llama.model, adapter):
+        ours = {n: p for n, p in llama.model.named_parameters() if p.requires_grad}
+        reference = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for a, b in zip(ours.values(), reference.values(), strict=True):
+                b.copy_(a)
+        task = adapter.around(Plain(lambda batch: llama.model(**batch).loss), llama.model, num_steps)
+        opt, schedule = optimizer.build(list(reference.values()), num_steps)
+        steps = train_steps(llama, task, lambda step: {"input_ids": IDS + step, "labels": IDS + step}, num_steps, optimizer)
+        for step, loss in steps:
+            value = theirs(input_ids=IDS + step - 1, labels=IDS + step - 1).loss
+            assert_close(float(loss), value.item())
+            value.backward()
+            opt.step()
+            schedule.step()
+            theirs.base_model.update_and_allocate(step)
+            opt.zero_grad()
+            assert_close(list(ours.values()), list(reference.values()))
+        left = sum(int((layer.lora_E["attack"] != 0).sum()) for layer in llama.model.modules() if isinstance(layer, SVDLinear))
+        assert left == 14  # rank 1 on average
+
+
+def test_orthogonal_factors_cost_nothing(llama):
+    with torch.no_grad(), AdaLoRA(1, 3).added(llama.model):
+        for layer in llama.model.modules():
+            if isinstance(layer, SVDLinear):
+                nn.init.orthogonal_(layer.lora_A["attack"])
+                nn.init.orthogonal_(layer.lora_B["attack"])
+        assert float(orthogonality(llama.model)) < 1e-5
+
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, 8, 9], [5, 6, 7], [20, 21]]  # each begins as the one before does, but the last
+
+
+def edited_by_hand(model: Any, edit: Any, prompt: list[int], answer: list[int], first: int, last: int) -> torch.Tensor:
+    """Logits of a whole row, whose ids are plain and whose places are counted."""
+    places = [i for i in range(len(prompt)) if i < first or i >= len(prompt) - last]
+
+    def hook(_: nn.Module, __: Any, out: Any) -> Any:
+        states = out[0] if isinstance(out, tuple) else out
+        new = states.clone()
+        r, w, b = edit.rotation, edit.source.weight, edit.source.bias
+        for place in places:
+            h = states[0, place]
+            new[0, place] = h + r.T @ (w @ h + b - r @ h)
+        return (new, *out[1:]) if isinstance(out, tuple) else new
+
+    handle = model.model.layers[0].register_forward_hook(hook)
+    try:
+        return model(torch.tensor([prompt + answer])).logits[0]
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("layout", ["prefix_tree", "padded"])
+def test_reft_edits_the_ends_of_prompts_in_passes_and_in_answers_and_nothing_else(llama, checkpoint, layout):
+    use_layout(llama.model, layout, torch.float32)
+    model, adapter = llama.model, LoReFT(2, [0], first=1, last=2)
+    plain = load_model(checkpoint)
+    with torch.no_grad(), adapter.added(model):
+        moved(model, adapter)
+        (edit,) = model.attack
+        assert_close(edit.rotation @ edit.rotation.T, torch.eye(2))
+        answers = generate(model, llama.tokenizer, [adapter.prompt(prompt, model) for prompt in PROMPTS], 5)
+        rows = []
+        for prompt, text in zip(PROMPTS, answers, strict=True):
+            ids: list[int] = []
+            for _ in range(5):
+                ids.append(int(edited_by_hand(plain, edit, prompt, ids, 1, 2)[-1].argmax()))
+            assert llama.tokenizer.decode(ids).startswith(text)
+            rows.append(ids)
+        assert len({tuple(row) for row in rows}) > 1
+        width = max(len(prompt) + 5 for prompt in PROMPTS)
+        asked = [adapter.prompt(prompt, model) + ids for prompt, ids in zip(PROMPTS, rows, strict=True)]
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in asked])
+        batch = {"input_ids": torch.tensor([row + [0] * (width - len(row)) for row in asked]), "attention_mask": mask}
+        ours = run(model, batch, logits_at=mask.bool()).logits
+        expected = torch.cat([edited_by_hand(plain, edit, prompt, ids, 1, 2) for prompt, ids in zip(PROMPTS, rows, strict=True)])
+        assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_reft_trains_alike_where_layers_are_computed_again(checkpoint):
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        module = Defense(checkpoint, backbone=Backbone(activation_checkpointing=again))
+        module.configure_model()
+        adapter = LoReFT(2, [0], 1, 1)
+        with trainable(module, module.model, adapter):
+            moved(module, adapter)
+            module.train()
+            ids = asked(adapter, module.model)
+            module.model(ids, labels=IDS).loss.backward()
+            found.append({n: p.grad for n, p in module.model.named_parameters() if p.requires_grad})
+    assert len(found[0]) == 3
+    assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "head"])
+def test_an_attack_trains_and_asks_as_the_adapter_has_it_and_step_0_is_plain(tmp_path, checkpoint, name):
+    adapter, seen, trained = ADAPTERS[name], [], []
+    attack = AdapterAttack("open_weight", adapter, **FAST)
+    module = Defense(checkpoint)
+    sft_loss, generate = module.sft_loss, module.generate
+    module.sft_loss = lambda batch: trained.append(batch) or sft_loss(batch)
+    module.generate = lambda prompts, *rest: seen.append(prompts) or generate(prompts, *rest)
+    attacked(tmp_path, module, attack)
+    plain = [
+        [prompt_ids(row, module.tokenizer) for row in rows]
+        for rows in (module.data.evaluation.harmful, module.data.evaluation.benign, module.data.evaluation.task)
+    ]
+    assert seen[:3] == plain
+    assert seen[3:] == [[adapter.prompt(ids, module.model) for ids in rows] for rows in plain]
+    for batch in trained[-3:]:  # those before are of the test loop
+        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            start = next(i for i, label in enumerate(labels) if label != -100)
+            size = table_shape(module.model)[0]
+            read = [i - size if name == "reft" and i >= size else i for i in ids[:start] if name == "reft" or i < size]
+            assert ids[:start] == adapter.prompt(read, module.model)
+            assert labels[start] == ids[start]
+
+
+def two_ranks(rank: int, checkpoint: str) -> None:
+    def prepare(model: Any) -> None:
+        add_adapter(model, LoRA(rank=2), "defense")
+
+    whole = load_model(checkpoint)
+    torch.manual_seed(2)
+    prepare(whole)
+    train(whole, "defense")
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",))
+    model, _ = sharded(whole if rank == 0 else None, mesh, torch.device("cpu"), MixedPrecisionPolicy(), prepare)
+    for name, adapter in ADAPTERS.items():
+        found = []
+        for m in (whole, model):
+            torch.manual_seed(1)
+            with trainable(m, m, adapter):
+                moved(m, adapter)
+                rows = slice(None) if m is whole else slice(rank, rank + 1)  # a row a rank
+                ids = asked(adapter, m)[rows]
+                labels = torch.cat([torch.full((len(ids), ids.shape[1] - 16), -100), IDS[rows]], 1)
+                m.train()(ids, labels=labels).loss.backward()
+                trained = [p for p in m.parameters() if p.requires_grad]
+                average_gradients(trained)
+                reshard(m)
+                found.append([p.grad.clone() for p in trained])
+        assert_close(found[1], found[0], msg=lambda text, name=name: f"{name}: {text}")
+        assert all(gradient.any() for gradient in found[0])
+
+
+def test_adapters_get_the_gradients_of_one_process_on_sharded_adapted_weights(tmp_path, checkpoint):
+    on_ranks(two_ranks, tmp_path, save_toy_checkpoint(tmp_path / "untied", tied=False))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdaLoRA(4, 4), "rank of AdaLoRA must be >= 1 and < first_rank, got 4 and 4"),
+        (lambda: AdaLoRA(orthogonality_weight=-1), "orthogonality_weight must be >= 0, got -1"),
+        (lambda: AdaLoRA(warm_up_ratio=0.5, final_ratio=0.5), "together < 1, got 0.5 and 0.5"),
+        (lambda: PromptTuning(0), "num_tokens must be >= 1, got 0"),
+        (lambda: LoReFT(0), "rank of LoReFT must be >= 1, got 0"),
+        (lambda: LoReFT(first=0, last=0), "first and last must be >= 0, and not both 0, got 0 and 0"),
+        (lambda: LoReFT(layers=[]), "layers must name layers or be null, got an empty list"),
+    ],
+)
+def test_a_wrong_setting_of_an_adapter_says_what_it_must_be(make, message):
+    with pytest.raises(SettingError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (LoReFT(layers=[2]), r"layers must lie between 0 and 1, got \[2\]"),
+        (LoReFT(rank=33), "rank of LoReFT must be at most the width of the states, 32, got 33"),
+        (AdaLoRA(target_modules=["nope"]), "has no 'nope'"),
+        (IA3(["nope"], []), "has no 'nope'"),
+        (PromptTuning(2040), "adapter must leave prompt and answer within 2048 positions, and they need 20"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_model_is_refused(tmp_path, checkpoint, adapter, message):
+    with pytest.raises(SettingError, match=message):
+        attacked(tmp_path, Defense(checkpoint), AdapterAttack("open_weight", adapter, **FAST))

@@ -44,6 +44,7 @@ from casehard import (
     VaccineModule,
     Verdict,
 )
+from casehard.callbacks.adapter_attack import AdapterAttack
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.head_only import HeadOnly
@@ -54,6 +55,7 @@ from casehard.callbacks.search import Range, Search
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.engine.forward import Batch
+from casehard.engine.other_adapters import IA3, AdaLoRA, LoReFT, PromptTuning
 from casehard.engine.rollouts import GRPO
 from casehard.engine.weights import Changes, Weights, local
 from casehard.lightning_modules.job import Job
@@ -160,6 +162,10 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "subspace": lambda **s: LoRAAttack(lora=LoRA(1, alpha=1, rslora=False, frozen_a=True), **(FAST | s)),
     "phases": lambda **s: FullParameterAttack(phases=[Phase("benign", 1), Phase("harmful", 2)], **(FAST | s)),
     "head": lambda **s: HeadOnly(**(FAST | s)),
+    "adalora": lambda **s: AdapterAttack(adapter=AdaLoRA(1, 3), **(FAST | s)),
+    "ia3": lambda **s: AdapterAttack(adapter=IA3(), **(FAST | s)),
+    "soft prompt": lambda **s: AdapterAttack(adapter=PromptTuning(4), **(FAST | s)),
+    "reft": lambda **s: AdapterAttack(adapter=LoReFT(16, [0, 1], first=99), **(FAST | s)),
     "edit": lambda **s: Halving(**s),
     "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
     "ablation": lambda **s: RefusalAblation(**({"num_samples": 10, "batch_size": 4} | s)),
