@@ -5,6 +5,7 @@ from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
 from casehard.callbacks.head_only import HeadOnly as HeadOnly
+from casehard.callbacks.lofit import LoFiT as LoFiT
 from casehard.callbacks.refusal_ablation import RefusalAblation as RefusalAblation
 from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
 from casehard.callbacks.results import Results as Results

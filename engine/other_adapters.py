@@ -81,7 +81,7 @@ class OtherAdapter:
 
 @contextmanager
 def alone(model: PreTrainedModel, part: nn.Module) -> Iterator[None]:
-    """For a block, ``part`` is one of the model, where it is, and all that trains."""
+    """For a block, ``part`` is one of the model, where it is, and no other trains."""
     model.requires_grad_(False)
     model.add_module(NAME, part.to(model.device))
     try:

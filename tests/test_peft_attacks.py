@@ -20,9 +20,11 @@ from casehard import Backbone, Defense, LoRA, Optimizer, SettingError
 from casehard.callbacks.adapter_attack import AdapterAttack
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.head_only import HeadOnly
+from casehard.callbacks.lofit import LoFiT
 from casehard.callbacks.results import Results
 from casehard.datamodules.chat import prompt_ids
 from casehard.engine.adapters import add_adapter, temporary_adapter, trainable
+from casehard.engine.attention_heads import AttentionHeads, HeadEdits
 from casehard.engine.checkpoint import load_model
 from casehard.engine.forward import run, use_layout
 from casehard.engine.generation import generate
@@ -180,6 +182,7 @@ ADAPTERS: dict[str, Any] = {
     "soft prompt": PromptTuning(3),
     "reft": LoReFT(2, first=2, last=3),
     "head": OutputHead(final_norm=True),
+    "attention heads": AttentionHeads(),
 }
 OWN = {
     "adalora": {"lora_A", "lora_B", "lora_E"},
@@ -187,6 +190,7 @@ OWN = {
     "soft prompt": {"soft"},
     "reft": {"free", "weight", "bias"},
     "head": {"weight"},
+    "attention heads": {"scale"},
 }
 
 
@@ -358,7 +362,7 @@ def test_reft_trains_alike_where_layers_are_computed_again(checkpoint):
     assert_close(found[0], found[1])
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "head"])
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if "head" not in name])
 def test_an_attack_trains_and_asks_as_the_adapter_has_it_and_step_0_is_plain(tmp_path, checkpoint, name):
     adapter, seen, trained = ADAPTERS[name], [], []
     attack = AdapterAttack("open_weight", adapter, **FAST)
@@ -380,6 +384,85 @@ def test_an_attack_trains_and_asks_as_the_adapter_has_it_and_step_0_is_plain(tmp
             read = [i - size if name == "reft" and i >= size else i for i in ids[:start] if name == "reft" or i < size]
             assert ids[:start] == adapter.prompt(read, module.model)
             assert labels[start] == ids[start]
+
+
+# ---- few attention heads
+
+
+def test_scales_and_biases_act_on_what_enters_the_output_projections(llama, checkpoint):
+    plain, dim = load_model(checkpoint), 16
+    with torch.no_grad(), AttentionHeads().added(llama.model):
+        edits = llama.model.attack
+        edits.scale[0, 1] = torch.linspace(-1, 1, dim)
+        edits.scale[1, 0] = 3.0
+        for layer, head in ((0, 1), (1, 0)):
+            columns = slice(head * dim, (head + 1) * dim)
+            plain.model.layers[layer].self_attn.o_proj.weight[:, columns] *= 1 + edits.scale[layer, head]
+        assert_close(llama.model(IDS).logits, plain(IDS).logits)
+        edits.choose(1)
+        assert edits.chosen.tolist() == [2]  # layer 1, head 0
+        assert {name for name, p in llama.model.named_parameters() if p.requires_grad} == {"attack.bias"}
+        reference = load_model(checkpoint)
+        assert torch.equal(llama.model(IDS).logits, reference(IDS).logits)
+        edits.bias.fill_(0.7)
+        shift = reference.model.layers[1].self_attn.o_proj.weight[:, :dim].sum(1) * 0.7
+        reference.model.layers[1].self_attn.o_proj.bias = nn.Parameter(shift)  # folded
+        assert_close(llama.model(IDS).logits, reference(IDS).logits)
+
+
+def test_lofit_trains_scales_then_biases_of_the_heads_that_scaled_most_and_nothing_else(tmp_path, checkpoint):
+    seen: list[tuple[Any, ...]] = []
+
+    def look(target: Target) -> None:
+        inside = bits(target.module)
+        edits = getattr(target.module.model, "attack", None)
+        kept = {n: b for n, b in inside.items() if ".attack." not in n}
+        seen.append((kept, edits and (edits.scale.detach().clone(), edits.bias.detach().clone(), edits.chosen.clone())))
+
+    settings = FAST | {"num_attack_steps": 6, "score_steps": [1, 2, 3, 6], "optimizer": Optimizer(1e-2)}
+    module = Defense(checkpoint)
+    rows = attacked(tmp_path, module, LoFiT("open_weight", 2, 3, **settings), look).rows
+    assert all(same_bits(kept, seen[0][0]) for kept, _ in seen)
+    (_, none), (_, (first, *_)), _, (_, (scale, bias, chosen)), (_, (dropped, trained, heads)) = seen
+    assert none is None
+    assert len(bias) == len(chosen) == 0
+    assert first.ne(0).any()
+    assert set(heads.tolist()) == set(scale.norm(dim=-1).flatten().topk(2).indices.tolist())
+    assert not dropped.any()
+    assert trained.shape == (2, 16)
+    assert trained.ne(0).any(1).all()
+    assert {row.trained for row in rows} == {"scales of 4 attention heads, then a bias of 2: 32 parameters"}
+    assert not hasattr(module.model, "attack")
+
+
+def test_a_strong_penalty_keeps_scales_at_nothing(tmp_path, checkpoint):
+    sizes = []
+
+    def look(target: Target) -> None:
+        if isinstance(edits := getattr(target.module.model, "attack", None), HeadEdits):
+            sizes.append(float(edits.scale.detach().abs().sum()))
+
+    for weight in (0.0, 1e3):
+        settings = FAST | {"num_attack_steps": 21, "score_steps": [20]}
+        attack = LoFiT("open_weight", 1, 20, Optimizer(1e-2, "sgd", clip_norm=1.0), weight, **settings)
+        attacked(tmp_path / str(weight), Defense(checkpoint), attack, look)
+    assert sizes[1] < 0.2 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_heads": 0}, "num_heads must be >= 1 and l1_weight >= 0, got 0"),
+        ({"num_selection_steps": 3}, "num_selection_steps must be >= 1 and < num_attack_steps, 3, got 3"),
+        ({"num_selection_steps": 1, "num_heads": 5}, "num_heads must be at most the number of attention heads, 4, got 5"),
+    ],
+)
+def test_a_wrong_setting_of_lofit_says_what_it_must_be(tmp_path, checkpoint, settings, message):
+    with pytest.raises(SettingError, match=message):
+        attacked(tmp_path, Defense(checkpoint), LoFiT("open_weight", **(FAST | settings)))
+
+
+# ---- on two ranks
 
 
 def two_ranks(rank: int, checkpoint: str) -> None:

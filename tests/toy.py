@@ -49,6 +49,7 @@ from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.head_only import HeadOnly
 from casehard.callbacks.jailbreak_tuning import JailbreakTuning
+from casehard.callbacks.lofit import LoFiT
 from casehard.callbacks.policy_gradient import PolicyGradient
 from casehard.callbacks.quantised import QuantisedAttack
 from casehard.callbacks.search import Range, Search
@@ -166,6 +167,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "ia3": lambda **s: AdapterAttack(adapter=IA3(), **(FAST | s)),
     "soft prompt": lambda **s: AdapterAttack(adapter=PromptTuning(4), **(FAST | s)),
     "reft": lambda **s: AdapterAttack(adapter=LoReFT(16, [0, 1], first=99), **(FAST | s)),
+    "lofit": lambda **s: LoFiT(num_heads=2, num_selection_steps=1, **(FAST | s)),
     "edit": lambda **s: Halving(**s),
     "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
     "ablation": lambda **s: RefusalAblation(**({"num_samples": 10, "batch_size": 4} | s)),
