@@ -10,7 +10,7 @@ from casehard.callbacks.fine_tuning import FineTuning
 from casehard.datamodules.batches import Batches, Example
 from casehard.datamodules.chat import IGNORED, prompt_ids
 from casehard.datamodules.row import Row
-from casehard.engine.other_adapters import OtherAdapter
+from casehard.engine.other_adapters import LoReFT, OtherAdapter
 from casehard.engine.training import Task
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics.errors import SettingError
@@ -20,7 +20,7 @@ class AdapterAttack(FineTuning):
     """Harmful fine-tuning of an adapter that is no LoRA, on top of whatever adapters the model has.
 
     At a service that repairs models only what stands under an IA3, a soft prompt or edited states is repaired. Rows of the
-    defense's own are seen without a soft prompt and unedited.
+    defense's own, and what metrics of one's own look at, are seen without a soft prompt and unedited.
 
     Args:
         threat_model: finetuning_service or open_weight.
@@ -42,6 +42,12 @@ class AdapterAttack(FineTuning):
     def check_model(self, module: Defense) -> None:
         """Raise a SettingError where the adapter does not fit the model, or leaves too few positions."""
         super().check_model(module)
+        defended = self.threat_model == "finetuning_service" and "finetuning" in module.stages
+        if defended and isinstance(self.adapter, LoReFT) and module.backbone.activation_checkpointing:
+            raise SettingError(
+                f"backbone.activation_checkpointing must be false for LoReFT at a service that defends itself ({module.label}), whose "
+                "loss may take several passes, got true."
+            )
         evaluation, positions = self.evaluation(module.data), module.num_positions
         rows = [*evaluation.harmful, *evaluation.benign, *evaluation.task]
         answered = max((len(self.prompted(module, row)) for row in rows), default=0) + evaluation.max_new_tokens - 1

@@ -94,8 +94,10 @@ class EmbeddingAttack(Attack):
         chunks = [harmful[i : i + self.batch_size] for i in range(0, len(harmful), self.batch_size)]
         num_chunks = max_over_ranks(module.model, len(chunks))
         for number in range(num_chunks):  # a rank that has fewer keeps step with the others
-            self.optimise(target, chunks[number] if number < len(chunks) else scored[:1])
+            num_tokens = self.optimise(target, chunks[number] if number < len(chunks) else scored[:1])
+            target.spend(trained=num_tokens if number < len(chunks) else 0)
         if num_chunks:
+            target.spend(passes=state["steps"] - state["done"])
             state["done"] = state["steps"]
         if not harmful:
             return super().respond(target, rows, max_new_tokens)
@@ -103,8 +105,12 @@ class EmbeddingAttack(Attack):
         with soft_tokens(module.model, self.start(module, len(added)), added):
             return module.generate(self.prompts(module, rows), max_new_tokens, target.data.evaluation.batch_size)
 
-    def optimise(self, target: Target, rows: list[Row]) -> None:
-        """Take the steps that are due; what is added to the soft tokens of a row, ``[num_tokens, dim]``, stays in the state."""
+    def optimise(self, target: Target, rows: list[Row]) -> int:
+        """Take the steps that are due; what is added to the soft tokens of a row, ``[num_tokens, dim]``, stays in the state.
+
+        Returns:
+            Tokens that went forward and backward.
+        """
         module, state, answer = target.module, target.state, text_ids(self.target_text, target.module.tokenizer)
         examples = [{"input_ids": p + answer, "labels": [IGNORED] * len(p) + answer} for p in self.prompts(module, rows)]
         batch = module.placed(collate(examples, module.tokenizer.pad_token_id, "right"))
@@ -115,5 +121,7 @@ class EmbeddingAttack(Attack):
 
         zeros = torch.zeros(self.num_tokens, table_shape(module.model)[1], device=module.device)
         start = torch.cat([state["added"].get(row, zeros) for row in rows])
-        added = sign_descent(loss, start, state["steps"] - state["done"], self.learning_rate)
+        num_steps = state["steps"] - state["done"]
+        added = sign_descent(loss, start, num_steps, self.learning_rate)
         state["added"] |= zip(rows, added.split(self.num_tokens), strict=True)
+        return num_steps * sum(len(example["input_ids"]) for example in examples)

@@ -14,6 +14,7 @@ from casehard.callbacks.attack import Target
 from casehard.callbacks.results import Results
 from casehard.datamodules.chat import prompt_ids, suffixed_ids
 from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
 from casehard.engine.generation import generate
 from casehard.engine.soft_tokens import soft_tokens, table_shape
 
@@ -116,6 +117,17 @@ def test_without_steps_or_tokens_answers_are_the_plain_ones_and_only_harmful_pro
     soft = answers(tmp_path / "soft", 3)
     differ = {ours["kind"] for ours, theirs in zip(soft, plain, strict=True) if ours["response"] != theirs["response"]}
     assert differ == {"harmful"}
+
+
+def test_what_it_costs_is_counted(tmp_path, checkpoint):
+    rows = attacked(tmp_path, checkpoint, score_steps=[1, 3]).rows
+    tokenizer = Defense(checkpoint).tokenizer
+    prompts = [
+        suffixed_ids(row, [-1] * 4, tokenizer) for row in read_rows("sandbox:test/harmful#train[:6]", needs_response=False)
+    ]
+    a_step = sum(map(len, prompts)) + len(prompts) * len(tokenizer("Here is", add_special_tokens=False)["input_ids"])
+    assert [row.passes for row in rows] == [0, 1, 3]
+    assert [row.tokens_trained for row in rows] == [0, a_step, 3 * a_step]
 
 
 def test_scoring_on_the_way_does_not_change_where_the_steps_end(tmp_path, checkpoint):

@@ -386,6 +386,13 @@ def test_an_attack_trains_and_asks_as_the_adapter_has_it_and_step_0_is_plain(tmp
             assert labels[start] == ids[start]
 
 
+def test_edited_states_are_refused_where_a_service_computes_several_passes_again(tmp_path, checkpoint):
+    kind, settings = DEFENSES["sbr"]
+    module = kind(checkpoint, backbone=Backbone(activation_checkpointing=True), **settings)
+    with pytest.raises(SettingError, match="activation_checkpointing must be false for LoReFT at a service that defends itself"):
+        attacked(tmp_path, module, AdapterAttack("finetuning_service", LoReFT(), **FAST))
+
+
 # ---- few attention heads
 
 
