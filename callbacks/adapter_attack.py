@@ -45,8 +45,8 @@ class AdapterAttack(FineTuning):
         defended = self.threat_model == "finetuning_service" and "finetuning" in module.stages
         if defended and isinstance(self.adapter, LoReFT) and module.backbone.activation_checkpointing:
             raise SettingError(
-                f"backbone.activation_checkpointing must be false for LoReFT at a service that defends itself ({module.label}), whose "
-                "loss may take several passes, got true."
+                f"backbone.activation_checkpointing must be false for LoReFT at a service that defends itself ({module.label}), "
+                "whose loss may take several passes, got true."
             )
         evaluation, positions = self.evaluation(module.data), module.num_positions
         rows = [*evaluation.harmful, *evaluation.benign, *evaluation.task]
