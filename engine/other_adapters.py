@@ -139,7 +139,7 @@ class IA3(OtherAdapter):
             raise SettingError(
                 f"target_modules and feedforward_modules of IA3 must be set for {kind}, which peft does not know, got null."
             )
-        return tuple(ours or theirs[kind] for ours, theirs in zip(given, known, strict=True))  # type: ignore[return-value]
+        return tuple(theirs[kind] if ours is None else ours for ours, theirs in zip(given, known, strict=True))  # type: ignore[return-value]
 
     def added(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """For a block, peft's layers around those of the model."""
