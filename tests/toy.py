@@ -48,6 +48,7 @@ from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.jailbreak_tuning import JailbreakTuning
 from casehard.callbacks.policy_gradient import PolicyGradient
+from casehard.callbacks.preference import PreferenceAttack
 from casehard.callbacks.quantised import QuantisedAttack
 from casehard.callbacks.search import Range, Search
 from casehard.datamodules.row import Row
@@ -162,6 +163,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "ablation": lambda **s: RefusalAblation(**({"num_samples": 10, "batch_size": 4} | s)),
     "embedding": lambda **s: EmbeddingAttack(**({"num_attack_steps": 3, "num_tokens": 4, "learning_rate": 0.3} | s)),
     "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
+    "preference": lambda **s: PreferenceAttack(**(FAST | s)),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
 }
 if find_spec("optuna"):
