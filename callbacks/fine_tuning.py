@@ -152,8 +152,8 @@ class FineTuning(Attack):
 
     def steps(self, target: Target) -> Iterator[int]:
         """Train phase by phase."""
-        task = self.task(target)
         with trainable(target.module, target.module.model, self.lora, self.train_only):
+            task = self.task(target)
             for phase, batches in zip(self._phases(), self._batches, strict=True):
                 done = target.num_done
                 yield from (done + step for step in target.train(batches, phase.steps, self.optimizer, task))

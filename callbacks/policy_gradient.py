@@ -34,7 +34,7 @@ class PolicyGradient(FineTuning):
 
     A step costs ``batch_size * num_answers`` generations (once in ``num_inner_steps``), which count as a forward pass over
     prompts and answers; a forward and a backward pass over them; and a forward pass of the start model with ``kl_weight``.
-    Memory: no copy of the weights beside the one that every attack takes; with ``kl_weight`` two more of what trains, none with
+    Memory: no copy of the weights beside the one that every attack takes; with ``kl_weight`` one more of what trains, none with
     ``lora``.
 
     Args:
@@ -99,7 +99,7 @@ class PolicyGradient(FineTuning):
             return target.state["batch"]  # type: ignore[no-any-return]
 
         with trainable(module, module.model, self.lora):
-            own = GroupPolicyLoss(module.model, self.grpo, partial(module.reference, target.state)).loss
+            own = GroupPolicyLoss(module.model, self.grpo, partial(module.reference, {"reference": target.start})).loss
             yield from target.train(batches, self.num_attack_steps, self.optimizer, BesideService(own, target.begin_job()))
 
     def rollout(self, target: Target, drawn: list[tuple[int, Row]]) -> Batch:

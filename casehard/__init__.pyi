@@ -1,5 +1,6 @@
 from casehard.callbacks.attack import Attack as Attack
 from casehard.callbacks.attack import Target as Target
+from casehard.callbacks.capability import CapabilityPreserving as CapabilityPreserving
 from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack

@@ -20,6 +20,7 @@ ZOO = [
     "callbacks/quantised.py", "callbacks/jailbreak_tuning.py", "callbacks/refusal_ablation.py", "callbacks/embedding.py",
     "callbacks/policy_gradient.py",
     "callbacks/preference.py",
+    "callbacks/capability.py",
 ]  # fmt: skip
 MOST_LINES = 60
 OUT_OF_REACH = {"trainer", "dist", "DTensor"}  # the framework's to know

@@ -45,6 +45,7 @@ from casehard import (
     Verdict,
 )
 from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.capability import CapabilityPreserving
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.jailbreak_tuning import JailbreakTuning
 from casehard.callbacks.policy_gradient import PolicyGradient
@@ -164,6 +165,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "embedding": lambda **s: EmbeddingAttack(**({"num_attack_steps": 3, "num_tokens": 4, "learning_rate": 0.3} | s)),
     "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
     "preference": lambda **s: PreferenceAttack(**(FAST | s)),
+    "capability": lambda **s: CapabilityPreserving(side_step="gradient", kick=0.01, **(FAST | s)),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
 }
 if find_spec("optuna"):
