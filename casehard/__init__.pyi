@@ -4,6 +4,7 @@ from casehard.callbacks.capability import CapabilityPreserving as CapabilityPres
 from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
+from casehard.callbacks.latent import LatentAttack as LatentAttack
 from casehard.callbacks.refusal_ablation import RefusalAblation as RefusalAblation
 from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
 from casehard.callbacks.preference import PreferenceAttack as PreferenceAttack

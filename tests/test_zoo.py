@@ -21,6 +21,7 @@ ZOO = [
     "callbacks/policy_gradient.py",
     "callbacks/preference.py",
     "callbacks/capability.py",
+    "callbacks/latent.py",
 ]  # fmt: skip
 MOST_LINES = 60
 OUT_OF_REACH = {"trainer", "dist", "DTensor"}  # the framework's to know

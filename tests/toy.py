@@ -48,6 +48,7 @@ from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.capability import CapabilityPreserving
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.jailbreak_tuning import JailbreakTuning
+from casehard.callbacks.latent import LatentAttack
 from casehard.callbacks.policy_gradient import PolicyGradient
 from casehard.callbacks.preference import PreferenceAttack
 from casehard.callbacks.quantised import QuantisedAttack
@@ -166,6 +167,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
     "preference": lambda **s: PreferenceAttack(**(FAST | s)),
     "capability": lambda **s: CapabilityPreserving(side_step="gradient", kick=0.01, **(FAST | s)),
+    "latent": lambda **s: LatentAttack(**({"num_attack_steps": 3, "radius": 5.0, "step_ratio": 0.5} | s)),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
 }
 if find_spec("optuna"):
