@@ -91,7 +91,7 @@ class LatentAttack(PerPrompt):
         plain, mark = [prompt_ids(row, module.tokenizer) for row in rows], count(table_shape(module.model)[0])
         return [[next(mark) for _ in ids] for ids in plain], torch.tensor(list(chain(*plain)), device=module.device)
 
-    def optimise(self, target: Target, rows: list[Row], num_steps: int) -> None:
+    def optimise(self, target: Target, rows: list[Row], num_steps: int) -> int:
         """As many steps of descent; the deltas of a row, ``[layers, tokens, dim]``, stay in the state."""
         module, answer = target.module, text_ids(self.target_text, target.module.tokenizer)
         (prompts, tokens), layers = self.marked(module, rows), self.chosen(module)
@@ -110,4 +110,4 @@ class LatentAttack(PerPrompt):
         known = [kept.get(row, torch.zeros(shape, device=module.device)) for row, shape in zip(rows, shapes, strict=True)]
         found = ball_descent(gradient, torch.cat(known, dim=1), num_steps, self.radius, self.step_ratio, self.norm)
         kept |= zip(rows, found.split([len(prompt) for prompt in prompts], dim=1), strict=True)
-        target.spend(trained=num_steps * batch["attention_mask"].sum())
+        return num_steps * sum(len(example["input_ids"]) for example in examples)

@@ -24,8 +24,12 @@ class PerPrompt(Attack):
         """No parameter."""
         return NOTHING
 
-    def optimise(self, target: Target, rows: list[Row], num_steps: int) -> None:
-        """Take ``num_steps`` more steps for the prompts of ``rows``, and keep in ``target.state`` what came of it."""
+    def optimise(self, target: Target, rows: list[Row], num_steps: int) -> int:
+        """Take ``num_steps`` more steps for the prompts of ``rows``, and keep in ``target.state`` what came of it.
+
+        Returns:
+            Tokens that went forward and backward.
+        """
         raise NotImplementedError(f"{type(self).__name__} must override optimise.")
 
     def answered(self, target: Target, rows: list[Row], max_new_tokens: int) -> list[str]:
@@ -46,7 +50,9 @@ class PerPrompt(Attack):
         chunks = [harmful[i : i + self.batch_size] for i in range(0, len(harmful), self.batch_size)]
         num_chunks = max_over_ranks(target.module.model, len(chunks))
         for number in range(num_chunks):  # a rank that has fewer keeps step with the others
-            self.optimise(target, chunks[number] if number < len(chunks) else scored[:1], state["steps"] - state["done"])
+            some = chunks[number] if number < len(chunks) else scored[:1]
+            num_tokens = self.optimise(target, some, state["steps"] - state["done"])
+            target.spend(trained=num_tokens if number < len(chunks) else 0)
         if num_chunks:
             target.spend(passes=state["steps"] - state["done"])  # over all prompts
             state["done"] = state["steps"]
