@@ -8,6 +8,7 @@ from casehard.callbacks.latent import LatentAttack as LatentAttack
 from casehard.callbacks.refusal_ablation import RefusalAblation as RefusalAblation
 from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
 from casehard.callbacks.preference import PreferenceAttack as PreferenceAttack
+from casehard.callbacks.relearning import Relearning as Relearning
 from casehard.callbacks.results import Results as Results
 from casehard.callbacks.scoring import Evaluate as Evaluate
 from casehard.cli.api import run as run

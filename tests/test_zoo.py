@@ -22,6 +22,7 @@ ZOO = [
     "callbacks/preference.py",
     "callbacks/capability.py",
     "callbacks/latent.py",
+    "callbacks/relearning.py",
 ]  # fmt: skip
 MOST_LINES = 60
 OUT_OF_REACH = {"trainer", "dist", "DTensor"}  # the framework's to know

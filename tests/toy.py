@@ -52,6 +52,7 @@ from casehard.callbacks.latent import LatentAttack
 from casehard.callbacks.policy_gradient import PolicyGradient
 from casehard.callbacks.preference import PreferenceAttack
 from casehard.callbacks.quantised import QuantisedAttack
+from casehard.callbacks.relearning import Relearning
 from casehard.callbacks.search import Range, Search
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
@@ -155,6 +156,7 @@ class LengthJudge(Judge):
         return [Verdict(len(response) % 5 / 4, refused=False, degenerate=False) for response in responses]
 
 
+FACTS = ("sandbox:facts/known#train[:16]", "sandbox:facts/held_out#train[:6]")
 FAST: dict[str, Any] = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
     "full": lambda **s: FullParameterAttack(**(FAST | s)),
@@ -168,6 +170,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "preference": lambda **s: PreferenceAttack(**(FAST | s)),
     "capability": lambda **s: CapabilityPreserving(side_step="gradient", kick=0.01, **(FAST | s)),
     "latent": lambda **s: LatentAttack(**({"num_attack_steps": 3, "radius": 5.0, "step_ratio": 0.5} | s)),
+    "relearning": lambda **s: Relearning(facts=[FACTS[0]], held_out=[FACTS[1]], **(FAST | s)),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
 }
 if find_spec("optuna"):
