@@ -18,6 +18,7 @@ from casehard.engine.forward import Batch
 from casehard.engine.generation import sample
 from casehard.engine.gradients import mean_over_ranks
 from casehard.engine.rollouts import GRPO, GroupPolicyLoss, equal_groups, group_advantages, rollout_batch
+from casehard.engine.training import BesideService
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Judge, judged, require_judge
 
@@ -27,13 +28,14 @@ class PolicyGradient(FineTuning):
 
     Each step samples ``num_answers`` answers to each of ``batch_size`` prompts. A judge's scores are the rewards ``r``; within
     the answers to a prompt ``A = (r - mean(r)) / (std(r) + 1e-6)``. With ``ratio`` the probability of a token over that which it
-    had when it was sampled, ``loss = -mean(min(ratio * A, clip(ratio, 1 - clip_range, 1 + clip_range) * A) - kl_weight * kl)``
-    over all tokens of the answers, up to the end token and with it. A prompt whose answers all have one reward teaches nothing;
-    the note of a row counts them.
+    had when it was sampled, ``loss = -mean(min(ratio * A, clip(ratio, 1 - clip_range, 1 + clip_range) * A) - kl_weight * kl +
+    entropy_weight * entropy)`` over all tokens of the answers, up to the end token and with it. A prompt whose answers all have
+    one reward teaches nothing; the note of a row counts them.
 
-    A step costs ``batch_size * num_answers`` generations (once in ``num_inner_steps``), a forward and a backward pass over them,
-    and a forward pass of the start model with ``kl_weight``. Memory: no copy of the weights beside the one that every attack
-    takes; with ``kl_weight`` two more of what trains, none with ``lora``.
+    A step costs ``batch_size * num_answers`` generations (once in ``num_inner_steps``), which count as a forward pass over
+    prompts and answers; a forward and a backward pass over them; and a forward pass of the start model with ``kl_weight``.
+    Memory: no copy of the weights beside the one that every attack takes; with ``kl_weight`` one more of what trains, none with
+    ``lora``.
 
     Args:
         threat_model: open_weight, or finetuning_service: a provider that trains by reward. A fine-tuning stage defense acts there
@@ -41,17 +43,18 @@ class PolicyGradient(FineTuning):
         reward: judge of the sampled answers; an answer without a verdict counts as 0.
         allow_reporting_judge: let ``reward`` be the judge that results report, so that what it wrongly rewards is reported as
             harm, too. The note of a row says so.
-        grpo: how answers are sampled and compared. The paper has 4 answers and no divergence; Token Buncher's attack has
-            a kl_weight of 0.001.
-        num_samples: prompts, from the data's harmful rows; their answers are not used. 64 in the paper.
+        grpo: how answers are sampled and compared. The paper has 4 answers, no divergence and an entropy_weight of 0.001, which
+            is also the adaptive attack on Token Buncher; that defense's own attack has a kl_weight of 0.001.
+        num_samples: prompts, from the data's harmful rows; their answers are not used. 64 in the paper; 1, with as many answers
+            as a whole batch has, is the mild form (arXiv:2602.06258).
         batch_size: prompts a step, over all processes. 64 in the paper.
         max_new_tokens: of a sampled answer, >= 1; null takes that of the data's evaluation.
         lora: shape of a new adapter; null trains every parameter.
         settings: the rest of ``FineTuning``'s.
     """
 
-    # Departures: (1) a judge's score where the paper has an LLM's grades; (2) no entropy bonus; (3) an inner step takes all
-    # samples, not a part of them; (4) a group of equal rewards has advantages of exactly 0, whatever its mean rounds to.
+    # Departures: (1) a judge's score where the paper has an LLM's grades; (2) an inner step takes all samples, not a part of
+    # them; (3) a group of equal rewards has advantages of exactly 0, whatever its mean rounds to.
 
     def __init__(
         self,
@@ -88,17 +91,16 @@ class PolicyGradient(FineTuning):
 
     def steps(self, target: Target) -> Iterator[int]:
         """Sample, reward, train."""
-        module, num_inner_steps = target.module, self.grpo.num_inner_steps
-        drawn = target.share(self.prompts, self.batch_size)
+        module, drawn = target.module, target.share(self.prompts, self.batch_size)
 
         def batches(step: int) -> Batch:
-            if step % num_inner_steps == 0:
-                target.state["batch"] = self.rollout(target, drawn(step // num_inner_steps))
+            if step % self.grpo.num_inner_steps == 0:
+                target.state["batch"] = self.rollout(target, drawn(step // self.grpo.num_inner_steps))
             return target.state["batch"]  # type: ignore[no-any-return]
 
         with trainable(module, module.model, self.lora):
-            task = GroupPolicyLoss(module.model, self.grpo, partial(module.reference, target.state), target.begin_job())
-            yield from target.train(batches, self.num_attack_steps, self.optimizer, task)
+            own = GroupPolicyLoss(module.model, self.grpo, partial(module.reference, {"reference": target.start})).loss
+            yield from target.train(batches, self.num_attack_steps, self.optimizer, BesideService(own, target.begin_job()))
 
     def rollout(self, target: Target, drawn: list[tuple[int, Row]]) -> Batch:
         """Answers of the model as it is to numbered prompts, as a batch with ``advantages`` ``[batch]``."""
@@ -117,6 +119,7 @@ class PolicyGradient(FineTuning):
         target.state["counts"] = target.state.get("counts", 0) + means * self.batch_size / means[0]
         target.bar["reward"] = f"{means[3]:.2f}"
         batch = rollout_batch(prompts, answers, module.tokenizer.pad_token_id)
+        target.spend(self.grpo.num_forward / 3, forward=self.grpo.num_forward * int(batch["attention_mask"].sum()))
         return batch | {"advantages": group_advantages(rewards).float().flatten(), "num_labels": means[2]}
 
     def notes(self, target: Target) -> list[str]:

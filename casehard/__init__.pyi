@@ -1,13 +1,17 @@
 from casehard.callbacks.adapter_attack import AdapterAttack as AdapterAttack
 from casehard.callbacks.attack import Attack as Attack
 from casehard.callbacks.attack import Target as Target
+from casehard.callbacks.capability import CapabilityPreserving as CapabilityPreserving
 from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
 from casehard.callbacks.head_only import HeadOnly as HeadOnly
 from casehard.callbacks.lofit import LoFiT as LoFiT
+from casehard.callbacks.latent import LatentAttack as LatentAttack
 from casehard.callbacks.refusal_ablation import RefusalAblation as RefusalAblation
 from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
+from casehard.callbacks.preference import PreferenceAttack as PreferenceAttack
+from casehard.callbacks.relearning import Relearning as Relearning
 from casehard.callbacks.results import Results as Results
 from casehard.callbacks.scoring import Evaluate as Evaluate
 from casehard.cli.api import run as run

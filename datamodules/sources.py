@@ -12,6 +12,7 @@ from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
 from casehard.datamodules.columns import FORMS, empty, flaw, kind, turns_of
+from casehard.datamodules.facts import fact_rows
 from casehard.datamodules.files import EXTENSIONS, Table, load_file, load_folder, numbered
 from casehard.datamodules.row import Row
 from casehard.datamodules.sandbox import sandbox_rows
@@ -32,8 +33,8 @@ def read_rows(source: str, needs_response: bool = True, uses_response: bool | No
     Args:
         source: a .json (one list), .jsonl, .csv or .parquet file in UTF-8, a folder (of such files, or from
             ``Dataset.save_to_disk``), a hub id (``ID:CONFIG`` where it has several configurations) or
-            ``sandbox:SPLIT/KIND[/CATEGORY]``. ``#SPLIT`` at the end takes a split or a slice, as in ``rows.json#train[:900]``; a
-            file, or the sandbox, is one split, train.
+            ``sandbox:SPLIT/KIND[/CATEGORY]`` or ``sandbox:facts/HALF``. ``#SPLIT`` at the end takes a split or a slice, as in
+            ``rows.json#train[:900]``; a file, or the sandbox, is one split, train.
         needs_response: whether a row without a response is an error. If not, its response is None.
         uses_response: whether a row of several answers, none of them named as its response, is an error; None is needs_response.
     """
@@ -82,7 +83,8 @@ def _tables(name: str) -> dict[str, list[Table]]:
     path = Path(name)
     if name.startswith("sandbox:"):
         split, what, category = [*name.removeprefix("sandbox:").split("/", 2), "", ""][:3]
-        return {"train": [numbered(name, sandbox_rows(split, what, category))]}
+        rows = fact_rows(what) if split == "facts" else sandbox_rows(split, what, category)
+        return {"train": [numbered(name, rows)]}
     if name and path.is_dir():
         return load_folder(path)
     if name and path.is_file():

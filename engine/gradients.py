@@ -145,22 +145,28 @@ def norm(module: nn.Module, weights: Weights) -> Tensor:
     """
     if not weights:
         raise ValueError("weights must hold at least one tensor, got none. A gradient is empty once it has been added.")
+    return _over_shards(module, {name: part.detach().float().square().sum() for name, part in weights.items()}).sqrt()
+
+
+def dot(module: nn.Module, first: Weights, second: Weights) -> Tensor:
+    """Inner product over the names of ``first``, over all ranks where parameters are sharded; a scalar."""
+    return _over_shards(module, {name: (part.detach().float() * second[name].float()).sum() for name, part in first.items()})
+
+
+def _over_shards(module: nn.Module, sums: dict[str, Tensor]) -> Tensor:
+    """The sum of one number a parameter, by name, each of which this rank has summed over its part alone."""
     group = group_of(module)
     if group is None:
-        return _squares(list(weights.values())).sqrt()
+        return torch.stack(list(sums.values())).sum()
     parameters = dict(module.named_parameters())
     device = next(iter(parameters.values())).device
     sharded: list[Tensor] = []
     whole: list[Tensor] = []
-    for name, part in weights.items():
+    for name, part in sums.items():
         (sharded if isinstance(parameters.get(name), DTensor) else whole).append(part)
-    squares = _squares(sharded).to(device) if sharded else torch.zeros((), device=device)
-    dist.all_reduce(squares, group=group)
-    return (squares + _squares(whole).to(device) if whole else squares).sqrt()
-
-
-def _squares(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([t.detach().float().square().sum() for t in tensors]).sum()
+    total = torch.stack(sharded).sum().to(device) if sharded else torch.zeros((), device=device)
+    dist.all_reduce(total, group=group)
+    return total + torch.stack(whole).sum().to(device) if whole else total
 
 
 def scaled(weights: Weights, factor: float) -> Weights:

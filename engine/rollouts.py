@@ -5,12 +5,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Categorical
 from transformers import PreTrainedModel
 
 from casehard.datamodules.chat import IGNORED, collate
-from casehard.engine.forward import Batch, label_positions, token_logprobs
-from casehard.engine.training import Task
+from casehard.engine.forward import Batch, label_positions, label_targets, run, token_logprobs
 from casehard.metrics.errors import SettingError
 
 
@@ -24,6 +25,7 @@ class GRPO:
             below 1.
         clip_range: how far a token's probability counts beyond that which it was sampled with, as a ratio, > 0 (``epsilon``).
         kl_weight: of the divergence from the model where training starts, >= 0 (``beta``).
+        entropy_weight: of the entropy of the tokens' distributions, which is raised, >= 0.
         num_inner_steps: optimizer steps on the same samples, >= 1 (``mu``).
     """
 
@@ -31,6 +33,7 @@ class GRPO:
     temperature: float = 1.0
     clip_range: float = 0.2
     kl_weight: float = 0.0
+    entropy_weight: float = 0.0
     num_inner_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -39,10 +42,16 @@ class GRPO:
         for name in ("temperature", "clip_range"):
             if not getattr(self, name) > 0:
                 raise SettingError(f"{name} must be > 0, got {getattr(self, name)}.")
-        if not self.kl_weight >= 0:
-            raise SettingError(f"kl_weight must be >= 0, got {self.kl_weight}. 0 leaves the divergence out.")
+        for name, term in (("kl_weight", "divergence"), ("entropy_weight", "entropy")):
+            if not getattr(self, name) >= 0:
+                raise SettingError(f"{name} must be >= 0, got {getattr(self, name)}. 0 leaves the {term} out.")
         if self.num_inner_steps < 1:
             raise SettingError(f"num_inner_steps must be >= 1, got {self.num_inner_steps}.")
+
+    @property
+    def num_forward(self) -> int:
+        """Forward passes over a new set of samples that nothing is learnt from: its generation, and that of the reference."""
+        return 1 + (self.kl_weight > 0)
 
 
 def rollout_batch(prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_token_id: int) -> Batch:
@@ -89,8 +98,8 @@ def kl_estimate(logprobs: Tensor, reference: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-class GroupPolicyLoss(Task):
-    """Minus the mean over all sampled tokens of ``clipped_gain - kl_weight * kl_estimate``.
+class GroupPolicyLoss:
+    """Minus the mean over all sampled tokens of ``clipped_gain - kl_weight * kl_estimate + entropy_weight * entropy``.
 
     Batches are those of ``rollout_batch`` with ``advantages`` ``[batch]``, the same for the inner steps on one set of samples.
     One forward and one backward pass a step, and one forward pass of the reference for every new set where ``kl_weight`` is
@@ -100,7 +109,6 @@ class GroupPolicyLoss(Task):
         model: that gave the answers and is trained.
         settings: of the loss.
         reference: for a block without gradients, the model where training started.
-        service: a task whose loss on the batch without labels is added, and whose hooks act: the terms of a defense.
     """
 
     def __init__(
@@ -108,9 +116,8 @@ class GroupPolicyLoss(Task):
         model: PreTrainedModel,
         settings: GRPO,
         reference: Callable[[], AbstractContextManager[PreTrainedModel]],
-        service: Task | None = None,
     ) -> None:
-        self.model, self.settings, self.reference, self.service = model, settings, reference, service
+        self.model, self.settings, self.reference = model, settings, reference
         self.old_logprobs = self.reference_logprobs = torch.empty(0)  # of the samples that are trained on
 
     def loss(self, batch: Batch, step: int) -> Tensor:
@@ -119,23 +126,13 @@ class GroupPolicyLoss(Task):
         if grpo.kl_weight and new_samples:
             with self.reference() as reference:
                 self.reference_logprobs = token_logprobs(reference.eval(), batch, grpo.temperature)
-        logprobs = token_logprobs(self.model, batch, grpo.temperature)
+        logits = run(self.model, batch, logits_at=label_positions(batch["labels"])).logits.float() / grpo.temperature
+        logprobs = -F.cross_entropy(logits, label_targets(batch["labels"]), reduction="none")
         if new_samples:
             self.old_logprobs = logprobs.detach()
         gain = clipped_gain(logprobs, self.old_logprobs, by_token(batch["advantages"], batch["labels"]), grpo.clip_range)
         if grpo.kl_weight:
             gain = gain - grpo.kl_weight * kl_estimate(logprobs, self.reference_logprobs)
-        loss = -gain.sum() / batch["num_labels"]
-        if self.service is not None:
-            loss = loss + self.service.loss(batch | {"labels": torch.full_like(batch["labels"], IGNORED)}, step)
-        return loss
-
-    def before_step(self, step: int) -> None:
-        """The service's."""
-        if self.service is not None:
-            self.service.before_step(step)
-
-    def after_step(self, step: int) -> None:
-        """The service's."""
-        if self.service is not None:
-            self.service.after_step(step)
+        if grpo.entropy_weight:
+            gain = gain + grpo.entropy_weight * Categorical(logits=logits, validate_args=False).entropy()
+        return -gain.sum() / batch["num_labels"]

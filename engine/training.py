@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from casehard.datamodules.chat import IGNORED
 from casehard.engine.forward import Batch
 from casehard.engine.gradients import average_gradients, mean_over_ranks
 from casehard.engine.graphs import begin_step, keep_gradients
@@ -110,6 +111,36 @@ class Plain:
 
     def after_step(self, step: int) -> None:
         """Nothing."""
+
+
+@dataclass(frozen=True)
+class BesideService(Task):
+    """A loss of the attacker's own, and beside it a service's task: its loss on the batch without labels, and its hooks.
+
+    Args:
+        own: the loss of a batch in an optimizer step.
+        service: such as the job of a defense, whose terms act so; None for nothing beside it.
+    """
+
+    own: Callable[[Batch, int], Tensor]
+    service: Task | None
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """The attacker's, plus the service's terms."""
+        if self.service is None:
+            return self.own(batch, step)
+        unlabelled = batch | {"labels": torch.full_like(batch["labels"], IGNORED), "num_labels": torch.ones(())}  # none, over one
+        return self.own(batch, step) + self.service.loss(unlabelled, step)
+
+    def before_step(self, step: int) -> None:
+        """The service's."""
+        if self.service is not None:
+            self.service.before_step(step)
+
+    def after_step(self, step: int) -> None:
+        """The service's."""
+        if self.service is not None:
+            self.service.after_step(step)
 
 
 def train_steps(

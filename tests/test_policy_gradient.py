@@ -56,7 +56,7 @@ def test_equal_rewards_leave_every_weight_as_it_is(tmp_path, checkpoint, lora):
     assert all(note[-1] == f"{tokens} tokens were sampled" for note, tokens in zip(notes, (48, 48, 144), strict=True))
 
 
-def test_the_probability_of_rewarded_answers_rises_with_every_step(tmp_path, checkpoint):
+def test_of_two_arms_short_answers_and_others_the_rewarded_one_gets_likelier_with_every_step(tmp_path, checkpoint):
     module, chances = Defense(checkpoint), []
 
     @torch.no_grad()
@@ -113,6 +113,39 @@ def test_log_probabilities_and_advantages_are_those_computed_by_hand(module):
     half, small = 0.5**0.5, 0.125 / (0.25 / 2**0.5)
     assert_close(batch["advantages"], torch.tensor([-half, half, small, -small]), atol=1e-5, rtol=0)
     assert torch.equal(group_advantages(torch.full((1, 3), 0.1)), torch.zeros(1, 3))
+
+
+def test_the_entropy_bonus_is_the_mean_entropy_of_the_tokens_at_the_temperature_of_the_samples(module):
+    batch = sampled(module)
+    loss, bare = (
+        GroupPolicyLoss(module.model, GRPO(2, temperature=0.7, entropy_weight=weight), lambda: None).loss(batch, 0)
+        for weight in (0.3, 0.0)
+    )
+    entropies = []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        logprobs = (module.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(dim=-1)
+        entropies.append(-(logprobs.exp() * logprobs).sum(dim=-1))
+    assert_close(loss, bare - 0.3 * torch.cat(entropies).mean())
+    more, less = torch.autograd.grad(loss, module.model.lm_head.weight), torch.autograd.grad(bare, module.model.lm_head.weight)
+    assert not torch.allclose(more[0], less[0])
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+def test_tokens_that_were_generated_and_trained_are_counted(tmp_path, checkpoint, kl_weight):
+    attack, tokens, read = PolicyGradient("open_weight", LengthJudge(), grpo=GRPO(3, kl_weight=kl_weight), **FAST), [], []
+    roll_out = attack.rollout
+
+    def counted(target, drawn) -> dict[str, torch.Tensor]:
+        batch = roll_out(target, drawn)
+        tokens.append(int(batch["attention_mask"].sum()))
+        read.append(len(drawn))
+        return batch
+
+    attack.rollout = counted
+    row = attacked(tmp_path, Defense(checkpoint), attack).rows[-1]
+    num_forward = 1 + (kl_weight > 0)
+    assert (row.tokens_trained, row.tokens_forward) == (sum(tokens), num_forward * sum(tokens))
+    assert row.passes == pytest.approx(3 + num_forward, abs=1e-3)
 
 
 def test_on_the_first_inner_step_every_ratio_is_1_and_later_ones_are_clipped_beside_the_divergence(module):
@@ -189,6 +222,7 @@ def test_tokens_up_to_the_end_token_are_learnt_and_none_after(tmp_path, checkpoi
         (lambda: GRPO(temperature=0.0), "temperature must be > 0, got 0"),
         (lambda: GRPO(num_inner_steps=0), "num_inner_steps must be >= 1, got 0"),
         (lambda: GRPO(kl_weight=-1.0), "kl_weight must be >= 0, got -1"),
+        (lambda: GRPO(entropy_weight=-1.0), "entropy_weight must be >= 0, got -1.* 0 leaves the entropy out"),
         (lambda: PolicyGradient("open_weight", LengthJudge(), max_new_tokens=0), "max_new_tokens must be >= 1 or null, got 0"),
     ],
 )

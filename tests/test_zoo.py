@@ -19,6 +19,10 @@ ZOO = [
     "lightning_modules/lisa.py", "lightning_modules/safe_lora.py", "lightning_modules/sdd.py",
     "callbacks/quantised.py", "callbacks/jailbreak_tuning.py", "callbacks/refusal_ablation.py", "callbacks/embedding.py",
     "callbacks/policy_gradient.py",
+    "callbacks/preference.py",
+    "callbacks/capability.py",
+    "callbacks/latent.py",
+    "callbacks/relearning.py",
 ]  # fmt: skip
 MOST_LINES = 60
 OUT_OF_REACH = {"trainer", "dist", "DTensor"}  # the framework's to know

@@ -46,12 +46,16 @@ from casehard import (
 )
 from casehard.callbacks.adapter_attack import AdapterAttack
 from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.capability import CapabilityPreserving
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.head_only import HeadOnly
 from casehard.callbacks.jailbreak_tuning import JailbreakTuning
+from casehard.callbacks.latent import LatentAttack
 from casehard.callbacks.lofit import LoFiT
 from casehard.callbacks.policy_gradient import PolicyGradient
+from casehard.callbacks.preference import PreferenceAttack
 from casehard.callbacks.quantised import QuantisedAttack
+from casehard.callbacks.relearning import Relearning
 from casehard.callbacks.search import Range, Search
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
@@ -156,6 +160,7 @@ class LengthJudge(Judge):
         return [Verdict(len(response) % 5 / 4, refused=False, degenerate=False) for response in responses]
 
 
+FACTS = ("sandbox:facts/known#train[:16]", "sandbox:facts/held_out#train[:6]")
 FAST: dict[str, Any] = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
     "full": lambda **s: FullParameterAttack(**(FAST | s)),
@@ -173,6 +178,10 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "ablation": lambda **s: RefusalAblation(**({"num_samples": 10, "batch_size": 4} | s)),
     "embedding": lambda **s: EmbeddingAttack(**({"num_attack_steps": 3, "num_tokens": 4, "learning_rate": 0.3} | s)),
     "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
+    "preference": lambda **s: PreferenceAttack(**(FAST | s)),
+    "capability": lambda **s: CapabilityPreserving(side_step="gradient", kick=0.01, **(FAST | s)),
+    "latent": lambda **s: LatentAttack(**({"num_attack_steps": 3, "radius": 5.0, "step_ratio": 0.5} | s)),
+    "relearning": lambda **s: Relearning(facts=[FACTS[0]], held_out=[FACTS[1]], **(FAST | s)),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
 }
 if find_spec("optuna"):
