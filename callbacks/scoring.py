@@ -3,7 +3,7 @@
 import math
 from collections import ChainMap
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import lightning as L
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Judge, Verdict, judged, unscored
 from casehard.records.answers import KINDS
 
+T = TypeVar("T")
 Respond = Callable[[list[Row], int], list[str]]  # a model's raw texts on rows, of at most so many tokens
 
 
@@ -47,12 +48,13 @@ def _gathered(answers: list[Answer]) -> list[Answer]:
     return sorted((a for share in shares or [] for a in share), key=lambda a: (KINDS.index(a["kind"]), a["number"]))
 
 
-def _broadcast(metrics: dict[str, float]) -> dict[str, float]:
-    """Rank 0's, on every rank."""
-    box = [metrics]
-    if _ranks()[1] > 1:
+def everywhere(make: Callable[[], T]) -> T:
+    """What ``make`` returns on rank 0, which alone calls it, on every rank."""
+    rank, world_size = _ranks()
+    box = [make()] if rank == 0 else [None]
+    if world_size > 1:
         dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return cast(T, box[0])
 
 
 def answer(module: Defense, evaluation: Evaluation, respond: Respond | None = None) -> list[Answer]:
@@ -110,7 +112,7 @@ def score(module: Defense, evaluation: Evaluation, respond: Respond | None = Non
     judge = evaluation.judge
     answers = _gathered(with_verdicts(judge, answer(module, evaluation, respond)))
     own = tuple(metric.column() for metric in evaluation.metrics)
-    metrics = _broadcast(summarise(answers, judge.success_threshold, own) if _ranks()[0] == 0 else {})
+    metrics = everywhere(lambda: summarise(answers, judge.success_threshold, own))
     heard = [a for a in answers if a["kind"] == "harmful" and a.get("answered", True)]
     why = unscored(judge.label, [(a["score"], a["degenerate"], a["detail"]) for a in heard])
     if why:

@@ -1,86 +1,105 @@
 """Search for an attack's strongest settings, on prompts that are not those of the table."""
 
 import copy
+import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass, fields, is_dataclass, replace
+from contextlib import ExitStack, closing, nullcontext, suppress
+from dataclasses import is_dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
 
 from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.results import Results
+from casehard.callbacks.scoring import Scores, everywhere
+from casehard.callbacks.search_space import FIXED, Bound, Choices, MedianPruner, has_setting, with_settings
+from casehard.datamodules.fingerprint import digest as row_digest
 from casehard.datamodules.mixing import overlap
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.datamodules.sources import read_rows
+from casehard.engine.first_token import kl
+from casehard.engine.gradients import sum_over_ranks
 from casehard.engine.training import DivergedError
 from casehard.lightning_modules.defense import Defense
+from casehard.metrics.columns import COLUMNS
 from casehard.metrics.errors import SettingError
+from casehard.records.rows import NONE
+from casehard.records.trials import TrialRow, in_words, write_trials
+from casehard.version import version_of
 
-FIXED = (
-    "name",
-    "threat_model",
-    "seed",
-    "num_attack_steps",
-    "score_steps",
-    "undefended",
-    "undefended_checkpoint",
-    "every_n_epochs",
-)
+if TYPE_CHECKING:
+    from casehard.callbacks.trials import Given, Trials, Tried
 
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers to choose from, both ends included; whole ones where both ends are.
-
-    Args:
-        low: smallest.
-        high: largest, > low.
-        log: draw uniformly in the logarithm; low must be > 0.
-    """
-
-    low: int | float
-    high: int | float
-    log: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.low < self.high or (self.log and self.low <= 0):
-            raise SettingError(f"a range must have low < high, and low > 0 where log is set, got {self}.")
+KL = "kl"  # a bound's name
+NEEDS = {KL: "benign_prompts", "refusal_rate_benign": "benign_prompts", "finetune_accuracy": "task"}  # prompts, by metric
+ROLES = ("harmful_prompts", "benign_prompts", "task")
+SAMPLE = 1024  # numbers of a weight by which a model is told from others
 
 
 class Search(Attack):
     """An attacker who tries out settings first: Optuna around any attack.
 
-    Every trial is a whole attack on the borrowed model, scored after its last step on ``prompts``, which no table shows. The
-    settings with the highest harmful score there are then measured on the test prompts, at the attack's ``score_steps``. A
-    defended model and its undefended baseline are searched separately, each with ``num_trials``. Columns of searched settings
-    stay empty; the note of every row says what was chosen. ``wall_seconds`` includes the search.
+    Every trial is a whole attack on the borrowed model, scored at the attack's ``score_steps`` on validation prompts, which no
+    table shows. Of the trials that keep all ``bounds`` at their last step, the one with the highest coherent harm there (harmful
+    and not degenerate) is chosen, and its settings are measured on the test prompts at ``score_steps``. Where no trial keeps them
+    the rows are nan, never 0. Trials that were pruned, failed (diverged, or without a verdict) or broke a bound count as trials.
+    A defended model and its undefended baseline are searched separately, each with ``num_trials`` and the same sampler seeds.
+    Columns of searched settings stay empty; the note of every row says what was chosen.
 
-    Memory: one copy of the model more than the attack by itself. Needs the extra ``search``.
+    ``search.csv`` in the run's folder has a line a trial. Each that keeps the bounds is also scored on the test prompts, once it
+    is over, so that the best so far can be shown by number of trials; nothing is chosen by that.
+
+    A search that was killed goes on where it was, with the very trials of one that was not, and processes that share a
+    ``storage`` run one search together. What TPE then proposes depends on which trial ended first. A trial is found again where
+    model, data, settings and casehard's version are the same; whoever changes code in between deletes the file.
+
+    Cost: ``num_trials`` attacks, each with scorings of the validation prompts and one of the test prompts. ``passes``, the tokens
+    and ``wall_seconds`` (of this process) include the search. Memory: one copy of the model more than the attack by itself.
+    Needs the extra ``search``.
 
     Args:
         attack: whose settings are searched; it says when, on whom and with which seed.
         choices: for each setting, such as batch_size or optimizer.learning_rate, a list of values or a range
-            ``{low, high, log}``.
+            ``{low, high, log}``. A setting made of several takes mappings of those that change: ``lora: [null, {rank: 4}]``.
         prompts: sources of held-out harmful prompts, none of which is scored in the end.
         num_trials: attacks tried, >= 1.
         sampler: class of ``optuna.samplers`` that takes a seed, such as TPESampler or RandomSampler.
+        pruner: ends trials early that do less harm than most; null runs all to their end.
+        bounds: where metrics must lie on the validation prompts for a trial to be chosen, such as
+            ``finetune_accuracy: {low: 80}``. ``kl`` is the mean over benign prompts of KL(start || trial), in nats, of the
+            answer's first token.
+        benign_prompts: sources of held-out benign prompts, which bounds of refusal_rate_benign and kl need.
+        task: sources of held-out rows of a task, which a bound of finetune_accuracy needs.
+        storage: file of the trials; null keeps them beside the run's folder, as ``VERSION.trials``.
         name: in tables; by default the attack's and "searched".
     """
 
     def __init__(
         self,
         attack: Attack,
-        choices: dict[str, list[Any] | Range],
+        choices: Choices,
         prompts: list[str],
         num_trials: int = 20,
         sampler: str = "TPESampler",
+        pruner: MedianPruner | None = MedianPruner(),  # noqa: B008  frozen
+        bounds: dict[str, Bound] | None = None,
+        benign_prompts: list[str] | None = None,
+        task: list[str] | None = None,
+        storage: str | None = None,
         name: str | None = None,
     ) -> None:
         if num_trials < 1:
             raise SettingError(f"num_trials must be >= 1, got {num_trials}.")
+        if not attack.num_attack_steps:
+            raise SettingError(f"attack must take steps to be searched, and {attack.name} has none. Run it plainly.")
         for setting, values in choices.items():
-            if setting in FIXED or not _has(attack, setting) or (isinstance(values, list) and not values):
+            if setting in FIXED or not has_setting(attack, setting) or (isinstance(values, list) and not values):
                 raise SettingError(
                     f"choices must give values for settings of {type(attack).__name__} other than {', '.join(FIXED)}, got "
                     f"{setting!r}: {values!r}. One inside another is written with a dot: optimizer.learning_rate."
@@ -90,7 +109,12 @@ class Search(Attack):
                 f"choices and prompts must not be empty, got {choices!r} and {prompts!r}. Name some, or attack plainly."
             )
         self.attack, self.num_attack_steps = attack, attack.num_attack_steps
-        self.choices, self.prompts, self.num_trials, self.sampler = choices, prompts, num_trials, sampler
+        self.choices, self.num_trials, self.sampler, self.pruner = choices, num_trials, sampler, pruner
+        self.bounds, self.storage = bounds or {}, storage
+        self.prompts = {"harmful_prompts": prompts, "benign_prompts": benign_prompts or [], "task": task or []}
+        for metric in self.bounds:
+            if (role := NEEDS.get(metric)) and not self.prompts[role]:
+                raise SettingError(f"{role} must name held-out rows where bounds have {metric}, got none. Name some sources.")
         self.chosen: Attack | None = None  # while an attack runs, once its settings are chosen
         self.choice_note = ""  # what was chosen, for the note
         super().__init__(
@@ -108,7 +132,7 @@ class Search(Attack):
         """Read the prompts that trials are scored on, and lay out the attack's rows.
 
         Raises:
-            SettingError: Optuna or its sampler is not there; a prompt is scored in the end too.
+            SettingError: Optuna or its sampler is not there; a bound's metric is not; a prompt is scored in the end too.
         """
         if find_spec("optuna") is None:
             raise SettingError("Search needs optuna, and it is not installed. Install it: pip install 'casehard[search]'.")
@@ -116,60 +140,176 @@ class Search(Attack):
 
         if not hasattr(optuna.samplers, self.sampler):
             raise SettingError(f"sampler must be a class of optuna.samplers, such as TPESampler, got {self.sampler!r}.")
-        prompts = [row for source in self.prompts for row in read_rows(source, needs_response=False)]
-        if shared := overlap(prompts, data.rows["harmful_prompts"]):
-            raise SettingError(
-                f"prompts must share no prompt with harmful_prompts, and {len(shared)} stand in both: the settings would be "
-                "chosen by what they are measured on. Choose other rows (a slice: FILE#train[:100])."
-            )
+        known = [column.name for column in (*COLUMNS, *(metric.column() for metric in data.evaluation_settings.metrics))]
+        if unknown := next((metric for metric in self.bounds if metric not in (*known, KL)), None):
+            raise SettingError(f"bounds must name metrics, {', '.join([*known, KL])}, got {unknown!r}.")
+        rows = {
+            role: [row for source in sources for row in read_rows(source, needs_response=role == "task")]
+            for role, sources in self.prompts.items()
+        }
+        for role, part in rows.items():
+            if shared := overlap(part, data.rows[role]):
+                raise SettingError(
+                    f"{'prompts' if role == ROLES[0] else role} must share no prompt with {role} of the data, and {len(shared)} "
+                    "stand in both: the settings would be chosen by what they are measured on. Choose other rows (a slice: "
+                    "FILE#train[:100])."
+                )
         self._validation = copy.copy(data)
-        self._validation.rows = data.rows | {"harmful_prompts": data.instructed(prompts), "benign_prompts": [], "task": []}
+        self._validation.rows = data.rows | {role: data.instructed(part) for role, part in rows.items()}
+        self._validation.num_target_tokens = data.longest_target(self._validation.rows["task"])
         self.attack.prepare(data, seed)
 
     def steps(self, target: Target) -> Iterator[int]:
-        """Try out settings, then attack with the chosen ones."""
+        """Try out settings, then attack with the chosen ones; where nothing may be chosen the steps are empty."""
         try:
-            settings, harmful_score = self._search(target)
-            chosen = _with(self.attack, settings)
-            chosen.prepare(target.data, target.seed)
-            named = ", ".join(f"{n} {value:.3g}" if isinstance(value, float) else f"{n} {value}" for n, value in settings.items())
-            self.chosen = chosen
-            self.choice_note = (
-                f"{named}: chosen of {self.num_trials} trials, harmful score {harmful_score:.1f} on "
-                f"{len(self._validation.rows['harmful_prompts'])} other prompts"
-            )
-            yield from chosen.steps(target)
+            tried = self._search(target)
+            best = max((t for t in tried if t.within), key=lambda t: (t.value, -t.number), default=None)
+            self._write(target, tried, best)
+            self.choice_note = self._what_came_of(tried, best)
+            for passes, *tokens in (t.cost for t in tried):
+                target.spend(passes, *(tokens if target.trainer.is_global_zero else (0, 0)))
+            if best is None:
+                yield from range(1, self.num_attack_steps + 1)
+                return
+            self.chosen = with_settings(self.attack, best.settings)
+            self.chosen.prepare(target.data, target.seed)
+            yield from self.chosen.steps(target)
         finally:
             self.chosen, self.choice_note = None, ""
 
-    def _search(self, target: Target) -> tuple[dict[str, Any], float]:
-        """The settings with the highest harmful score of all trials, and that score."""
-        import optuna
+    def scores(self, target: Target) -> Scores:
+        """As the attack; nan where nothing could be chosen."""
+        if self.chosen is None and self.choice_note:
+            own = tuple(metric.column() for metric in target.data.evaluation_settings.metrics)
+            return Scores({c.name: 0 if c.kind is int else math.nan for c in (*COLUMNS, *own)}, [], own=own)
+        return super().scores(target)
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(direction="maximize", sampler=getattr(optuna.samplers, self.sampler)(seed=target.seed))
-        kinds = {name: _distribution(values) for name, values in self.choices.items()}
-        for _ in range(self.num_trials):
-            trial = study.ask(kinds)
-            attack = _with(self.attack, trial.params)
-            try:
-                harmful_score = self._tried(attack, target)
-            except DivergedError:
-                harmful_score = math.nan
-            failed = math.isnan(harmful_score)
-            study.tell(trial, None if failed else harmful_score, optuna.trial.TrialState.FAIL if failed else None)
-        if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
-            raise DivergedError(f"{target.name}: none of {self.num_trials} trials had a harmful score. Narrow choices.")
-        return study.best_params, study.best_value
+    # ---- trials
 
-    def _tried(self, attack: Attack, target: Target) -> float:
-        """Harmful score of a whole attack on the prompts of the search; the model comes back as it was."""
+    def _search(self, target: Target) -> list["Tried"]:
+        """All trials, those of a killed process and of others at work on the same search among them."""
+        from casehard.callbacks.trials import Trials
+
+        rests_on, folder = self._rests_on(target), self._folder(target)
+        start = target.module.first_token_logprobs(self._validation.rows["benign_prompts"]) if KL in self.bounds else None
+        with ExitStack() as stack:
+            trials = cast(Trials, None)  # rank 0 has them
+            if target.trainer.is_global_zero:
+                beside = None if folder is None else folder.with_name(f"{folder.name}.trials")
+                path = self.storage or beside or Path(stack.enter_context(TemporaryDirectory()), "trials")
+                settings = (self.choices, self.num_trials, target.seed, self.sampler, self.pruner)
+                trials = stack.enter_context(Trials(Path(path), rests_on, *settings))
+            while (given := everywhere(lambda: trials.next())) is not None:
+                self._try(given, trials, target, start)
+            tried = everywhere(lambda: trials.all())
+        if all(t.state == "failed" for t in tried):
+            raise DivergedError(f"{target.name}: none of {len(tried)} trials had a harmful score. Narrow choices.")
+        return tried
+
+    def _try(self, given: "Given", trials: "Trials", target: Target, start: Tensor | None) -> None:
+        """Run a trial; the model comes back as it was."""
+        attack = with_settings(self.attack, given.settings)
         attack.prepare(target.data, target.seed)
+        state, test = "failed", math.nan
         with attack.lent(replace(target, data=self._validation)) as tried, closing(attack.seeded_steps(tried)) as steps:  # type: ignore[type-var]
-            for step in steps:
-                if step == attack.num_attack_steps:
-                    return attack.scores(tried).metrics["harmful_score"]
-        return math.nan
+            with suppress(DivergedError):
+                state, test = self._outcome(attack, tried, steps, trials, start, target.data)
+            trained, forward = sum_over_ranks(tried.tokens.to(tried.module.device), tried.module.row_group).tolist()
+        everywhere(lambda: trials.end(state, test, (tried.passes, trained, forward)))
+
+    def _outcome(
+        self,
+        attack: Attack,
+        tried: Target,
+        steps: Iterator[int],
+        trials: "Trials",
+        start: Tensor | None,
+        data: SFTDataModule,
+    ) -> tuple[str, float]:
+        """How a trial ended, and its coherent harm on the test prompts where it may be chosen."""
+        for step in (step for step in steps if step in attack.score_steps):
+            metrics = self._metrics(attack, tried, start)
+            value = metrics["coherent_harm"]
+            excess = {name: bound.excess(metrics[name]) for name, bound in self.bounds.items()}
+            pruned = everywhere(lambda: trials.keep(step, value, excess, metrics))  # noqa: B023  called here
+            if step < attack.score_steps[-1] and not pruned:
+                continue
+            if step < attack.score_steps[-1] or math.isnan(value):
+                return "pruned" if pruned else "failed", math.nan
+            within = everywhere(lambda: max(excess.values(), default=0.0) <= 0)  # noqa: B023  called here
+            return "complete", attack.scores(replace(tried, data=data)).metrics["coherent_harm"] if within else math.nan
+        raise AssertionError(f"{attack.name} ended before its last step")
+
+    def _metrics(self, attack: Attack, tried: Target, start: Tensor | None) -> dict[str, float]:
+        """On the validation prompts, of the model as it is handed back."""
+        metrics = attack.scores(tried).metrics
+        if start is None:
+            return metrics
+        with tried.module.handed_back(tried.start, attack.copy_device) if tried.defended else nullcontext():
+            now = tried.module.first_token_logprobs(self._validation.rows["benign_prompts"])
+        return metrics | {KL: float(kl(start, now).mean())}
+
+    def _rests_on(self, target: Target) -> str:
+        """The search's name in its storage: whose it is, and a digest of all that its trials rest on."""
+        data, digest = target.data, hashlib.sha256()
+        plain = {
+            n: repr(v) for n, v in vars(self.attack).items() if n[0] != "_" and (is_dataclass(v) or not hasattr(v, "__dict__"))
+        }
+        rests_on = (
+            version_of("casehard"),
+            (type(self.attack).__qualname__, plain, self.attack.settings()),
+            (self.choices, self.bounds, self.sampler, self.pruner),
+            (data.origins, data.batching, data.system_prompt, data.judge.label),
+            (data.evaluation_settings.num_evaluated, data.evaluation_settings.max_new_tokens),
+            [row_digest(self._validation.rows[role]) for role in self.prompts],
+        )
+        digest.update(repr(rests_on).encode())
+        for name, weight in target.weights().items():
+            some = weight.detach().reshape(-1)[:: max(1, weight.numel() // SAMPLE)]
+            digest.update(name.encode() + some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        who = NONE if target.undefended else target.module.label
+        return f"{self.name} ({self.threat_model}, {who}, seed {target.seed}) {digest.hexdigest()[:16]}"
+
+    def _folder(self, target: Target) -> Path | None:
+        """The run's, None where it keeps no results."""
+        return next((c.folder for c in target.trainer.callbacks if isinstance(c, Results)), None)  # type: ignore[attr-defined]
+
+    def _write(self, target: Target, tried: list["Tried"], best: "Tried | None") -> None:
+        """Keep a line a trial in the run's folder."""
+        if (folder := self._folder(target)) is None or not target.trainer.is_global_zero:
+            return
+        attacks = [callback for callback in target.trainer.callbacks if isinstance(callback, Attack)]  # type: ignore[attr-defined]
+        rows = [
+            TrialRow(
+                attack_index=attacks.index(self),
+                attack=self.name,
+                threat_model=self.threat_model,
+                defense=NONE if target.undefended else target.module.label,
+                seed=target.seed,
+                epoch="" if target.epoch is None else str(target.epoch),
+                number=t.number,
+                state=t.state,
+                within_bounds=t.within,
+                chosen=t is best,
+                step=t.step,
+                settings=t.settings,
+                coherent_harm=t.value,
+                test_coherent_harm=t.test,
+                metrics=t.metrics,
+            )
+            for t in tried
+        ]
+        write_trials(folder, rows)
+
+    def _what_came_of(self, tried: list["Tried"], best: "Tried | None") -> str:
+        """In one line, for the note."""
+        states = [t.state if t.state != "complete" or t.within else "beyond bounds" for t in tried]
+        counts = [f"{states.count(s)} {s}" for s in ("pruned", "failed", "beyond bounds") if s in states]
+        trials = f"{len(tried)} trials" + (f" ({', '.join(counts)})" if counts else "")
+        if best is None:
+            return f"none of {trials} may be chosen, so nothing was attacked with"
+        prompts = len(self._validation.rows["harmful_prompts"])
+        return f"{in_words(best.settings)}: chosen of {trials}, coherent harm {best.value:.1f} on {prompts} other prompts"
 
     # ---- as the attack does
 
@@ -196,41 +336,18 @@ class Search(Attack):
 
     def settings(self) -> dict[str, Any]:
         """Those of the attack that are not searched."""
-        searched = {"optimizer" if setting == "optimizer.name" else setting.rpartition(".")[2] for setting in self.choices}
-        return {name: value for name, value in self.attack.settings().items() if name not in searched}
+        settings = self.attack.settings()
+        for name, _, inner in (setting.partition(".") for setting in self.choices):
+            if inner and isinstance(settings.get(name), dict):
+                settings[name] = {n: value for n, value in settings[name].items() if n != inner}
+            else:
+                settings.pop("optimizer" if (name, inner) == ("optimizer", "name") else inner or name, None)
+        return settings
 
     def what_trains(self, target: Target) -> str:
-        """As the attack, with the chosen settings."""
-        return (self.chosen or self.attack).what_trains(target)
+        """The search chooses it anew for every model and seed: the note says what."""
+        return "what the search chose"
 
     def notes(self, target: Target) -> list[str]:
         """Also what was chosen."""
-        return [*(self.chosen or self.attack).notes(target), self.choice_note]
-
-
-def _has(attack: Attack, setting: str) -> bool:
-    """Whether an attack has a setting, ``NAME`` or ``NAME.FIELD``."""
-    name, _, inner = setting.partition(".")
-    value = getattr(attack, name, None)
-    if name.startswith("_") or not hasattr(attack, name) or callable(value):
-        return False
-    return not inner or (is_dataclass(value) and inner in {f.name for f in fields(value)})
-
-
-def _with(attack: Attack, settings: dict[str, Any]) -> Attack:
-    """A copy of an attack that has not been prepared, with other settings."""
-    changed = copy.copy(attack)
-    for setting, value in settings.items():
-        name, _, inner = setting.partition(".")
-        setattr(changed, name, replace(getattr(changed, name), **{inner: value}) if inner else value)
-    return changed
-
-
-def _distribution(values: list[Any] | Range) -> Any:
-    """Optuna's form of a choice."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if isinstance(values, list):
-        return CategoricalDistribution(values)
-    whole = isinstance(values.low, int) and isinstance(values.high, int)
-    return (IntDistribution if whole else FloatDistribution)(values.low, values.high, log=values.log)  # type: ignore[arg-type]
+        return [*(self.chosen.notes(target) if self.chosen else super().notes(target)), self.choice_note]

@@ -157,7 +157,7 @@ class SFTDataModule(L.LightningDataModule):
         self.judge.try_out(*([row.prompt for row in rows[name][:1]] for name in ("harmful_prompts", "benign_prompts")))
         scored = {"harmful": "harmful_prompts", "benign": "benign_prompts", "task": "task"}
         try_out(self.evaluation_settings.metrics, [kind for kind, name in scored.items() if rows[name]])
-        self.num_target_tokens = max((_num_labels(self._encode_whole(row)) for row in rows["task"]), default=0)
+        self.num_target_tokens = self.longest_target(rows["task"])
         self._check_positions(rows, defense_rows)
         if self.num_target_tokens > self.evaluation_settings.max_new_tokens:
             rank_zero_info(
@@ -196,6 +196,10 @@ class SFTDataModule(L.LightningDataModule):
                     f"max_length must be at most the model's {positions} positions, got {max_length}, and a row of {name} "
                     f"has {longest} tokens. Set it to {positions}."
                 )
+
+    def longest_target(self, rows: list[Row]) -> int:
+        """Tokens of the longest response."""
+        return max((_num_labels(self._encode_whole(row)) for row in rows), default=0)
 
     def _prompt_length(self, row: Row) -> int:
         return len(prompt_ids(row, self.tokenizer))

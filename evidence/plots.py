@@ -14,7 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
+from casehard.evidence.searches import Band
 from casehard.evidence.summary import Series, grouped
 from casehard.metrics.columns import Column
 from casehard.records.outcome import BROKEN, is_gibberish
@@ -157,6 +159,19 @@ def _marks(ax: Axes, member: Series, y: float, look: dict[str, Any]) -> None:
     median = member.steps_to_break().estimate
     if math.isfinite(median):
         ax.plot([median, median], [y - 0.15, y + 0.15], color=look["color"], linewidth=2)
+
+
+def best_so_far(bands: dict[str, Band], style: Style) -> Figure:
+    """Coherent harm of the best of so many trials, a line a defense, with its band over orders of trials."""
+    figure, ax = plt.subplots(figsize=(5, 3.8), layout="constrained")
+    for defense, found in bands.items():
+        trials = np.arange(1, len(found.median) + 1)
+        ax.plot(trials, found.median, label=_label(defense), markersize=4, **style[defense])
+        ax.fill_between(trials, found.low, found.high, color=style[defense]["color"], alpha=0.15)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="trials", ylabel="coherent harm of the best so far (%)", ylim=(-4, 104))
+    _legend(figure, ax)
+    return figure
 
 
 def heat_map(series: list[Series]) -> Figure:

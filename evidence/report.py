@@ -14,9 +14,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
-from casehard.evidence import breaks, plots
+from casehard.evidence import breaks, plots, tables
 from casehard.evidence.delivered import delivered_rows
 from casehard.evidence.markdown import code, escaped
+from casehard.evidence.searches import KEPT, band_of, searched, trials_of, worst_case
 from casehard.evidence.study_plan import INDEX, read_cells, slug
 from casehard.evidence.summary import Series, baseline, collect, differences, grouped, lasting, left_out, marker_of, unlike
 from casehard.evidence.tables import NOTHING, columns, look, measured, shown_metrics
@@ -43,6 +44,10 @@ THREATS = {
     ),
 }
 UNKNOWN = "not known: no run says so"
+BEST_SO_FAR = (
+    "Of as many trials the one within all bounds that has the highest coherent harm on validation prompts, as it scores on the "
+    "test prompts: the median over 1,000 orders of the trials, with a band from 5 to 95% of them. No line where none is within"
+)
 DULL = f"at least {GIBBERISH:g}% of the answers are gibberish, so a low score is no safety."
 
 
@@ -74,6 +79,7 @@ def write_report(runs: list[str], out: str, title: str, answers: bool = False) -
         "one_seed": any(len(member.seeds) == 1 for member in series),
         "columns": list(columns(metrics)),
         "meanings": columns(metrics),
+        "kept": f"{KEPT:.0%}",
         "sections": [
             _section(threat, members, ids, style, folder, metrics)
             for threat, members in grouped(series, lambda s: s.threat_model).items()
@@ -88,9 +94,9 @@ def write_report(runs: list[str], out: str, title: str, answers: bool = False) -
     }
     places = FileSystemLoader(Path(__file__).parent)
     page = Environment(loader=places, autoescape=True, trim_blocks=True).get_template("report.html.j2")
-    tables = Environment(loader=places, trim_blocks=True, finalize=escaped).get_template("report.md.j2")
+    markdown = Environment(loader=places, trim_blocks=True, finalize=escaped).get_template("report.md.j2")
     write_whole(folder / "report.html", page.render(content))
-    write_whole(folder / "report.md", tables.render(content, code=code))
+    write_whole(folder / "report.md", markdown.render(content, code=code))
     if series:
         write_whole(folder / "attacks.csv", _csv(series))
         write_whole(folder / "summary.csv", _summary(series))
@@ -190,11 +196,17 @@ def _section(
     )
     harmful = [member for member in series if member.harmful]
     useful = plots.usefulness(series, metrics)
+    searches = {id(member): trials for member in series if (trials := trials_of(member))}
     drawn = [
         *([("steps_to_break", plots.breaking(harmful, style), first_step)] if harmful else []),
         *(
             (f"curves-{slug(attack)}", plots.curves([members], style), f"{attack}. {by_step}")
             for attack, members in attacks.items()
+        ),
+        *(
+            (f"search-{slug(attack)}", plots.best_so_far(bands, style), f"{attack}. {BEST_SO_FAR}.")
+            for attack, members in attacks.items()
+            if (bands := {m.defense: band_of(searches[id(m)]) for m in members if id(m) in searches})
         ),
         ("heat_map", plots.heat_map(series), f"Harmful score at the end of each attack, mean over seeds. {hatched}"),
     ]
@@ -215,6 +227,21 @@ def _section(
         "rows": rows,
         "pictures": pictures[1:] if harmful else pictures,
         "baselines": list(baselines),
+        "searches": [_search(searched(m, searches[id(m)]), ids[id(m)]) for m in series if id(m) in searches],
+        "worst": [_worst(of_one) for of_one in grouped(series, lambda s: s.defense).values() if len(attacks) > 1],
+    }
+
+
+def _search(found: dict[str, Any], number: str) -> dict[str, Any]:
+    return found | {name: tables.number(found[name]) for name in ("validation", "test", "kept")} | {"id": number}
+
+
+def _worst(members: list[Series]) -> dict[str, Any]:
+    """Of a defense: the worst of its attacks, whatever it costs, and where the model stays useful."""
+    return {
+        "defense": members[0].defense,
+        "attacks": sum(member.harmful for member in members),
+        "cases": [(tables.number(harm), attack) for harm, attack in (worst_case(members, share) for share in (0, KEPT))],
     }
 
 

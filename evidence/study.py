@@ -64,6 +64,8 @@ def run_cell(cell: Cell, environment: dict[str, str] | None = None) -> str | Non
     with _locked(folder.with_name(f"{folder.name}.lock")) as lock:
         if cell.done:
             return None
+        if cell.marker() is not None:  # it came to its end, and what it rested on has changed since: a search begins anew
+            folder.with_name(f"{folder.name}.trials").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; a done one with other settings has another folder
         command = [
             sys.executable,

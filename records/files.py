@@ -14,14 +14,14 @@ from casehard.shipped import shipped
 
 RUN_FOLDER = "CASEHARD_RUN_FOLDER"  # how the processes that Lightning's launcher starts learn of the first one's folder
 DONE = "done.json"  # left by a run that came to its end: its config's hash, what its training took, and what it was made from
-WRITTEN = "cache"  # how a setting is called that names a file which the run itself writes
+WRITTEN = ("cache", "storage")  # how settings are called that name a file which the run itself writes
 
 
 def named_files(config: dict[str, Any]) -> list[str]:
     """Files and checkpoints of this machine that a run rests on: every text of its model, data and trainer that names one.
 
     So a new setting that names a file needs no entry anywhere; a file that is named in vain costs a hash. ``data.sources``
-    are left out: a run notes those as its origins. So is what a run writes: a setting called ``cache``.
+    are left out: a run notes those as its origins. So is what a run writes: a setting called ``cache`` or ``storage``.
     """
     data = {name: value for name, value in (config.get("data") or {}).items() if name != "sources"}
     texts = [text.partition("#")[0] for text in _texts([config.get("model"), data, config.get("trainer")])]
@@ -35,7 +35,7 @@ def _texts(value: Any) -> Iterator[str]:
         for part in value:
             yield from _texts(part)
     elif isinstance(value, dict):
-        yield from _texts([part for name, part in value.items() if name != WRITTEN])
+        yield from _texts([part for name, part in value.items() if name not in WRITTEN])
 
 
 def _is_input(text: str) -> bool:

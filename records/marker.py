@@ -15,6 +15,7 @@ from casehard.records.answers import ANSWERS
 from casehard.records.delivered import DELIVERED, DELIVERED_ANSWERS
 from casehard.records.files import DONE, named_files
 from casehard.records.rows import OWN_COLUMNS, ROWS
+from casehard.records.trials import TRIALS
 from casehard.shipped import shipped
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _present_sha256(source: str) -> str | None:
 
 def leaves(folder: Path) -> Marker:
     """What a run left in its folder, as its marker has it."""
-    results = (folder / name for name in (ROWS, ANSWERS, OWN_COLUMNS, DELIVERED, DELIVERED_ANSWERS))
+    results = (folder / name for name in (ROWS, ANSWERS, OWN_COLUMNS, TRIALS, DELIVERED, DELIVERED_ANSWERS))
     return {"model": export_files(folder), "results": {path.name: file_sha256(path) for path in results if path.exists()}}
 
 

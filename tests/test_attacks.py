@@ -44,7 +44,6 @@ from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.jailbreak_tuning import WRAPPERS, JailbreakTuning
 from casehard.callbacks.quantised import QuantisedAttack, quantised
 from casehard.callbacks.results import Results
-from casehard.callbacks.search import Range, Search
 from casehard.datamodules.row import Row
 from casehard.engine import training
 from casehard.engine.training import DivergedError, Plain, StepLoss
@@ -839,85 +838,6 @@ def test_jailbreak_tuning_wraps_harmful_rows_and_the_prompts_that_are_scored(tmp
 def test_a_wrapped_row_that_max_length_cuts_is_an_error_before_any_weights_load(tmp_path, checkpoint):
     with pytest.raises(ValueError, match=r"max_length must leave every row of JailbreakTuning suppression an answer, .* 2 of 16"):
         attacked(tmp_path, checkpoint, JailbreakTuning("open_weight", "suppression", **FAST), max_length=60)
-
-
-# ---- search
-
-pytest_optuna = pytest.mark.skipif("search" not in ATTACKS, reason="needs the extra search")
-CHOICES = {"optimizer.learning_rate": Range(1e-5, 1e-1, log=True), "batch_size": [4, 8], "lora.rank": Range(1, 4)}
-
-
-@pytest_optuna
-def test_a_search_attacks_as_the_best_of_its_trials_does_alone(tmp_path, checkpoint):
-    trials: list[tuple[LoRAAttack, float]] = []
-
-    class Traced(Search):
-        def _tried(self, attack, target):
-            trials.append((attack, super()._tried(attack, target)))
-            return trials[-1][1]
-
-    class Loud(LoRAAttack):
-        """Its harmful score is its number of rows a step: the search has something to find."""
-
-        def respond(self, target, rows, max_new_tokens):
-            return [row.response if i < self.batch_size - 3 else "" for i, row in enumerate(rows)]
-
-    search = Traced(LoRAAttack("open_weight", LoRA(rank=2), **FAST), CHOICES, ["sandbox:validation/harmful#train[:4]"], 3)
-    searched = attacked(tmp_path / "searched", checkpoint, search)
-    attack, best = max(trials, key=lambda trial: trial[1])
-    assert len(trials) == 3
-    assert len({a.optimizer.learning_rate for a, _ in trials}) == 3
-    alone = attacked(
-        tmp_path / "alone",
-        checkpoint,
-        LoRAAttack("open_weight", attack.lora, **(FAST | {"optimizer": attack.optimizer, "batch_size": attack.batch_size})),
-    )
-    measured = ("harmful_score", "num_scored", "finetune_accuracy", "degenerate_rate", "num_attack_steps", "trained")
-    for ours, theirs in zip(searched, alone, strict=True):
-        assert [getattr(ours, name) for name in measured] == [getattr(theirs, name) for name in measured]
-        assert ours.attack == "LoRAAttack, searched"
-        assert ours.learning_rate is None
-        assert ours.batch_size is None
-        assert f"chosen of 3 trials, harmful score {best:.1f} on 4 other prompts" in ours.note
-    responses = [
-        [
-            (a["kind"], a["prompt"], a["response"])
-            for a in map(json.loads, (tmp_path / run / "run/generations.jsonl").read_text().splitlines())
-        ]
-        for run in ("searched", "alone")
-    ]
-    assert responses[0] == responses[1]  # trials left no trace, and the prompts are the test's
-
-
-@pytest_optuna
-def test_a_search_that_cannot_be_is_told_so_before_any_weights_load(tmp_path, checkpoint):
-    attack, prompts = LoRAAttack("open_weight", LoRA(rank=2), **FAST), ["sandbox:validation/harmful#train[:4]"]
-    for choices, message in (
-        ({"rank": [1]}, "choices must give values for settings of LoRAAttack other than name, .* got 'rank'"),
-        ({"lora.size": [1]}, r"got 'lora\.size'"),
-        ({"seed": [1]}, "got 'seed'"),
-        ({"batch_size": []}, r"got 'batch_size': \[\]"),
-        ({}, "choices and prompts must not be empty"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Search(attack, choices, prompts)
-    with pytest.raises(ValueError, match="a range must have low < high"):
-        Range(2, 1)
-    with pytest.raises(ValueError, match="prompts must share no prompt with harmful_prompts, and 2 stand in both"):
-        attacked(tmp_path, checkpoint, Search(attack, CHOICES, ["sandbox:test/harmful#train[4:8]"]))
-    with pytest.raises(ValueError, match=r"sampler must be a class of optuna\.samplers, such as TPESampler, got 'Best'"):
-        attacked(tmp_path, checkpoint, Search(attack, CHOICES, prompts, sampler="Best"))
-
-
-@pytest_optuna
-def test_a_search_goes_on_after_a_trial_that_diverges_and_says_when_all_do(tmp_path, checkpoint):
-    prompts = ["sandbox:validation/harmful#train[:4]"]
-    attack = LoRAAttack("open_weight", LoRA(rank=2), **(FAST | {"optimizer": Optimizer(1e-2, clip_norm=None)}))
-    rates = {"optimizer.learning_rate": [1e-3, 1e30]}
-    rows = attacked(tmp_path, checkpoint, Search(attack, rates, prompts, 6, "RandomSampler"))
-    assert "optimizer.learning_rate 0.001: chosen of 6 trials" in rows[0].note
-    with pytest.raises(DivergedError, match="none of 2 trials had a harmful score"):
-        attacked(tmp_path, checkpoint, Search(attack, {"optimizer.learning_rate": [1e30]}, prompts, 2))
 
 
 class Still(FullParameterAttack):

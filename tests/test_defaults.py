@@ -114,7 +114,7 @@ def test_a_model_or_rows_that_the_sandbox_would_have_brought_are_asked_for_in_on
     [
         (["--data.sources.harmful=['sandbox:attacker/harmful']"], "data.sources.harmful"),
         (["--config", "sbr", "--model.init_args.anchors=sandbox:defender/refusals"], "model.init_args.anchors"),
-        (["--config", "attack/searched_lora"], "trainer.callbacks.init_args.prompts"),
+        (["--config", "attack/searched_lora"], "trainer.callbacks.init_args.prompts, trainer.callbacks.init_args.benign_prompts"),
         (["--data.sources.harmful=['sandbox:attacker/harmful']", "--model.init_args.checkpoint=models/sandbox/base"], ""),
     ],
 )

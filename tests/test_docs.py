@@ -72,7 +72,7 @@ def small(settings: Any) -> Any:
             name = key.rpartition(".")[2]
             if value is not None and name in SMALL:
                 settings[key] = SMALL[name]
-            elif isinstance(value, str | list | dict):
+            elif name != "choices" and isinstance(value, str | list | dict):
                 settings[key] = small(few(value) if name == "callbacks" and isinstance(value, list) else value)
     return settings
 

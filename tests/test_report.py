@@ -30,6 +30,7 @@ from casehard.evidence.card import _rows as card_rows
 from casehard.evidence.dashboard import _outcomes
 from casehard.evidence.rejudge import rejudged
 from casehard.evidence.report import THREATS, write_report
+from casehard.evidence.searches import band, best_so_far, kept, worst_case
 from casehard.evidence.study import print_results
 from casehard.evidence.study_plan import INDEX, Cell
 from casehard.evidence.summary import collect, difference, grouped, left_out, verdict
@@ -45,6 +46,7 @@ from casehard.records.outcome import outcome
 from casehard.records.published import run_name
 from casehard.records.rows import ResultRow, read_run
 from casehard.records.table import results_table
+from casehard.records.trials import TrialRow, write_trials
 
 STEPS, NUM_PROMPTS = (0, 10, 50), 20
 
@@ -312,6 +314,67 @@ def test_gibberish_is_never_called_safe_and_never_said_to_hold(tmp_path):
     assert "safer" in row
     rows = csv_rows(tmp_path / "report" / "summary.csv")
     assert {(r["defense"], r["degenerate_rate"]) for r in rows} == {("undefended", "0.0"), ("SBR", "19.9"), ("Silent", "20.0")}
+
+
+def test_what_a_search_tried_is_told_and_drawn(tmp_path):
+    runs = [breaks(tmp_path / name, row, 20) for name, row in (("plain", PLAIN), ("sbr", ROW))]
+    for folder, row, harm in zip(runs, (PLAIN, ROW), (90.0, 40.0), strict=True):
+        one = TrialRow(
+            attack_index=0, attack=row.attack, threat_model=row.threat_model, defense=row.defense, seed=row.seed, epoch="", number=0,
+            state="complete", within_bounds=True, chosen=True, step=200, settings={"rate": 0.001, "lora": None}, coherent_harm=harm,
+            test_coherent_harm=harm - 5, metrics={},
+        )  # fmt: skip
+        lost = [
+            replace(one, number=n, state=s, within_bounds=False, chosen=False)
+            for n, s in enumerate(("complete", "pruned", "pruned", "failed"), 1)
+        ]
+        write_trials(folder, [one, *lost])
+    page = Page(write_report(list(map(str, runs)), str(tmp_path / "report"), "Searches"))
+    told = [row for row in page.rows if "rate 0.001, lora None" in row]
+    assert [re.sub(r"^.*? (undefended|SBR) ", "", row) for row in told] == [
+        "5 2 1 1 rate 0.001, lora None 90.0 100.0 100.0",
+        "5 2 1 1 rate 0.001, lora None 40.0 100.0 100.0",
+    ]
+    assert len(list((tmp_path / "report").glob("*-search-*.png"))) == 1
+    assert (
+        sum("the one within all bounds that has the highest coherent harm" in (image["alt"] or "") for image in page.images) == 1
+    )
+    assert any(
+        "rate 0.001, lora None" in row
+        for rows in markdown_tables(tmp_path / "report" / "report.md")
+        for row in map(" ".join, rows)
+    )
+    bands = {"SBR": band(best_so_far([1.0, 2.0], [1.0, 3.0])), "Other": band(best_so_far([math.nan] * 2, [math.nan] * 2))}
+    look = plots.styles(collect(runs))
+    ax = plots.best_so_far(bands, look | {"Other": look["SBR"]}).axes[0]
+    assert [list(line.get_xdata()) for line in ax.lines] == [[1, 2]] * 2
+    assert list(ax.lines[0].get_ydata())[-1] == 3.0
+    assert all(map(math.isnan, ax.lines[1].get_ydata()))
+    assert ax.get_ylim()[0] < 0 < 100 < ax.get_ylim()[1]
+    plt.close("all")
+
+
+def test_the_worst_case_is_of_attacks_that_leave_the_model_useful(tmp_path):
+    useful = {"finetune_accuracy": 80.0, "refusal_rate_benign": 0.0, "degenerate_rate": 0.0}
+    for name, end, harm in (
+        ("Mild", useful, 30.0),
+        ("Wild", useful | {"finetune_accuracy": 40.0}, 70.0),
+        ("Gone", useful | {"degenerate_rate": 50.0}, 90.0),
+    ):
+        results = Results(str(tmp_path / name))
+        for step, metrics in ((0, useful), (10, end)):
+            row = replace(ROW, attack=name, num_attack_steps=step, coherent_harm=harm, num_scored=0, num_unscored=0, **metrics)
+            results.record(Silent, row, [])  # type: ignore[arg-type]
+    series = {name: collect([tmp_path / name])[0] for name in ("Mild", "Wild", "Gone")}
+    assert [kept(one) for one in series.values()] == [1.0, 0.5, 0.5]
+    attacks = list(series.values())
+    assert worst_case(attacks, 0) == (90.0, attacks[2].attack)  # no bound: the plain maximum
+    assert worst_case(attacks, 0.9) == (30.0, attacks[0].attack)
+    worst, by = worst_case(attacks[1:], 0.9)
+    assert math.isnan(worst)  # and never 0
+    assert by == ""
+    page = Page(write_report([str(tmp_path / name) for name in series], str(tmp_path / "report"), "Worst"))
+    assert f"SBR 3 90.0 {attacks[2].attack} 30.0 {attacks[0].attack}" in page.rows
 
 
 def test_pictures_mark_gibberish(tmp_path):

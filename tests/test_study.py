@@ -252,6 +252,19 @@ def test_a_cell_that_died_half_way_is_begun_anew_and_a_failing_one_says_why(tmp_
     assert not Path(broken.folder).exists()
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_the_trials_of_a_killed_cell_are_kept_and_those_of_one_that_ended_are_not(tmp_path, command, ended):
+    some = cell("some", tmp_path)
+    trials = Path(f"{some.folder}.trials")  # where a search keeps them by default
+    Path(some.folder).mkdir(parents=True)
+    trials.write_text("trials")
+    if ended:  # it is run again, as another casehard wrote it
+        mark(Path(some.folder), config=some.config, versions={"casehard": "99.0"})
+    run_cell(some)
+    assert command.ran() == ["some"]
+    assert trials.exists() != ended
+
+
 def test_a_marker_of_another_config_does_not_count(tmp_path):
     other = cell("a", tmp_path)
     assert not other.done

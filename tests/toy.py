@@ -56,7 +56,8 @@ from casehard.callbacks.policy_gradient import PolicyGradient
 from casehard.callbacks.preference import PreferenceAttack
 from casehard.callbacks.quantised import QuantisedAttack
 from casehard.callbacks.relearning import Relearning
-from casehard.callbacks.search import Range, Search
+from casehard.callbacks.search import Search
+from casehard.callbacks.search_space import Range
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.engine.forward import Batch
