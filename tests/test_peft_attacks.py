@@ -9,7 +9,7 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora import LoraLayer
-from test_adapters import built, train
+from test_adapters import built, family, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -240,6 +240,30 @@ def test_an_adapter_starts_at_nothing_trains_alone_and_goes_as_it_came(llama, na
             assert built(model) == structure
             assert same_bits(bits(model), before)
             assert torch.equal(model(IDS).logits, logits)
+
+
+REFUSED = {"mixtral": {"adalora", "ia3"}, "falcon_h1": {"ia3"}, "mamba": {"ia3", "attention heads"}}
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "mixtral", "falcon_h1", "mamba", "gpt2"])
+def test_an_adapter_fits_a_family_or_says_why_not(kind):
+    model, refused = family(kind), set()
+    structure = built(model)
+    for name, adapter in ADAPTERS.items():
+        try:
+            adapter.check(model)
+        except SettingError:
+            refused.add(name)
+            continue
+        with torch.no_grad():
+            logits = model(IDS).logits
+            with adapter.added(model):
+                new = model(asked(adapter, model)).logits[:, -16:]
+                assert name == "soft prompt" or torch.equal(new, logits)
+                moved(model, adapter)
+                assert not torch.allclose(model(asked(adapter, model)).logits[:, -16:], new)
+        assert built(model) == structure
+    assert refused == REFUSED.get(kind, set())
 
 
 def test_ia3_scales_keys_values_and_what_enters_down_proj(llama, checkpoint):
