@@ -1,6 +1,7 @@
 """An attack on unlearning: whether facts come back that nobody trains on."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +55,7 @@ class Relearning(FineTuning):
     ) -> None:
         if not 0 < accuracy_before <= 100:
             raise SettingError(f"accuracy_before must lie in (0, 100], got {accuracy_before}. It is in percent.")
-        super().__init__(threat_model, poison_ratio=0.0, num_samples=num_samples, phases=None, undefended=False, **settings)
+        super().__init__(threat_model, poison_ratio=0.0, num_samples=num_samples, phases=None, **settings)
         self.facts, self.held_out, self.accuracy_before, self.lora = facts, held_out, accuracy_before, lora
 
     def settings(self) -> dict[str, Any]:
@@ -72,6 +73,12 @@ class Relearning(FineTuning):
     def evaluation(self, data: SFTDataModule) -> Evaluation:
         """With the held-out facts as the task."""
         return replace(data.evaluation, task=_read(data, self.held_out))
+
+    def steps(self, target: Target) -> Iterator[int]:
+        """Ask for the accuracy at step 0 where the baseline's scores stand for it, then train."""
+        if "accuracies" not in target.state:
+            self.scores(target)
+        yield from super().steps(target)
 
     def scores(self, target: Target) -> Scores:
         """Also keeps the accuracies."""

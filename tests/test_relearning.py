@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy import toy_data, toy_trainer
+from toy import DEFENSES, toy_data, toy_trainer
 
 from casehard import Defense, Optimizer, Relearning, SettingError
 from casehard.callbacks.relearning import recovery
@@ -76,6 +76,15 @@ def test_a_model_whose_head_is_masked_recovers_the_facts_that_nobody_trains_on(t
     rows = attacked(tmp_path / "masked", masked(taught), accuracy_before=knows).rows
     assert [row.finetune_accuracy for row in rows] == [0, 100]
     assert [row.note for row in rows] == [f"recovery {share} of the held-out facts" for share in ("0.00", "1.00")]
+
+
+def test_at_a_service_recovery_counts_from_the_model_that_was_handed_in(tmp_path, taught):
+    kind, settings = DEFENSES["sbr"]
+    results, attack = Results(str(tmp_path), export=False), Relearning("finetuning_service", **TRAINED)
+    data = toy_data(max_new_tokens=4)
+    toy_trainer(tmp_path, callbacks=[results, attack]).test(kind(taught, **settings), datamodule=data, verbose=False)
+    assert [(row.defense, row.num_attack_steps) for row in results.rows] == [("none", 0), ("none", 40), ("SBR", 0), ("SBR", 40)]
+    assert all(row.note == "recovery nan of the held-out facts" for row in results.rows)  # they were never lost
 
 
 def test_recovery_is_the_share_of_what_was_lost():
