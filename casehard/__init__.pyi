@@ -3,6 +3,7 @@ from casehard.callbacks.attack import Target as Target
 from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
+from casehard.callbacks.kernel_ablation import KernelAblation as KernelAblation
 from casehard.callbacks.refusal_ablation import RefusalAblation as RefusalAblation
 from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
 from casehard.callbacks.results import Results as Results

@@ -28,6 +28,7 @@ from casehard import (
     FullParameterAttack,
     InnerAttacker,
     Judge,
+    KernelAblation,
     LisaModule,
     LoRA,
     LoRAAttack,
@@ -153,13 +154,16 @@ class LengthJudge(Judge):
 
 
 FAST: dict[str, Any] = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
+ANY: dict[str, Any] = {"kl_threshold": 1e9, "steering_threshold": -1e9}  # bounds that every direction keeps
+ABLATION: dict[str, Any] = {"num_samples": 10, "batch_size": 4, "num_phases": 3, "rank": 2} | ANY
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
     "full": lambda **s: FullParameterAttack(**(FAST | s)),
     "lora": lambda **s: LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
     "phases": lambda **s: FullParameterAttack(phases=[Phase("benign", 1), Phase("harmful", 2)], **(FAST | s)),
     "edit": lambda **s: Halving(**s),
     "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
-    "ablation": lambda **s: RefusalAblation(**({"num_samples": 10, "batch_size": 4} | s)),
+    "ablation": lambda **s: RefusalAblation(**(ABLATION | s)),
+    "kernel": lambda **s: KernelAblation(**({"num_samples": 10, "batch_size": 4, "direction": 0.9} | s)),
     "embedding": lambda **s: EmbeddingAttack(**({"num_attack_steps": 3, "num_tokens": 4, "learning_rate": 0.3} | s)),
     "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
