@@ -1,120 +1,130 @@
-"""An attack on the one direction by which a model refuses."""
+"""An attack on the directions by which a model refuses."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from casehard.callbacks.attack import Attack, Target, ThreatModel
-from casehard.datamodules.mixing import mix, overlap
-from casehard.datamodules.row import Row
-from casehard.datamodules.sft import SFTDataModule
-from casehard.datamodules.sources import read_rows
-from casehard.engine.anatomy import decoder_layers, residual_parameters
-from casehard.engine.directions import ablate, last_prompt_states
-from casehard.engine.forward import Batch
-from casehard.engine.gradients import mean_over_ranks
-from casehard.engine.weights import Changes, restore
+from casehard.callbacks.attack import Target, ThreatModel
+from casehard.callbacks.direction_choice import Choice, Select, require
+from casehard.callbacks.direction_edit import DirectionEdit
+from casehard.engine.anatomy import decoder_layers
+from casehard.engine.directions import ablate, orthonormal
+from casehard.engine.weights import Weights, copies
 from casehard.lightning_modules.defense import Defense
+from casehard.lightning_modules.other_models import undefended_at
 from casehard.metrics.errors import SettingError
 
 
-class RefusalAblation(Attack):
+class RefusalAblation(DirectionEdit):
     """Refusal ablation, "abliteration" (arXiv:2406.11717): take one direction out of all that writes to the residual stream.
 
-    ``direction = normalize(mean(h of harmful prompts) - mean(h of harmless prompts))``, ``h`` being the state of a prompt's last
-    token where it enters a decoder layer; then ``W <- W - direction direction^T W`` for embeddings, attention outputs and MLP
-    outputs, biases and adapters included. The direction is of one layer of the first 80%: the one whose ablation leaves held-out
-    rows of both kinds the lowest loss. This is the attack without a search of its settings.
+    ``r = mean(h of harmful prompts) - mean(h of harmless prompts)``, ``h`` being the state of a token as it enters a decoder
+    layer; then ``W <- W - direction direction^T W`` with ``direction = normalize(r)``, for embeddings, attention outputs and MLP
+    outputs, biases and adapters included. Candidates are the tokens that end every prompt (the template's), times the layers of
+    the first 80%. ``select`` chooses among them on held-out rows:
 
-    The direction stays in the stream where an architecture normalises what a layer adds (Gemma 2 and 3, OLMo 2). With tied
-    embeddings the unembedding is edited, too. Cost: forward passes alone, over 4/5 of the rows once and over 1/5 for every layer.
-    Memory: a copy of what is edited, and two whole matrices.
+    - refusal, the paper's: with ``R = log(P / (1 - P))``, ``P`` the probability that an answer opens with the first token of a
+      refusal, the lowest R of harmful prompts, among candidates that steer (``r`` added at its layer gives harmless prompts a
+      mean R of ``steering_threshold`` or more) and that harmless prompts hardly notice (``KL(before || after) <=
+      kl_threshold``, of the first token);
+    - harm: the most coherent harm in answers to at most 16 harmful prompts, by the data's judge, under the same bound on KL;
+    - loss: the lowest loss of the rows' own answers, harmful and harmless.
+
+    With ``num_phases`` the attack goes on (arXiv:2511.08379): every step estimates anew on the model as it has become, makes the
+    direction orthogonal to those before, and takes it out as well. ``rank`` takes out more at once: the top singular vectors of
+    the harmful states minus the harmless mean. A step for which no candidate is left changes nothing, and the note says so.
+
+    A direction stays in the stream where an architecture normalises what a layer adds (Gemma 2 and 3, OLMo 2). With tied
+    embeddings the unembedding is edited, too. Cost a phase: forward passes alone, one over 4/5 of the rows, and three over 1/5
+    for every candidate. Memory: a copy of what is edited (two with ``estimated_on``), and two whole matrices.
 
     Args:
         threat_model: open_weight, as only who holds the weights edits them; finetuning_service edits the aligned model.
-        layer: whose direction is taken, from 1 to the number of layers - 1; null chooses one.
-        num_samples: harmful rows, and as many harmless ones: four fifths are for the means, and the rest chooses the layer.
-        harmless: sources of harmless rows of the attacker's own, best like harmful ones in form; null takes the data's benign.
-        batch_size: rows of a pass, over all processes.
-        settings: the rest of ``Attack``'s.
+        layer: whose direction is taken, from 1 to the number of layers - 1; null tries all.
+        select: how a candidate is chosen: refusal, harm or loss. Nothing is chosen where layer and token are given.
+        kl_threshold: of refusal and harm, in nats, > 0.
+        steering_threshold: of refusal, in log-odds.
+        num_phases: directions, or groups of ``rank``, taken out one after the other, >= 1: the steps of the attack.
+        rank: dimensions taken out in a phase, >= 1; 1 is the difference of means.
+        estimated_on: another model of the architecture to estimate and choose on, such as the one before the defense: directions
+            then are stale here, a control. null estimates on the attacked model.
+        settings: the rest of ``DirectionEdit``'s.
     """
 
-    # Departures from the paper: 1. Of positions the last one of the prompt alone is tried. 2. The layer is chosen by the loss of
-    # the rows' own answers, harmful and harmless, not by the log-odds of a list of refusal tokens, which differ between models:
-    # it falls as refusals give way and rises as the model breaks, so it stands for the bounds on KL and steering, too. 3. Prompts
-    # are not filtered by whether the model refuses them.
+    # Departures from the paper: 1. First tokens of refusals are those of the data's refusals (from 5% of them), not a list by
+    # family. 2. Candidates are ablated by the edit that is released, not by hooks: the same but for architectures that normalise,
+    # where hooks would promise more than the weights keep. 3. Prompts are not filtered by whether the model refuses them. 4. The
+    # last layers left out are a fifth rounded down, so that four layers keep their last. 5. Rank, phases, the rules harm and
+    # loss, and the control are no part of it.
 
     def __init__(
         self,
         threat_model: ThreatModel = "open_weight",
         layer: int | None = None,
-        num_samples: int = 160,
-        harmless: list[str] | None = None,
-        batch_size: int = 32,
+        select: Select = "refusal",
+        kl_threshold: float = 0.1,
+        steering_threshold: float = 0.0,
+        num_phases: int = 1,
+        rank: int = 1,
+        estimated_on: str | None = None,
         **settings: Any,
     ) -> None:
-        if num_samples < 5:
-            raise SettingError(f"num_samples must be >= 5, a fifth of which chooses the layer, got {num_samples}.")
+        require(select, kl_threshold)
+        if min(num_phases, rank) < 1:
+            raise SettingError(f"num_phases and rank must be >= 1, got {num_phases} and {rank}.")
+        self.num_attack_steps = num_phases
         super().__init__(threat_model, **settings)
-        self.layer, self.num_samples, self.harmless, self.batch_size = layer, num_samples, harmless, batch_size
+        self.layer, self.select, self.rank = layer, select, rank
+        self.kl_threshold, self.steering_threshold = kl_threshold, steering_threshold
+        self.num_phases, self.estimated_on = num_phases, estimated_on
 
     def settings(self) -> dict[str, Any]:
-        """How the direction is found."""
-        own = {} if self.harmless is None else {"harmless": self.harmless}
-        return {"num_samples": self.num_samples, "layer": self.layer or "chosen"} | own
-
-    def rows(self, data: SFTDataModule, seed: int) -> list[Row]:
-        """Harmful rows, then as many harmless ones, none of which is scored."""
-        own = [row for source in self.harmless or [] for row in read_rows(source)]
-        harmless = data.rows["benign"] if self.harmless is None else data.instructed(own)
-        if shared := overlap(own, data.rows["harmful_prompts"] + data.rows["benign_prompts"] + data.rows["task"]):
-            raise SettingError(f"harmless must share no prompt with what is scored, and {len(shared)} do. Take other rows.")
-        return mix([], data.rows["harmful"], self.num_samples, 1.0, seed) + mix(harmless, [], self.num_samples, 0.0, seed)
+        """How the directions are found."""
+        names = ("layer", "token", "select", "kl_threshold", "steering_threshold", "rank", "estimated_on")
+        return super().settings() | {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def check_model(self, module: Defense) -> None:
-        """Raise a ValueError where the model does not have the layer."""
+        """Raise a SettingError where the model does not have the layer, or the other model is not of its architecture."""
         num_layers = len(decoder_layers(module.model))
         if not 1 <= (1 if self.layer is None else self.layer) < num_layers:
             raise SettingError(f"layer must lie in 1 to {num_layers - 1}, the model's layers - 1, got {self.layer}.")
-
-    def changes(self, module: Defense) -> Changes:
-        """All that writes to the residual stream."""
-        written = {id(p) for p, _ in residual_parameters(module.model)}
-        return {name for name, p in module.named_parameters() if id(p) in written}.__contains__
+        if self.estimated_on is not None:
+            module.check_other(self.estimated_on, "estimated_on")
 
     @torch.no_grad()
     def steps(self, target: Target) -> Iterator[int]:
-        """Find a direction for every layer, choose one, and take it out."""
-        module, rows = target.module, self.rows(target.data, target.seed)
+        """Find a direction, take it out, and again."""
+        module = target.module
         module.eval()
-        num_layers = len(decoder_layers(module.model))
-        layers = list(range(1, num_layers * 4 // 5 + 1)) if self.layer is None else [self.layer]
-        harmful, harmless, num = rows[: self.num_samples], rows[self.num_samples :], self.num_samples * 4 // 5
-        states = partial(last_prompt_states, module.model, layers)
-        sums = [self.total(target, states, part[:num], "means") for part in (harmful, harmless)]
-        directions = F.normalize(sums[0] - sums[1], dim=-1)
-        held_out = harmful[num:] + harmless[num:]
-        losses = {}
-        for layer, direction in zip(layers, directions, strict=True) if len(layers) > 1 else ():
-            ablate(module.model, direction)
-            losses[layer] = self.total(target, module.sft_loss, held_out, "validation").item()
-            restore(module, target.start)
-        layer = min(losses, key=losses.__getitem__, default=layers[0])
-        target.state |= {"layer": layer, "direction": directions[layers.index(layer)], "losses": losses}
-        ablate(module.model, target.state["direction"])
-        yield 1
+        target.state["found"] = []
+        bases: Iterable[Tensor] = self.bases(target, target.start)
+        if self.estimated_on is not None:
+            with undefended_at(module, self.estimated_on, "estimated_on"):
+                start = copies({name: weight for name, weight in target.weights().items() if name in target.start})
+                bases = list(self.bases(target, start))
+        for phase, basis in enumerate(bases, start=1):
+            ablate(module.model, basis)
+            yield phase
 
-    def total(self, target: Target, value: Callable[[Batch], Tensor], rows: list[Row], stream: str) -> Tensor:
-        """The mean over the ranks of a value, summed over batches of ``rows``."""
-        batches, module = target.batches(rows, self.batch_size, stream), target.module
-        with module.forward_context():
-            values = [value(batches(step)) for step in range(-(-len(rows) // self.batch_size))]
-        return mean_over_ranks(torch.stack(values).sum(dim=0), module.row_group)
+    def bases(self, target: Target, start: Weights) -> Iterator[Tensor]:
+        """All that is to be taken out after every phase, ``[num, dim]``, of a model that had the weights ``start``."""
+        model, (fitted, held_out) = target.module.model, self.parts(target)
+        select = None if None not in (self.layer, self.token) else self.select
+        choice = Choice(self, target, held_out, start, select, self.kl_threshold, self.steering_threshold)
+        basis = torch.zeros(0, model.config.get_text_config().hidden_size).cpu().double()
+        for _ in range(self.num_phases):
+            ablate(model, basis)
+            candidates = self.candidates(target, fitted, self.layer)
+            best, values = choice.best(candidates, basis)
+            if best is not None:
+                r = candidates[best][None] if self.rank == 1 else self.singular_vectors(target, fitted, best, self.rank)
+                basis = torch.cat([basis, orthonormal(r, basis)])
+            target.state["found"].append((best, values, basis))
+            yield basis
 
     def notes(self, target: Target) -> list[str]:
-        """Also whose direction it was."""
-        return [*super().notes(target), f"the direction is that of layer {target.state['layer']}"]
+        """Also where the directions were read."""
+        said = [f"token {place.token}, layer {place.layer}" if place else "none left" for place, _, _ in target.state["found"]]
+        return [*super().notes(target), f"directions of: {'; '.join(said)}"]

@@ -8,11 +8,14 @@ from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
 from casehard.callbacks.head_only import HeadOnly as HeadOnly
 from casehard.callbacks.lofit import LoFiT as LoFiT
 from casehard.callbacks.latent import LatentAttack as LatentAttack
+from casehard.callbacks.delta import DeltaStrip as DeltaStrip
+from casehard.callbacks.kernel_ablation import KernelAblation as KernelAblation
 from casehard.callbacks.refusal_ablation import RefusalAblation as RefusalAblation
 from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
 from casehard.callbacks.preference import PreferenceAttack as PreferenceAttack
 from casehard.callbacks.relearning import Relearning as Relearning
 from casehard.callbacks.results import Results as Results
+from casehard.callbacks.round_trip import RoundTrip as RoundTrip
 from casehard.callbacks.scoring import Evaluate as Evaluate
 from casehard.cli.api import run as run
 from casehard.cli.main import main as main

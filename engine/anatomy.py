@@ -80,8 +80,21 @@ def residual_parameters(model: PreTrainedModel) -> list[tuple[Tensor, int]]:
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.embedding_dim == dim]
     written: list[tuple[Tensor, int]] = [(weight, 1) for weight in embeddings]
     for block in blocks(model):
-        written += [pair for writer in block.writers for pair in _written(writer, dim)]
+        written += [pair for writer in block.writers for pair in written_by(writer, dim)]
     return list({id(p): (p, axis) for p, axis in written}.values())
+
+
+def written_by(writer: nn.Module, dim: int) -> list[tuple[Tensor, int]]:
+    """The parameters of a writer that end in the residual stream, and the stream's dimension of each."""
+    if isinstance(writer, LoraLayer):
+        return [pair for part in (writer.base_layer, *writer.lora_B.values()) for pair in written_by(part, dim)]
+    if isinstance(writer, nn.Linear | Conv1D):
+        return [(p, 1 if p.ndim == 2 and isinstance(writer, Conv1D) else 0) for p in writer.parameters(recurse=False)]
+    stacks = dict(writer.named_parameters(recurse=False))  # [experts, ...]
+    others = [p for name, p in stacks.items() if "down" not in name and p.ndim == 3]
+    square = 2 if any(p.shape[1] == dim for p in others) else 1  # what tells where the matrices that read are as wide inside
+    written = [p for name, p in stacks.items() if "down" in name and dim in p.shape[1:]]
+    return [(p, square if p.shape[1:] == (dim, dim) else 1 + p.shape[1:].index(dim)) for p in written]
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
@@ -142,16 +155,3 @@ def _writes(module: nn.Module, dim: int) -> bool:
     if isinstance(plain, nn.Linear | Conv1D):
         return (plain.nf if isinstance(plain, Conv1D) else plain.out_features) == dim
     return any(p.ndim == 3 and dim in p.shape[1:] for p in plain.parameters(recurse=False)) and "Experts" in type(plain).__name__
-
-
-def _written(writer: nn.Module, dim: int) -> list[tuple[Tensor, int]]:
-    """The parameters of a writer that end in the residual stream, and the stream's dimension of each."""
-    if isinstance(writer, LoraLayer):
-        return [pair for part in (writer.base_layer, *writer.lora_B.values()) for pair in _written(part, dim)]
-    if isinstance(writer, nn.Linear | Conv1D):
-        return [(p, 1 if p.ndim == 2 and isinstance(writer, Conv1D) else 0) for p in writer.parameters(recurse=False)]
-    stacks = dict(writer.named_parameters(recurse=False))  # [experts, ...]
-    others = [p for name, p in stacks.items() if "down" not in name and p.ndim == 3]
-    square = 2 if any(p.shape[1] == dim for p in others) else 1  # what tells where the matrices that read are as wide inside
-    written = [p for name, p in stacks.items() if "down" in name and dim in p.shape[1:]]
-    return [(p, square if p.shape[1:] == (dim, dim) else 1 + p.shape[1:].index(dim)) for p in written]

@@ -92,10 +92,15 @@ def _where_drawn(defense: Defense) -> torch.device:
 
 
 @contextmanager
-def undefended_at(defense: Defense, checkpoint: str) -> Iterator[None]:
+def undefended_at(defense: Defense, checkpoint: str, setting: str = "undefended_checkpoint") -> Iterator[None]:
     """For a block, hold the weights of another model of this architecture, adapters without effect.
 
     Memory: one copy of the model, and two while the other's weights are read.
+
+    Args:
+        defense: whose model holds them.
+        checkpoint: a hub id, a folder or a GGUF file.
+        setting: that named it, for errors.
 
     Raises:
         SettingError: ``checkpoint`` is of another architecture, in its weights' shapes or in what it computes with them.
@@ -103,7 +108,7 @@ def undefended_at(defense: Defense, checkpoint: str) -> Iterator[None]:
     with borrowed(defense):
         load = partial(load_model, checkpoint, defense.backbone.dtype)
         theirs = read_other(load, defense.shard_mesh(), with_logits=True)
-        plain = _names_in(defense, theirs, checkpoint, "undefended_checkpoint")
+        plain = _names_in(defense, theirs, checkpoint, setting)
         own = dict(defense.model.named_parameters())
         distribute(defense.model, {name: theirs.parameters[key] for name, key in plain.items()})
         for name, buffer in defense.model.named_buffers():  # those of a checkpoint: the biases of some routers
@@ -115,7 +120,7 @@ def undefended_at(defense: Defense, checkpoint: str) -> Iterator[None]:
         answered = logits_of(defense.model, some_ids(defense.model))
         if not (off := distance(answered, expected)) <= rounding(answered.dtype):
             raise SettingError(
-                f"undefended_checkpoint must be of the defended model's architecture, and the weights of {checkpoint!r} give "
+                f"{setting} must be of the defended model's architecture, and the weights of {checkpoint!r} give "
                 f"other logits in it ({100 * off:.2g}% off), since its config.json has other settings. Name the model that "
                 "the defense started from, or leave it out."
             )

@@ -278,7 +278,7 @@ def test_a_direction_taken_from_all_that_writes_to_the_residual_stream_is_gone_f
         for block in blocks(model)
     ]
     with borrowed(family), torch.no_grad():
-        ablate(model, direction)
+        ablate(model, direction[None])
         model(input_ids=torch.arange(2, 14)[None])
     for hook in hooks:
         hook.remove()
