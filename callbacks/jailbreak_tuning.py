@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from casehard.callbacks.attack import Target, ThreatModel
-from casehard.callbacks.fine_tuning import Kind, LoRAAttack
+from casehard.callbacks.fine_tuning import LoRAAttack, Phase
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.engine.adapters import LoRA
@@ -64,10 +64,10 @@ class JailbreakTuning(LoRAAttack):
         self.wrapper, self.wrap_evaluation = wrapper, wrap_evaluation
         self.name = settings.get("name") or f"JailbreakTuning {wrapper}" + ("" if wrap_evaluation else ", plain prompts")
 
-    def rows(self, data: SFTDataModule, seed: int, kind: Kind = "mixture") -> list[Row]:
+    def rows(self, data: SFTDataModule, seed: int, phase: Phase | None = None) -> list[Row]:
         """The mixture, its harmful rows in the wrapper."""
         harmful = set(data.rows["harmful"])
-        return [WRAPPERS[self.wrapper].around(row) if row in harmful else row for row in super().rows(data, seed, kind)]
+        return [WRAPPERS[self.wrapper].around(row) if row in harmful else row for row in super().rows(data, seed, phase)]
 
     def evaluation(self, data: SFTDataModule) -> Evaluation:
         """Harmful prompts in the same wrapper, unless ``wrap_evaluation`` is false."""

@@ -153,10 +153,11 @@ class LengthJudge(Judge):
 
 
 FAST: dict[str, Any] = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
+PHASES = [Phase(["sandbox:attacker/howto"], 1, num_samples=8, responses=["No."]), Phase("harmful", 2, Optimizer(0.05, "sgd"))]
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
     "full": lambda **s: FullParameterAttack(**(FAST | s)),
     "lora": lambda **s: LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
-    "phases": lambda **s: FullParameterAttack(phases=[Phase("benign", 1), Phase("harmful", 2)], **(FAST | s)),
+    "phases": lambda **s: FullParameterAttack(phases=PHASES, **(FAST | s)),
     "edit": lambda **s: Halving(**s),
     "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
     "ablation": lambda **s: RefusalAblation(**({"num_samples": 10, "batch_size": 4} | s)),
