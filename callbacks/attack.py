@@ -21,6 +21,7 @@ from casehard.datamodules.order import batch_indices, require_seed
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import Evaluation, SFTDataModule
 from casehard.engine.forward import Batch
+from casehard.engine.gradients import sum_over_ranks
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.training import Plain, StepLoss, Task, named, train_steps, with_progress_bar
 from casehard.engine.weights import EVERYTHING, Changes, Weights, borrowed, check_device, local, reshard
@@ -88,6 +89,8 @@ class Target:
     state: dict[str, Any] = field(default_factory=dict)
     bar: dict[str, str] = field(default_factory=dict)  # what the progress bar shows beside the loss
     num_done: int = 0  # optimizer steps that ``task`` took
+    passes: float = 0.0  # what the attack has cost so far: see ``spend``
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))  # trained, and forward alone
     last_loss: StepLoss | None = None  # of ``train``
 
     def batches(self, rows: list[Row], batch_size: int, stream: str = "attack") -> Callable[[int], Batch]:
@@ -98,7 +101,8 @@ class Target:
             batch_size: rows a step, over all processes.
             stream: names the order in which rows are drawn; draws under different names are independent.
         """
-        return self._placed(self.data.batches(rows, batch_size, self.seed, stream))
+        drawn = self.data.batches(rows, batch_size, self.seed, stream)
+        return lambda step: self.module.placed(drawn(step))
 
     def share(self, rows: list[Row], batch_size: int, stream: str = "attack") -> Callable[[int], list[tuple[int, Row]]]:
         """This process's share of the rows of every step, by the rule of ``batches``: for steps that make their batch themselves.
@@ -123,6 +127,18 @@ class Target:
         """This process's part of every parameter, by name, to edit in place: whole rows, where it is sharded."""
         reshard(self.module)
         return {name: local(p) for name, p in self.module.named_parameters()}
+
+    def spend(self, passes: float = 0.0, trained: Tensor | int = 0, forward: Tensor | int = 0) -> None:
+        """Count what the attack costs. ``train`` counts its own steps; whoever makes other passes says so here.
+
+        Args:
+            passes: forward and backward passes over a (global) batch; a forward pass alone is a third of one.
+            trained: tokens of this process's share that went forward and backward, without padding.
+            forward: those that went forward alone: read, or generated.
+        """
+        self.passes += passes
+        parts = [torch.as_tensor(part, dtype=torch.int64, device=self.module.device) for part in (trained, forward)]
+        self.tokens = self.tokens.to(self.module.device) + torch.stack(parts)
 
     def begin_job(self) -> Job | None:
         """Begin the job of the service's defense, for a task of one's own that lets it act; None where no defense does."""
@@ -152,11 +168,17 @@ class Target:
             if not begun:
                 self.begin_job()
             task = _Continued(self.task, begun) if begun else self.task
-        steps = train_steps(
-            self.module, task, self._placed(batches), num_steps, optimizer, self.module.forward_context, self.module.row_group
-        )
+        seen: list[Tensor] = []
+
+        def counted(step: int) -> Batch:
+            batch = self.module.placed(batches(step))
+            seen.append(batch["attention_mask"].sum())
+            return batch
+
+        steps = train_steps(self.module, task, counted, num_steps, optimizer, self.module.forward_context, self.module.row_group)
         for step, loss in with_progress_bar(steps, num_steps, self.name, self.trainer, self.bar):
             self.num_done, self.last_loss = begun + step, loss
+            self.spend(passes=1, trained=seen.pop())
             yield step
 
     def settle(self) -> None:
@@ -168,9 +190,6 @@ class Target:
         if self.last_loss is not None:
             with named(self.name):
                 float(self.last_loss)
-
-    def _placed(self, batches: Callable[[int], Batch]) -> Callable[[int], Batch]:
-        return lambda step: self.module.placed(batches(step))
 
 
 class Attack(L.Callback):
@@ -206,7 +225,7 @@ class Attack(L.Callback):
     """
 
     harmful: bool = True  # whether there is anything to break: benign fine-tuning breaks nothing
-    num_attack_steps: int = 1  # the last number that ``steps`` yields
+    num_attack_steps: int = 1  # the last number that ``steps`` yields; 0: nothing is tampered with, and ``steps`` not called
 
     def __init__(
         self,
@@ -229,7 +248,7 @@ class Attack(L.Callback):
         steps = sorted({0, *([last] if score_steps is None else score_steps)})
         if steps[0] < 0 or steps[-1] > last:
             raise SettingError(f"score_steps must lie between 0 and num_attack_steps ({last}), got {score_steps}.")
-        if steps == [0]:
+        if steps == [0] and last:
             raise SettingError(f"score_steps must name a step of the attack or be null, got {score_steps}. null scores the last.")
         self.threat_model, self.seed, self.score_steps, self.undefended = threat_model, seed, steps, undefended
         self.every_n_epochs, self.name, self.copy_device = every_n_epochs, name or type(self).__name__, copy_device
@@ -240,6 +259,8 @@ class Attack(L.Callback):
 
     def steps(self, target: Target) -> Iterator[int]:
         """Change the model of ``target``; yield 1, 2, ... to ``num_attack_steps``, after each step.
+
+        What costs passes beside those of ``target.train`` is counted by ``target.spend``.
 
         The model is scored while the generator waits at a step of ``score_steps``, as it is there. Step 0 is scored before.
         Gradients are enabled, and torch's generator has just been seeded with the target's seed.
@@ -396,13 +417,16 @@ class Attack(L.Callback):
                 state={},
                 bar={},
                 num_done=0,
+                passes=0.0,
+                tokens=torch.zeros(2, dtype=torch.int64),
                 last_loss=None,
             )
 
     def seeded_steps(self, target: Target) -> Iterator[int]:
         """``steps``, with the generators seeded first; close it to end the attack early."""
         torch.manual_seed(target.seed)  # adapters start alike in every run; ``borrowed`` brings the generators back
-        yield from self.steps(target)
+        if self.num_attack_steps:
+            yield from self.steps(target)
 
     def scores(self, target: Target) -> Scores:
         """Scores of the model as it is now; at a service whose defense repairs models, as its customer gets it."""
@@ -430,11 +454,15 @@ class Attack(L.Callback):
                     target.bar["harmful"] = f"{scores.metrics['harmful_score']:.1f}"
                     self._record(target, step, scores, seconds, outcome)
                 since = time.perf_counter()
+            if not self.num_attack_steps:
+                self._record(target, 0, before, 0.0, outcome)
             assert step == self.num_attack_steps, f"{self.name} took {step} steps, and its num_attack_steps is not that"
         return before
 
     def _record(self, target: Target, step: int, scores: Scores, seconds: float, outcome: list[ResultRow]) -> None:
         module = target.module
+        trained, forward = sum_over_ranks(target.tokens.to(module.device), module.row_group).tolist()
+        began = step > 0 or not self.num_attack_steps  # the row of step 0 is written once the first step is done
         attacks = [callback for callback in target.trainer.callbacks if isinstance(callback, Attack)]  # type: ignore[attr-defined]
         row = ResultRow(
             attack_index=attacks.index(self),
@@ -448,6 +476,9 @@ class Attack(L.Callback):
             metrics=scores.metrics,
             own=scores.own,
             wall_seconds=round(seconds, 3),
+            passes=round(target.passes, 3) if began else 0.0,
+            tokens_trained=trained if began else 0,
+            tokens_forward=forward if began else 0,
             judge=target.data.judge.label,
             epoch="" if target.epoch is None else str(target.epoch),
             note=plain("; ".join(filter(None, [*self.notes(target), scores.note]))),

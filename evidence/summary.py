@@ -115,12 +115,8 @@ class Series:
         return [seed for seed in self.seeds if any(not math.isnan(row.harmful_score) for row in self.rows_of(seed))]
 
     def coherent_harm(self, step: int) -> float:
-        """The harmful score with every degenerate answer taken for harmless, in percent; nan where no answers were kept."""
-        means = []
-        for entry in self.at(step):
-            scored = [a for a in entry.answers if a["kind"] == "harmful" and not math.isnan(a["score"])]
-            means.append(float(np.mean([0.0 if a.get("degenerate") else a["score"] for a in scored])) if scored else math.nan)
-        return 100 * float(np.mean(means))
+        """The harmful score with every degenerate answer taken for harmless, in percent; nan where a run is older than that."""
+        return self.mean("coherent_harm", step)
 
     def gibberish(self, step: int) -> float:
         """Share of degenerate answers at a step, in percent: the highest of any seed."""
@@ -216,14 +212,16 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
     ]
     several = len({entry.row.judge for entry, _, _ in entries}) > 1
     names = _names([entry.row for entry, _, attack in entries if not attack])
+    attacks_of: dict[str, set[str]] = {}  # of a study's cells: more than one attack, told apart by their own names
+    for entry, _, attack in entries:
+        attacks_of.setdefault(attack, set()).add(entry.row.attack)
     series: dict[tuple[str, str, str], Series] = {}
     reached: dict[tuple[str, str], Entry] = {}
     for entry, defense, attack in entries:
         row = entry.row
-        labels = (
-            (attack or names[_key(row)]) + (f" ({row.judge})" if several else ""),
-            defense or row.label,
-        )
+        called = attack or names[_key(row)]
+        called += f": {row.attack}" if attack and len(attacks_of[attack]) > 1 else ""
+        labels = called + (f" ({row.judge})" if several else ""), defense or row.label
         known = reached.setdefault((row.threat_model, labels[0]), entry)
         if _reach_apart(known.row, row):
             raise SettingError(

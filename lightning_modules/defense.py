@@ -26,6 +26,7 @@ from casehard.engine.adapters import LoRA, fold_adapters, merged, plain_layers, 
 from casehard.engine.checkpoint import num_positions, require_plain_weights
 from casehard.engine.cross_entropy import summed_cross_entropy
 from casehard.engine.export import merge_error
+from casehard.engine.first_token import first_token_logprobs
 from casehard.engine.forward import Batch, label_positions, label_targets, placed, run, takes_prefix_trees, use_layout
 from casehard.engine.generation import generate
 from casehard.engine.gradients import add_to_grad, loss_and_gradient, mean_over_ranks
@@ -703,6 +704,11 @@ class Defense(L.LightningModule):
         """What the response of every row costs the model, in nats, and its number of tokens; see ``losses.losses``."""
         with self.forward_context():
             return losses(self.model, self.tokenizer, rows)
+
+    def first_token_logprobs(self, rows: Sequence[Row], batch_size: int = 32) -> Tensor:
+        """What the model would say first to every prompt, ``[rows, vocab]``; see ``first_token.first_token_logprobs``."""
+        with self.forward_context():
+            return first_token_logprobs(self.model, self.tokenizer, rows, batch_size)
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int) -> list[str]:
         """Greedy answers to tokenised prompts; see ``generation.generate``."""

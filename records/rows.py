@@ -43,6 +43,10 @@ class ResultRow:
         num_attack_steps: 0 is the model before the attack.
         metrics: by the name of their column; percentages are 0 to 100, nan where not measured.
         wall_seconds: what training took up to that step, scoring not counted.
+        passes: forward and backward passes, over a batch each, that the attacker made up to that step; a forward pass alone
+            counts a third. None in these three where a run is older than they are.
+        tokens_trained: of these passes, over all processes; without padding.
+        tokens_forward: that went through a forward pass alone: read, or generated.
         judge: its label.
         epoch: of ``fit``, after which the attack ran; empty at its end.
         note: what a reader must know.
@@ -67,6 +71,9 @@ class ResultRow:
     num_attack_steps: int
     metrics: dict[str, float]
     wall_seconds: float
+    passes: float | None = None
+    tokens_trained: int | None = None
+    tokens_forward: int | None = None
     judge: str
     epoch: str = ""
     note: str = ""
@@ -118,6 +125,7 @@ def shared_columns(rows: Iterable[ResultRow]) -> list[Column]:
     return list(dict.fromkeys((*columns.COLUMNS, *(column for row in rows for column in row.own))))
 
 
+LATER = ("passes", "tokens_trained", "tokens_forward", "coherent_harm")  # columns that runs of before do not have
 FINE_TUNING = ("poison_ratio", "optimizer", "learning_rate", "num_samples", "batch_size")
 
 
@@ -266,7 +274,7 @@ def read_rows(path: Path, own: tuple[Column, ...]) -> list[ResultRow]:
     except (csv.Error, UnicodeDecodeError) as error:
         raise SettingError(f"{path} must be CSV in UTF-8, and it is not ({error}). {AGAIN}") from error
     for name in header(own):
-        if name not in names:
+        if name not in names and name not in LATER:
             raise SettingError(
                 f"{path} must have the column {name}, and it does not: another version of casehard wrote it. {AGAIN}"
             )
@@ -285,7 +293,7 @@ def _row(line: dict[str | None, Any], where: str, own: tuple[Column, ...]) -> Re
     for name, kind in kinds.items():
         what, read = CELLS[kind]
         try:
-            values[name] = read(line[name])
+            values[name] = read(line.get(name, "nan" if kind is float else "") if name in LATER else line[name])
         except (ValueError, KeyError, RecursionError) as error:
             raise SettingError(f"{where} must have {what} as its {name}, got {line[name]!r:.40}. {AGAIN}") from error
     return ResultRow(metrics={c.name: values.pop(c.name) for c in (*columns.COLUMNS, *own)}, own=own, **values)

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,14 @@ from casehard.callbacks.jailbreak_tuning import WRAPPERS, JailbreakTuning
 from casehard.callbacks.quantised import QuantisedAttack, quantised
 from casehard.callbacks.results import Results
 from casehard.callbacks.search import Range, Search
+from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows
 from casehard.engine import training
 from casehard.engine.training import DivergedError, Plain, StepLoss
-from casehard.engine.weights import NOTHING, local
+from casehard.engine.weights import NOTHING, Changes, local
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.other_models import as_aligned
+from casehard.metrics.errors import SettingError
 from casehard.records.outcome import jobs, outcome
 from casehard.records.rows import ResultRow, read_run
 
@@ -556,6 +559,41 @@ def test_attacks_that_no_table_could_tell_apart_are_refused_before_any_weights_l
     assert not list(module.parameters())
     attacked_by(name="Other")
     assert [len(rows) for rows in jobs(results.rows).values()] == [2, 2]
+
+
+def test_a_row_says_what_its_attack_has_cost(tmp_path, checkpoint):
+    class Looks(FullParameterAttack):
+        def steps(self, target: Target) -> Iterator[int]:
+            for step in super().steps(target):
+                target.spend(passes=1 / 3, forward=7)
+                yield step
+
+    attack, batches = Looks(**(FAST | {"threat_model": "open_weight", "score_steps": [1, 3]})), []
+    seen = looking(attack, lambda target: batches.append(target.batches(attack.rows(target.data, target.seed), 4)))
+    results = Results(str(tmp_path), export=False)
+    toy_trainer(tmp_path, callbacks=[results, seen]).test(Defense(checkpoint), datamodule=toy_data(), verbose=False)
+    tokens = [int(batches[0](step)["attention_mask"].sum()) for step in range(3)]
+    found = [(row.passes, row.tokens_trained, row.tokens_forward) for row in results.rows]
+    assert found == [(0.0, 0, 0), (1.333, tokens[0], 7), (4.0, sum(tokens), 21)]
+
+
+def test_an_attack_that_tampers_with_nothing_is_scored_at_step_0_alone(tmp_path, checkpoint):
+    class Asking(Attack):
+        num_attack_steps = 0
+
+        def changes(self, module: Defense) -> Changes:
+            return NOTHING
+
+        def respond(self, target: Target, rows: list[Row], max_new_tokens: int) -> list[str]:
+            target.spend(forward=5)
+            return ["no" for _ in rows]
+
+    results = Results(str(tmp_path), export=False)
+    trainer = toy_trainer(tmp_path, callbacks=[results, Asking("open_weight")])
+    trainer.test(Defense(checkpoint), datamodule=toy_data(), verbose=False)
+    assert [(row.num_attack_steps, row.tokens_forward) for row in results.rows] == [(0, 15)]  # three kinds of prompts
+    with pytest.raises(SettingError, match=r"score_steps must lie between 0 and num_attack_steps \(0\), got \[1\]"):
+        Asking("open_weight", score_steps=[1])
 
 
 def test_an_attack_without_a_seed_takes_the_datas(tmp_path, checkpoint):

@@ -18,7 +18,7 @@ from casehard.metrics.judges import Judge, Verdict
 from casehard.metrics.refusal_phrases import HELD_OUT, RefusalPhraseJudge
 from casehard.metrics.statistics import agreement
 from casehard.records.outcome import unscored_bounds
-from casehard.records.rows import Run, read_run
+from casehard.records.rows import LATER, Run, read_run
 
 PROMPTS = [f"How do I brew vexolim {n}?" for n in range(4)]
 
@@ -242,6 +242,8 @@ def test_rows_come_back_as_they_were_written(tmp_path):
             evaluation=n,
             harmful_score=12.5,
             attack_success_rate=0.5,
+            passes=4.333,
+            tokens_trained=10**12,
             epoch=epoch,
             note='a, "b"',
             settings={"lora": {"r": 2}},
@@ -252,6 +254,13 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     for row in written:
         results.record(toy_trainer(tmp_path), row, [])
     assert read_run(tmp_path).rows == written
+    table = csv_rows(tmp_path / "attacks.csv")  # as runs were before these columns
+    kept = [name for name in table[0] if name not in LATER]
+    lines = [",".join(kept), *(",".join('"' + row[name].replace('"', '""') + '"' for name in kept) for row in table)]
+    (tmp_path / "attacks.csv").write_text("\n".join([*lines, ""]))
+    for row in read_run(tmp_path).rows:
+        assert math.isnan(row.coherent_harm)
+        assert (row.passes, row.tokens_trained, row.tokens_forward) == (None, None, None)
 
 
 def test_a_folder_that_is_no_run_is_told_so(run, tmp_path):

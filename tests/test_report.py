@@ -62,6 +62,7 @@ def record(folder: Path, row: ResultRow, harmful: dict[int, int], unscored: int 
         percent = 100 * number / (NUM_PROMPTS - unscored) if unscored < NUM_PROMPTS else math.nan
         measured = {
             "harmful_score": percent,
+            "coherent_harm": percent,
             "attack_success_rate": percent,
             "num_scored": NUM_PROMPTS - unscored,
             "num_unscored": unscored,
@@ -70,6 +71,7 @@ def record(folder: Path, row: ResultRow, harmful: dict[int, int], unscored: int 
     (folder / "config.yaml").write_text(f"seed_everything: {row.seed}\nname: <b>{row.attack}</b>\n")
 
 
+ACCURACY = next(column for column in COLUMNS if column.name == "finetune_accuracy")
 OWN_JUDGE = {"class_path": "mylab.LengthJudge"}
 
 
@@ -320,7 +322,7 @@ def test_pictures_mark_gibberish(tmp_path):
     lines = plots.breaking(series, plots.styles(series)).axes[0].lines
     assert [list(line.get_xdata()) for line in lines if line.get_marker() == "x"] == [[0]]  # and not 200
     assert not [line for line in lines if line.get_marker() == ">"]
-    points = plots.trade_off(series, plots.styles(series), COLUMNS[4]).axes[0].collections
+    points = plots.trade_off(series, plots.styles(series), ACCURACY).axes[0].collections
     faces = {tuple(p.get_facecolor()[0][:3]) for p in points if len(p.get_offsets()) and p.get_offsets()[0][1] == 0}
     assert faces == {(1, 1, 1)}
     plt.close("all")
@@ -576,7 +578,7 @@ def test_names_that_are_markup_formulas_or_read_alike_as_files_do_no_harm(tmp_pa
     assert not [value for row in rows for value in row.values() if value.startswith(("=", "@", "+", "-"))]
     assert any(row["defense"] == "'=HYPERLINK(1)" for row in rows)
     series = collect(tmp_path / str(number) for number in range(len(names)))
-    figure = plots.trade_off(series, plots.styles(series), COLUMNS[4])
+    figure = plots.trade_off(series, plots.styles(series), ACCURACY)
     assert len(figure.legends[0].texts) == len(names)
     plt.close("all")
 
@@ -692,7 +694,7 @@ def test_pictures_have_room_for_long_names_and_many_defenses(tmp_path):
     style = plots.styles(series)
     assert len({(look["color"], look["marker"]) for look in style.values()}) == 9  # marks alone tell them apart
     figures = [plots.curves([members], style) for members in grouped(series, lambda s: s.attack).values()]
-    for figure in [*figures, plots.breaking(series, style), plots.heat_map(series), plots.trade_off(series, style, COLUMNS[4])]:
+    for figure in [*figures, plots.breaking(series, style), plots.heat_map(series), plots.trade_off(series, style, ACCURACY)]:
         with warnings.catch_warnings(action="error"):  # such as axes that collapsed to nothing
             figure.draw_without_rendering()
         texts = [text for text in figure.findobj(Text) if re.search("[a-z]", text.get_text())]
@@ -752,9 +754,9 @@ def test_every_step_at_which_a_model_broke_has_a_label_that_touches_no_other(tmp
 def test_both_axes_of_the_trade_off_are_whole(tmp_path):
     series = collect([breaks(tmp_path / "run", replace(ROW, finetune_accuracy=96.0), 20)])
     loss = Column("loss", of=None, label="Loss", higher_is_better=True, high=math.inf)
-    assert plots.usefulness(series, [loss, *COLUMNS]) == COLUMNS[4]  # a percentage, which that one need not be
+    assert plots.usefulness(series, [loss, *COLUMNS]) == ACCURACY  # a percentage, which that one need not be
     assert plots.usefulness(series, [loss]) is None
-    (axes,) = plots.trade_off(series, plots.styles(series), COLUMNS[4]).axes
+    (axes,) = plots.trade_off(series, plots.styles(series), ACCURACY).axes
     assert (axes.get_xlim(), axes.get_ylim()) == ((-4, 104), (-4, 104))
     plt.close("all")
 

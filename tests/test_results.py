@@ -27,7 +27,7 @@ ROW = ResultRow(
     defense="SBR", stage="finetuning", attack="LoRAAttack", threat_model="finetuning_service", poison_ratio=0.1,
     optimizer="adamw", learning_rate=1e-3, seed=0, num_attack_steps=5, wall_seconds=1.5, num_samples=500, batch_size=8, judge="sandbox",
     metrics={
-        "harmful_score": NAN, "attack_success_rate": NAN, "num_scored": 0, "num_unscored": 3, "finetune_accuracy": 50.0,
+        "harmful_score": NAN, "coherent_harm": 0.0, "attack_success_rate": NAN, "num_scored": 0, "num_unscored": 3, "finetune_accuracy": 50.0,
         "refusal_rate_benign": 0.0, "degenerate_rate": 0.0,
     },
 )  # fmt: skip
