@@ -41,7 +41,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Ll
 from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
-from casehard.callbacks.jailbreak_tuning import WRAPPERS, JailbreakTuning
 from casehard.callbacks.quantised import QuantisedAttack, quantised
 from casehard.callbacks.results import Results
 from casehard.callbacks.search import Range, Search
@@ -905,34 +904,6 @@ def test_a_quantised_attack_trains_on_rounded_weights_that_stand_still(tmp_path,
     assert {row.attack for row in rows} == {"QuantisedAttack int4"}
     with pytest.raises(ValueError, match="num_bits must be 8 or 4, got 3"):
         QuantisedAttack("open_weight", num_bits=3)
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_jailbreak_tuning_wraps_harmful_rows_and_the_prompts_that_are_scored(tmp_path, checkpoint, wrapper):
-    attack, data = JailbreakTuning("open_weight", wrapper, **FAST), toy_data()
-    toy_trainer(tmp_path).test(Defense(checkpoint), datamodule=data, verbose=False)
-    plain, wrapped, text = LoRAAttack("open_weight", **FAST).rows(data, 0), attack.rows(data, 0), WRAPPERS[wrapper]
-    harmful = set(data.rows["harmful"])
-    assert sum(row in harmful for row in plain) == 2
-    for before, after in zip(plain, wrapped, strict=True):
-        assert after == (text.around(before) if before in harmful else before)
-    row = next(row for row in plain if row in harmful)
-    assert text.around(row).prompt == text.before + row.prompt + text.after
-    assert text.around(row).response == text.answer + row.response
-    evaluation, unwrapped = (
-        attack.evaluation(data),
-        JailbreakTuning("open_weight", wrapper, wrap_evaluation=False).evaluation(data),
-    )
-    assert unwrapped == data.evaluation == replace(evaluation, harmful=data.evaluation.harmful)
-    assert evaluation.harmful == [text.around(row) for row in data.evaluation.harmful]
-    verdicts = [data.judge([r.prompt], [text.answer + row.response]) for r in (row, text.around(row))]
-    assert verdicts[0] == verdicts[1]  # a judge reads the same question in the wrapper
-    assert verdicts[0][0].score == 1.0
-
-
-def test_a_wrapped_row_that_max_length_cuts_is_an_error_before_any_weights_load(tmp_path, checkpoint):
-    with pytest.raises(ValueError, match=r"max_length must leave every row of JailbreakTuning suppression an answer, .* 2 of 16"):
-        attacked(tmp_path, checkpoint, JailbreakTuning("open_weight", "suppression", **FAST), max_length=60)
 
 
 # ---- search

@@ -45,11 +45,12 @@ from casehard import (
     Verdict,
 )
 from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.encoded import EncodedTuning
 from casehard.callbacks.fine_tuning import Phase
-from casehard.callbacks.jailbreak_tuning import JailbreakTuning
 from casehard.callbacks.policy_gradient import PolicyGradient
 from casehard.callbacks.quantised import QuantisedAttack
 from casehard.callbacks.search import Range, Search
+from casehard.datamodules.encodings import WordsReversed
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.engine.forward import Batch
@@ -163,7 +164,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "ablation": lambda **s: RefusalAblation(**({"num_samples": 10, "batch_size": 4} | s)),
     "embedding": lambda **s: EmbeddingAttack(**({"num_attack_steps": 3, "num_tokens": 4, "learning_rate": 0.3} | s)),
     "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
-    "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
+    "encoded": lambda **s: EncodedTuning(encoding=WordsReversed(), lora=LoRA(rank=2), **(FAST | s)),
 }
 if find_spec("optuna"):
     ATTACKS["search"] = lambda **s: Search(
