@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from casehard.callbacks.attack import Attack, Target, ThreatModel
+from casehard.datamodules.batches import Batches
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import LoRA, coverage, named, targets, trainable, what_trains
@@ -185,11 +186,15 @@ class FineTuning(Attack):
 
     def steps(self, target: Target) -> Iterator[int]:
         """Train phase by phase."""
+        yield from self.trained(target, self._batches)
+
+    def trained(self, target: Target, batches: list[Batches]) -> Iterator[int]:
+        """Train on the batches of each phase."""
         task = self.task(target)
         with trainable(target.module, target.module.model, self.lora, self.train_only):
-            for phase, batches in zip(self._phases(), self._batches, strict=True):
+            for phase, part in zip(self._phases(), batches, strict=True):
                 done = target.num_done
-                yield from (done + step for step in target.train(batches, phase.steps, phase.optimizer or self.optimizer, task))
+                yield from (done + step for step in target.train(part, phase.steps, phase.optimizer or self.optimizer, task))
 
     def what_trains(self, target: Target) -> str:
         """Parameters or adapters, and how many."""

@@ -6,6 +6,7 @@ from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterA
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
 from casehard.callbacks.refusal_ablation import RefusalAblation as RefusalAblation
 from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
+from casehard.callbacks.selected_benign import SelectedBenign as SelectedBenign
 from casehard.callbacks.results import Results as Results
 from casehard.callbacks.scoring import Evaluate as Evaluate
 from casehard.cli.api import run as run

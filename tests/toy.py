@@ -50,6 +50,7 @@ from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.policy_gradient import PolicyGradient
 from casehard.callbacks.quantised import QuantisedAttack
 from casehard.callbacks.search import Range, Search
+from casehard.callbacks.selected_benign import SelectedBenign
 from casehard.datamodules.encodings import WordsReversed
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
@@ -166,6 +167,9 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
     "encoded": lambda **s: EncodedTuning(encoding=WordsReversed(), lora=LoRA(rank=2), **(FAST | s)),
 }
+ATTACKS["selected"] = lambda **s: SelectedBenign(
+    **(FAST | {"by": "gradient_match", "num_candidates": 20, "num_anchors": 2, "lora": LoRA(rank=2)} | s)
+)
 if find_spec("optuna"):
     ATTACKS["search"] = lambda **s: Search(
         LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
