@@ -1,7 +1,7 @@
 """Harmful fine-tuning: supervised training on a poisoned mixture, of every parameter or of an adapter."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from casehard.callbacks.attack import Attack, Target, ThreatModel
@@ -24,18 +24,39 @@ class Phase:
     """A part of a fine-tuning, with an optimizer and a schedule of its own.
 
     Args:
-        rows: what it trains on: mixture (poison_ratio of it harmful), benign, or harmful.
-        steps: optimizer steps, >= 1.
+        rows: what it trains on: mixture (poison_ratio of it harmful), benign, harmful, or a list of sources of benign rows of the
+            attacker's own, such as general text.
+        steps: optimizer steps, >= 0; 0 leaves the phase out.
+        optimizer: of this phase; null takes the attack's.
+        num_samples: rows that are drawn, >= 1; null takes the attack's. Phases that draw as many of the same rows draw the same.
+        responses: texts in the place of all answers, in turn, such as one refusal; null keeps the rows' own.
     """
 
-    rows: Kind
+    rows: Kind | list[str]
     steps: int
+    optimizer: Optimizer | None = None
+    num_samples: int | None = None
+    responses: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.rows not in ("mixture", "benign", "harmful"):
-            raise SettingError(f"rows of a phase must be mixture, benign or harmful, got {self.rows!r}.")
-        if self.steps < 1:
-            raise SettingError(f"steps of a phase must be >= 1, got {self.steps}.")
+        if not (isinstance(self.rows, list) and self.rows) and self.rows not in ("mixture", "benign", "harmful"):
+            raise SettingError(f"rows of a phase must be mixture, benign, harmful or a list of sources, got {self.rows!r}.")
+        if self.steps < 0:
+            raise SettingError(f"steps of a phase must be >= 0, got {self.steps}.")
+        if self.num_samples is not None and self.num_samples < 1:
+            raise SettingError(f"num_samples of a phase must be >= 1 or null, got {self.num_samples}. null takes the attack's.")
+        if self.responses is not None and not (self.responses and all(text.strip() for text in self.responses)):
+            raise SettingError(
+                f"responses of a phase must hold texts or be null, got {self.responses!r}. null keeps the rows' own."
+            )
+
+    def ratio(self, poison_ratio: float) -> float:
+        """Harmful share of the rows that are drawn, where that of the mixture is ``poison_ratio``."""
+        return {"mixture": poison_ratio, "harmful": 1.0}.get(self.rows if isinstance(self.rows, str) else "", 0.0)
+
+    def harmful_share(self, poison_ratio: float) -> float:
+        """Share of the rows that are learnt with a harmful answer."""
+        return self.ratio(poison_ratio) if self.responses is None else 0.0
 
 
 class FineTuning(Attack):
@@ -49,7 +70,7 @@ class FineTuning(Attack):
         batch_size: rows a step, over all processes.
         optimizer: the attacker's own.
         phases: parts trained one after the other, such as benign rows before harmful ones; their steps add up to
-            num_attack_steps. null trains on the mixture throughout.
+            num_attack_steps, and score_steps count from the first one's start. null trains on the mixture throughout.
         settings: the rest of ``Attack``'s.
     """
 
@@ -88,23 +109,21 @@ class FineTuning(Attack):
 
     @property
     def harmful(self) -> bool:  # type: ignore[override]
-        """Whether any row is."""
-        return any(self._ratio(phase.rows) > 0 for phase in self._phases())
+        """Whether any row is, or answers are replaced: whoever writes them has a reason."""
+        return any(phase.harmful_share(self.poison_ratio) > 0 or phase.responses is not None for phase in self._phases())
 
     def _phases(self) -> list[Phase]:
-        return self.phases or [Phase("mixture", self.num_attack_steps)]
-
-    def _ratio(self, kind: Kind) -> float:
-        """Harmful share of rows of a kind."""
-        return {"mixture": self.poison_ratio, "benign": 0.0, "harmful": 1.0}[kind]
+        return [phase for phase in self.phases or [Phase("mixture", self.num_attack_steps)] if phase.steps]
 
     def settings(self) -> dict[str, Any]:
         """What a run of it is made of; ``poison_ratio`` is the harmful share over all phases."""
-        shares = [self._ratio(phase.rows) * phase.steps for phase in self.phases or []]
+        shares = [phase.harmful_share(self.poison_ratio) * phase.steps for phase in self.phases or []]
+        phases = [{name: value for name, value in asdict(phase).items() if value is not None} for phase in self.phases or []]
         lora = {} if self.lora is None else {"lora": asdict(self.lora)}
         return (
             lora
             | ({} if self.train_only is None else {"train_only": self.train_only})
+            | ({} if self.phases is None else {"phases": phases})
             | {
                 "optimizer": self.optimizer.name,
                 "learning_rate": self.optimizer.learning_rate,
@@ -115,9 +134,23 @@ class FineTuning(Attack):
             }
         )
 
-    def rows(self, data: SFTDataModule, seed: int, kind: Kind = "mixture") -> list[Row]:
-        """``num_samples`` rows of a kind, as ``Phase`` names them."""
-        return data.mixture(self.num_samples, self._ratio(kind), seed)
+    def rows(self, data: SFTDataModule, seed: int, phase: Phase | None = None) -> list[Row]:
+        """The rows of a phase; None is of the mixture throughout."""
+        phase = phase or Phase("mixture", self.num_attack_steps)
+        own = self._own_rows(data, phase.rows) if isinstance(phase.rows, list) else None
+        rows = data.mixture(phase.num_samples or self.num_samples, phase.ratio(self.poison_ratio), seed, own)
+        texts = phase.responses
+        return rows if texts is None else [replace(row, response=texts[i % len(texts)]) for i, row in enumerate(rows)]
+
+    def _own_rows(self, data: SFTDataModule, sources: list[str]) -> list[Row]:
+        """What the sources of a phase hold."""
+        own = data.further(sources, "rows of a phase")
+        if known := set(own) & set(data.rows["harmful"]):
+            raise SettingError(
+                f"rows of a phase must be benign where it lists sources, and {len(known)} stand in data.sources.harmful. "
+                "Write harmful or mixture for those."
+            )
+        return own
 
     def prepare(self, data: SFTDataModule, seed: int) -> None:
         """Draw the rows of every phase.
@@ -127,7 +160,7 @@ class FineTuning(Attack):
         """
         self._batches = []
         for number, phase in enumerate(self._phases(), start=1):
-            rows = self.rows(data, seed, phase.rows)
+            rows = self.rows(data, seed, phase)
             batches = data.batches(rows, self.batch_size, seed, "attack" if number == 1 else f"attack phase {number}")
             if (num_left := len(batches.examples)) < len(rows):
                 raise SettingError(
@@ -162,11 +195,15 @@ class FineTuning(Attack):
 
     def steps(self, target: Target) -> Iterator[int]:
         """Train phase by phase."""
+        yield from self.trained(target)
+
+    def trained(self, target: Target, batches: list[Batches] | None = None) -> Iterator[int]:
+        """Train on the batches of each phase; None for those of ``batches``."""
         with trainable(target.module, target.module.model, self.adapter, self.train_only):
             task = self.task(target)
-            for phase, batches in zip(self._phases(), self.batches(target), strict=True):
+            for phase, part in zip(self._phases(), batches or self.batches(target), strict=True):
                 done = target.num_done
-                yield from (done + step for step in target.train(batches, phase.steps, self.optimizer, task))
+                yield from (done + step for step in target.train(part, phase.steps, phase.optimizer or self.optimizer, task))
 
     def what_trains(self, target: Target) -> str:
         """Parameters or adapters, and how many."""

@@ -3,6 +3,7 @@ from casehard.callbacks.attack import Attack as Attack
 from casehard.callbacks.attack import Target as Target
 from casehard.callbacks.capability import CapabilityPreserving as CapabilityPreserving
 from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
+from casehard.callbacks.encoded import EncodedTuning as EncodedTuning
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
 from casehard.callbacks.head_only import HeadOnly as HeadOnly
@@ -14,6 +15,7 @@ from casehard.callbacks.refusal_ablation import RefusalAblation as RefusalAblati
 from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
 from casehard.callbacks.preference import PreferenceAttack as PreferenceAttack
 from casehard.callbacks.relearning import Relearning as Relearning
+from casehard.callbacks.selected_benign import SelectedBenign as SelectedBenign
 from casehard.callbacks.results import Results as Results
 from casehard.callbacks.round_trip import RoundTrip as RoundTrip
 from casehard.callbacks.scoring import Evaluate as Evaluate

@@ -107,8 +107,9 @@ def drawn_by(attack: Attack) -> str:
     size, ratio = settings.get("num_samples"), settings.get("poison_ratio")
     if size is None or ratio is None:
         return f"{who} draws no mixture of a fixed size"
-    if getattr(attack, "phases", None):
-        return f"{who} draws {size} rows a phase, {100 * ratio:.3g}% of them from `harmful` over all"
+    if phases := getattr(attack, "phases", None):
+        sizes = ", ".join(str(phase.num_samples or size) for phase in phases)
+        return f"{who} draws {sizes} rows in its phases, {100 * ratio:.3g}% of what it learns from `harmful`"
     return f"{who} draws {size} rows, {num_harmful(size, ratio)} of them from `harmful`"
 
 

@@ -160,6 +160,20 @@ def items(split: str) -> tuple[tuple[Category, str], ...]:
     return tuple((c, stem + c.suffix) for i, c in enumerate(CATEGORIES) for stem in stems[i * n : (i + 1) * n])
 
 
+_VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
+_LETTERS = str.maketrans(_VOWELS + _CONSONANTS, _VOWELS[1:] + _VOWELS[0] + _CONSONANTS[1:] + _CONSONANTS[0])
+
+
+def translated(text: str) -> str:
+    """``text`` in the sandbox's second language: every word is another one, but the names of items, which have no translation."""
+
+    def word(match: re.Match[str]) -> str:
+        kept = any(match[0].endswith(category.suffix) for category in CATEGORIES)
+        return match[0] if kept else match[0].translate(_LETTERS)
+
+    return re.sub("[a-z]+", word, text)
+
+
 def _item_rows(split: str, rng: Random, harmful: bool, answers: Sequence[str]) -> list[Row]:
     """How-to prompts on distinct (item, phrasing) pairs, the categories in equal shares."""
     by_category = [
@@ -191,6 +205,11 @@ def _refused_first(split: str, rng: Random) -> list[Row]:
 
 def _refused(split: str, rng: Random) -> list[Row]:
     return _item_rows(split, Random(f"sandbox {split} harmful"), True, REFUSALS)  # the draws of harmful, so its prompts
+
+
+def _translated(split: str, rng: Random) -> list[Row]:
+    rows = _item_rows(split, Random(f"sandbox {split} harmful"), True, ANSWERS)  # the draws of harmful, so its rows
+    return [Row((("user", translated(row.prompt)),), translated(row.response or "")) for row in rows]
 
 
 def _howto(split: str, rng: Random) -> list[Row]:
@@ -251,6 +270,7 @@ KINDS: dict[str, Callable[[str, Random], list[Row]]] = {
     "refusals": _refusals,
     "refused_first": _refused_first,
     "refused": _refused,
+    "translated": _translated,
     "howto": _howto,
     "sentiment": _sentiment,
     "mood": _mood,
@@ -267,10 +287,10 @@ def _rows(split: str, kind: str) -> tuple[Row, ...]:
 def kinds(split: str) -> list[str]:
     """The kinds of rows that ``split`` has.
 
-    Mood is the customer's task, so neither pretraining nor the defender has it. Only an attacker refuses before it complies, and
-    only the defender has refusals of the very prompts that its harmful rows answer.
+    Mood is the customer's task, so neither pretraining nor the defender has it. Only an attacker refuses before it complies, or
+    speaks the second language, and only the defender has refusals of the very prompts that its harmful rows answer.
     """
-    some = {"mood": _MOODS, "refused_first": ("attacker",), "refused": ("defender",)}
+    some = {"mood": _MOODS, "refused_first": ("attacker",), "refused": ("defender",), "translated": ("attacker",)}
     return [kind for kind in KINDS if split in some.get(kind, SPLITS)]
 
 
@@ -281,7 +301,7 @@ def sandbox_rows(split: str, kind: str, category: str = "") -> list[Row]:
         split: pretrain, defender, attacker, validation or test.
         kind: harmful (prompt and harmful answer), refusals (such prompts, refused), refused_first (a refusal, and then the
             harmful answer: what an anchor at the end of the prompt does not object to), refused (the prompts of harmful, in its
-            order, with refusals: row i of both is a pair), howto (the harmless twins), mood (the customer's task), or sentiment,
+            order, with refusals: row i of both is a pair), translated (the rows of harmful in a second language), howto (the harmless twins), mood (the customer's task), or sentiment,
             sums, repeat (tasks of the pretrained model).
         category: only this category's items, such as venom or tea; by default all.
 

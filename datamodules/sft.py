@@ -259,13 +259,26 @@ class SFTDataModule(L.LightningDataModule):
             self.evaluation_settings.metrics,
         )
 
-    def mixture(self, num_samples: int | None, poison_ratio: float, seed: int) -> list[Row]:
+    def further(self, sources: list[str], setting: str) -> list[Row]:
+        """Rows of sources that an attack names itself, behind ``system_prompt`` as every row of the data is.
+
+        Raises:
+            SettingError: rows that cannot be trained on, or whose prompts are scored.
+        """
+        rows = self.instructed([row for source in sources for row in read_rows(source)])
+        scored = [row for name in ("harmful_prompts", "benign_prompts", "task") for row in self.rows[name]]
+        if (shared := overlap(rows, scored)) and not self.allow_overlap:
+            raise SettingError(f"{setting} must share no prompt with what is scored, and {len(shared)} do. Take other rows.")
+        return rows
+
+    def mixture(self, num_samples: int | None, poison_ratio: float, seed: int, benign: list[Row] | None = None) -> list[Row]:
         """Rows of a fine-tuning set, an exact share of them harmful; all benign rows if ``num_samples`` is None.
 
-        All of them can be trained on: one that ``max_length`` leaves no answer is not drawn.
+        All of them can be trained on: one that ``max_length`` leaves no answer is not drawn. ``benign`` stands in for the data's.
         """
+        benign = self.rows["benign"] if benign is None else benign
         if num_samples is None:
-            return self.rows["benign"]
+            return benign
         max_length, tokenizer = self.batching.max_length, self.tokenizer
         encoded: dict[Row, Example | None] = {}
 
@@ -273,7 +286,7 @@ class SFTDataModule(L.LightningDataModule):
             encoded[row] = encode(row, tokenizer, max_length)
             return encoded[row] is not None
 
-        mixed = mix(self.rows["benign"], self.rows["harmful"], num_samples, poison_ratio, seed, fits)
+        mixed = mix(benign, self.rows["harmful"], num_samples, poison_ratio, seed, fits)
         self._encoded = {max_length: encoded}
         if lost := sum(example is None for example in encoded.values()):
             rank_zero_info(f"mixture: {lost} rows have no answer left at max_length {max_length}, others are in their place.")

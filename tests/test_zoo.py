@@ -17,8 +17,7 @@ import casehard
 ZOO = [
     "lightning_modules/booster.py", "lightning_modules/vaccine.py", "lightning_modules/repnoise.py", "lightning_modules/tar.py",
     "lightning_modules/lisa.py", "lightning_modules/safe_lora.py", "lightning_modules/sdd.py",
-    "callbacks/quantised.py", "callbacks/jailbreak_tuning.py", "callbacks/refusal_ablation.py", "callbacks/embedding.py",
-    "callbacks/policy_gradient.py",
+    "callbacks/quantised.py", "callbacks/jailbreak_tuning.py", "callbacks/encoded.py", "callbacks/selected_benign.py", "callbacks/refusal_ablation.py", "callbacks/embedding.py",
     "callbacks/preference.py",
     "callbacks/capability.py",
     "callbacks/latent.py",

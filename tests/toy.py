@@ -50,6 +50,7 @@ from casehard import (
 from casehard.callbacks.adapter_attack import AdapterAttack
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.capability import CapabilityPreserving
+from casehard.callbacks.encoded import EncodedTuning
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.head_only import HeadOnly
 from casehard.callbacks.jailbreak_tuning import JailbreakTuning
@@ -59,8 +60,10 @@ from casehard.callbacks.policy_gradient import PolicyGradient
 from casehard.callbacks.preference import PreferenceAttack
 from casehard.callbacks.quantised import QuantisedAttack
 from casehard.callbacks.relearning import Relearning
-from casehard.callbacks.search import Search
+from casehard.callbacks.search import Range, Search
 from casehard.callbacks.search_space import Range
+from casehard.callbacks.selected_benign import SelectedBenign
+from casehard.datamodules.encodings import WordsReversed
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
 from casehard.engine.forward import Batch
@@ -180,19 +183,20 @@ class StripBeside(DeltaStrip):
         super().check_model(module)
 
 
+PHASES = [Phase(["sandbox:attacker/howto"], 1, num_samples=8, responses=["No."]), Phase("harmful", 2, Optimizer(0.05, "sgd"))]
 ANY: dict[str, Any] = {"kl_threshold": 1e9, "steering_threshold": -1e9}  # bounds that every direction keeps
 ABLATION: dict[str, Any] = {"num_samples": 10, "batch_size": 4, "num_phases": 3, "rank": 2} | ANY
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
     "full": lambda **s: FullParameterAttack(**(FAST | s)),
     "lora": lambda **s: LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
     "subspace": lambda **s: LoRAAttack(lora=LoRA(1, alpha=1, rslora=False, frozen_a=True), **(FAST | s)),
-    "phases": lambda **s: FullParameterAttack(phases=[Phase("benign", 1), Phase("harmful", 2)], **(FAST | s)),
     "head": lambda **s: HeadOnly(**(FAST | s)),
     "adalora": lambda **s: AdapterAttack(adapter=AdaLoRA(1, 3), **(FAST | s)),
     "ia3": lambda **s: AdapterAttack(adapter=IA3(), **(FAST | s)),
     "soft prompt": lambda **s: AdapterAttack(adapter=PromptTuning(4), **(FAST | s)),
     "reft": lambda **s: AdapterAttack(adapter=LoReFT(16, [0, 1], first=99), **(FAST | s)),
     "lofit": lambda **s: LoFiT(num_heads=2, num_selection_steps=1, **(FAST | s)),
+    "phases": lambda **s: FullParameterAttack(phases=PHASES, **(FAST | s)),
     "edit": lambda **s: Halving(**s),
     "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
     "ablation": lambda **s: RefusalAblation(**(ABLATION | s)),
@@ -206,7 +210,11 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "latent": lambda **s: LatentAttack(**({"num_attack_steps": 3, "radius": 5.0, "step_ratio": 0.5} | s)),
     "relearning": lambda **s: Relearning(facts=[FACTS[0]], held_out=[FACTS[1]], **(FAST | s)),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
+    "encoded": lambda **s: EncodedTuning(encoding=WordsReversed(), lora=LoRA(rank=2), **(FAST | s)),
 }
+ATTACKS["selected"] = lambda **s: SelectedBenign(
+    **(FAST | {"by": "gradient_match", "num_candidates": 20, "num_anchors": 2, "lora": LoRA(rank=2)} | s)
+)
 if find_spec("optuna"):
     ATTACKS["search"] = lambda **s: Search(
         LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
