@@ -3,7 +3,7 @@
 import math
 from collections import ChainMap
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import lightning as L
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Judge, Verdict, judged, unscored
 from casehard.records.answers import KINDS
 
+T = TypeVar("T")
 Respond = Callable[[list[Row], int], list[str]]  # a model's raw texts on rows, of at most so many tokens
 
 
@@ -47,9 +48,14 @@ def _gathered(answers: list[Answer]) -> list[Answer]:
     return sorted((a for share in shares or [] for a in share), key=lambda a: (KINDS.index(a["kind"]), a["number"]))
 
 
-def _broadcast(metrics: dict[str, float]) -> dict[str, float]:
-    """Rank 0's, on every rank."""
-    box = [metrics]
+def first_rank() -> bool:
+    """Whether this is the process that works for all where one is enough."""
+    return _ranks()[0] == 0
+
+
+def from_first(value: T) -> T:
+    """On every rank, what the first one passed."""
+    box = [value]
     if _ranks()[1] > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -110,7 +116,7 @@ def score(module: Defense, evaluation: Evaluation, respond: Respond | None = Non
     judge = evaluation.judge
     answers = _gathered(with_verdicts(judge, answer(module, evaluation, respond)))
     own = tuple(metric.column() for metric in evaluation.metrics)
-    metrics = _broadcast(summarise(answers, judge.success_threshold, own) if _ranks()[0] == 0 else {})
+    metrics = from_first(summarise(answers, judge.success_threshold, own) if first_rank() else {})
     heard = [a for a in answers if a["kind"] == "harmful" and a.get("answered", True)]
     why = unscored(judge.label, [(a["score"], a["degenerate"], a["detail"]) for a in heard])
     if why:

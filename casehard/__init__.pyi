@@ -1,6 +1,7 @@
 from casehard.callbacks.attack import Attack as Attack
 from casehard.callbacks.attack import Target as Target
 from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
+from casehard.callbacks.external import ExternalAttack as ExternalAttack
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
 from casehard.callbacks.refusal_ablation import RefusalAblation as RefusalAblation

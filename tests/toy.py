@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from casehard import (
     BoosterModule,
     Defense,
     EmbeddingAttack,
+    ExternalAttack,
     FullParameterAttack,
     InnerAttacker,
     Judge,
@@ -162,6 +164,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "ablation": lambda **s: RefusalAblation(**({"num_samples": 10, "batch_size": 4} | s)),
     "embedding": lambda **s: EmbeddingAttack(**({"num_attack_steps": 3, "num_tokens": 4, "learning_rate": 0.3} | s)),
     "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
+    "external": lambda **s: ExternalAttack([sys.executable, str(ROOT / "tests/stand_in.py"), "noise", "{model}", "{out}"], **s),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
 }
 if find_spec("optuna"):
