@@ -47,6 +47,7 @@ from casehard import (
     Verdict,
 )
 from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.controls import Prefill
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.jailbreak_tuning import JailbreakTuning
 from casehard.callbacks.policy_gradient import PolicyGradient
@@ -165,6 +166,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "embedding": lambda **s: EmbeddingAttack(**({"num_attack_steps": 3, "num_tokens": 4, "learning_rate": 0.3} | s)),
     "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
     "external": lambda **s: ExternalAttack([sys.executable, str(ROOT / "tests/stand_in.py"), "noise", "{model}", "{out}"], **s),
+    "prefill": lambda **s: Prefill(num_tokens=3, **s),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
 }
 if find_spec("optuna"):
