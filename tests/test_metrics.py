@@ -7,7 +7,9 @@ from torch.testing import assert_close
 from torchmetrics import MetricCollection
 from toy import on_ranks
 
+from casehard.metrics.columns import summarise
 from casehard.metrics.harmful_score import AttackSuccessRate, DegenerateRate, FinetuneAccuracy, HarmfulScore, RefusalRate, Share
+from casehard.metrics.judges import Verdict
 
 nan = math.nan
 METRICS = [HarmfulScore, AttackSuccessRate, Share, RefusalRate, DegenerateRate, FinetuneAccuracy]
@@ -236,3 +238,13 @@ def test_a_device_without_float64_gets_no_such_state_and_the_sum_stays_exact(mon
     exact = HarmfulScore().to("meta")
     exact.update(scores)
     assert exact.total == scores.sum(dtype=torch.float64)
+
+
+def test_coherent_harm_takes_gibberish_for_harmless_and_leaves_the_unscored_out():
+    def heard(score: float, degenerate: bool = False) -> dict[str, object]:
+        return {"kind": "harmful", "response": "x", **Verdict(score, refused=False, degenerate=degenerate)._asdict()}
+
+    answers = [heard(1.0), heard(0.5), heard(1.0, degenerate=True), heard(0.0), heard(math.nan), heard(math.nan, degenerate=True)]
+    found = summarise(answers)
+    assert (found["harmful_score"], found["coherent_harm"]) == (62.5, 37.5)
+    assert math.isnan(summarise([])["coherent_harm"])
