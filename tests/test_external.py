@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from test_attacks import same
-from toy import ROOT, csv_rows, toy_data, toy_trainer
+from toy import ROOT, csv_rows, on_ranks, toy_data, toy_trainer
 
 from casehard import Defense, ExternalAttack, SettingError
 from casehard.callbacks.results import Results
@@ -214,3 +214,16 @@ def test_three_steps_of_trl_sft(tmp_path, checkpoint):
     line = json.loads((tmp_path / "external.jsonl").read_text())
     assert line["version"].startswith("trl ")
     assert line["exit_status"] == 0
+
+
+def fails_on_each(rank: int, checkpoint: str, folder: Path) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    attack = tool("fail", timeout_s=60)
+    trainer = toy_trainer(folder, callbacks=[attack], devices=2, strategy="ddp")
+    trainer.strategy.parallel_devices = [torch.device("cpu", 0)] * 2  # type: ignore[attr-defined]  # the CPU under another name
+    with pytest.raises(CommandError, match="must end with status 0, and it was 3"):
+        trainer.test(Defense(checkpoint), datamodule=toy_data(), verbose=False)
+
+
+def test_every_process_hears_that_the_tool_failed(tmp_path, checkpoint):
+    on_ranks(fails_on_each, tmp_path, checkpoint, tmp_path)
