@@ -68,7 +68,12 @@ class Results(L.Callback):
         self._started: float | None = None  # while it trains
         self._goes_on = self._exported = self._nothing_to_score = False
         self._notes: list[str] = []  # on the scores
+        self._adaptive = ""  # of the defense: what names the attacker who knows it
         self._evaluation: int | None = None  # the last one's number; None before anything is written
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Whom the closing lines may miss."""
+        self._adaptive = pl_module.adaptive if isinstance(pl_module, Defense) else ""
 
     @rank_zero_only
     def record(self, trainer: L.Trainer, row: ResultRow, answers: list[Answer]) -> None:
@@ -215,6 +220,8 @@ class Results(L.Callback):
             console.print("Not scored: data.sources names no harmful_prompts, benign_prompts or task.")
         if self.rows:
             console.print(results_table(self.rows))
+            if self._adaptive and not any(row.attack.startswith(f"{row.defense}: ") for row in self.rows):
+                console.print(f"Not run: the attacker who knows this defense. Add --config {self._adaptive}")
         elif self.delivered is None and not self._nothing_to_score and not stopped:
             console.print("Nothing was attacked or scored: trainer.callbacks has no attack.")
         if (self.rows or self.delivered) and (command := to_read(self.folder)):

@@ -48,13 +48,22 @@ def _gathered(answers: list[Answer]) -> list[Answer]:
     return sorted((a for share in shares or [] for a in share), key=lambda a: (KINDS.index(a["kind"]), a["number"]))
 
 
+def first_rank() -> bool:
+    """Whether this is the process that works for all where one is enough."""
+    return _ranks()[0] == 0
+
+
 def everywhere(make: Callable[[], T]) -> T:
     """What ``make`` returns on rank 0, which alone calls it, on every rank."""
-    rank, world_size = _ranks()
-    box = [make()] if rank == 0 else [None]
-    if world_size > 1:
+    return from_first(cast(T, make() if first_rank() else None))
+
+
+def from_first(value: T) -> T:
+    """On every rank, what the first one passed."""
+    box = [value]
+    if _ranks()[1] > 1:
         dist.broadcast_object_list(box, src=0)
-    return cast(T, box[0])
+    return box[0]
 
 
 def answer(module: Defense, evaluation: Evaluation, respond: Respond | None = None) -> list[Answer]:

@@ -4,6 +4,7 @@ from casehard.callbacks.attack import Target as Target
 from casehard.callbacks.capability import CapabilityPreserving as CapabilityPreserving
 from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
 from casehard.callbacks.encoded import EncodedTuning as EncodedTuning
+from casehard.callbacks.external import ExternalAttack as ExternalAttack
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
 from casehard.callbacks.head_only import HeadOnly as HeadOnly

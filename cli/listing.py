@@ -73,8 +73,10 @@ def _classes(base: str, package: str | None) -> Iterator[Entry]:
     for name, source, whose in found:
         if source.is_a(base) and not source.is_abstract and source not in bases:
             acts = "+".join(_stages(source, stages)) or "undefended" if stages else _threats(source) if base == "Attack" else ""
+            adaptive = _adaptive(source) if stages else ""
+            what = source.summary + (f" Adaptive attacker: --config {adaptive}." if adaptive else "")
             where = f"casehard.{name}" if _is_public(source) else f"{source.module}.{source.node.name}"
-            yield Entry(name, where, whose, acts, source.summary)
+            yield Entry(name, where, whose, acts, what)
 
 
 def _is_public(source: Source) -> bool:
@@ -119,6 +121,14 @@ def _stages(source: Source, stage_of: dict[str, str]) -> list[str]:
         declared = [part for part in kind.node.body if isinstance(part, ast.Assign) and ast.unparse(part.targets[0]) == "stages"]
         acts |= {stage for part in declared for stage in stage_of.values() if f"'{stage}'" in ast.unparse(part)}
     return [stage for stage in dict.fromkeys(stage_of.values()) if stage in acts]
+
+
+def _adaptive(source: Source) -> str:
+    """The attacker that a defense names; "" where it names none."""
+    for part in (part for kind in (source, *source.lineage()) for part in kind.node.body if isinstance(part, ast.Assign)):
+        if ast.unparse(part.targets[0]) == "adaptive":
+            return str(ast.literal_eval(part.value))
+    return ""
 
 
 def _threats(source: Source) -> str:

@@ -45,9 +45,11 @@ def save_model(
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     state = None if dtype is None else _cast(model.state_dict(), dtype)
+    config = dict(vars(model.config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(partial, state_dict=state)
+    vars(model.config).update(config)  # which save_pretrained writes the dtype and the class into
     del state
     if dtype is not None:  # save_pretrained notes the dtype in memory, which loading would go back to
         config = json.loads((partial / "config.json").read_text())

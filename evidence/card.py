@@ -211,7 +211,8 @@ def _before(series: list[Series], stage: str) -> dict[str, str] | None:
     """The model itself, before any attack; None where every attack that ran began at another one."""
     defended = [s for s in series if s.defense != UNDEFENDED] or series
     member = next(
-        (s for s in defended if 0 in s.steps and (s.threat_model == "open_weight" or not acts_at_a_service(stage))), None
+        (s for s in defended if s.tampers and 0 in s.steps and (s.threat_model == "open_weight" or not acts_at_a_service(stage))),
+        None,
     )
     if member is None:
         return None

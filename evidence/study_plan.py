@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from casehard.records.outcome import first_broken
 from casehard.records.rows import read_run
 from casehard.version import version_of
 
+ADAPTIVE = "adaptive"  # how a study calls the attacker that a defense names
 INDEX = "cells.json"  # in the study's folder: which runs are its cells
 
 
@@ -81,6 +83,7 @@ class Study:
         defenses: by name.
         attacks: by name.
         seeds: of the data, the attack and its adapters.
+        adaptive: also attack every defense by the attacker that its class names (``Defense.adaptive``), as the attack "adaptive".
         common: of every run.
         validation: of the runs that try an attack's choices: their held-out prompts, none of which is reported on.
     """
@@ -88,6 +91,7 @@ class Study:
     defenses: dict[str, Arm]
     attacks: dict[str, Attack]
     seeds: list[int]
+    adaptive: bool = True
     common: Part = field(default_factory=Part)
     validation: Part = field(default_factory=Part)
 
@@ -192,7 +196,7 @@ def read_study(path: str) -> Study:
 
 
 def _study(
-    defenses: dict[str, Any], attacks: dict[str, Any], seeds: list[int], **parts: dict[str, Any]
+    defenses: dict[str, Any], attacks: dict[str, Any], seeds: list[int], adaptive: bool = True, **parts: dict[str, Any]
 ) -> Study:  # jsonargparse would make the callbacks that settings name
     arms = {}
     for name, arm in defenses.items():
@@ -202,7 +206,13 @@ def _study(
     for name, attack in attacks.items():
         choices = {c: _made(Part, f"attacks.{name}.choices.{c}", part) for c, part in (attack.get("choices") or {}).items()}
         tried_out[name] = _made(Attack, f"attacks.{name}", attack | {"choices": choices})
-    return Study(arms, tried_out, list(seeds), **{name: _made(Part, name, part or {}) for name, part in parts.items()})
+    if adaptive is not True and adaptive is not False:
+        raise SettingError(f"adaptive must be true or false, got {adaptive!r}.")
+    if adaptive and ADAPTIVE in map(slug, attacks):
+        raise SettingError(
+            f"attacks must leave the name {ADAPTIVE} to the defenses' own attackers. Choose another, or set adaptive: false."
+        )
+    return Study(arms, tried_out, list(seeds), adaptive, **{name: _made(Part, name, part or {}) for name, part in parts.items()})
 
 
 def _made(kind: type[P], where: str, given: dict[str, Any]) -> P:
@@ -223,6 +233,16 @@ def _made(kind: type[P], where: str, given: dict[str, Any]) -> P:
 def slug(name: str) -> str:
     """``name`` as part of a folder's name."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def adaptive_attack(study: Study, arm: Arm, resolve: Resolve) -> dict[str, Attack]:
+    """The attacker that a defense's class names, as an attack of the study; none where it names none, or the study wants none."""
+    if not study.adaptive:
+        return {}
+    model = yaml.safe_load(resolve(["test", *study.common.words(), *arm.words()])).get("model") or {}
+    module, _, name = str(model.get("class_path", "casehard.Defense")).rpartition(".")
+    config: str = getattr(import_module(module), name).adaptive
+    return {ADAPTIVE: Attack(configs=[config])} if config else {}
 
 
 Chosen = dict[tuple[str, str], str]  # the choice that is reported, by defense and attack
@@ -258,7 +278,7 @@ def cells(study: Study, folder: Path, resolve: Resolve, chosen: Chosen | None = 
         for name, arm in study.defenses.items():
             needs = trained.get((name, seed))
             model = [f"--model.init_args.checkpoint={needs.folder}/model"] if needs else []
-            for attack, overlay in study.attacks.items():
+            for attack, overlay in (study.attacks | adaptive_attack(study, arm, resolve)).items():
                 words = ["test", *study.common.words(), *arm.words(), *overlay.words(), *model]
                 for choice, part in overlay.choices.items():
                     add(name, attack, seed, [*words, *part.words(), *study.validation.words()], needs, choice, tries=True)

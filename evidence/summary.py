@@ -46,6 +46,7 @@ class Series:
     defense: str
     named: bool = False  # by a study
     entries: dict[int, dict[int, Entry]] = field(default_factory=dict)
+    control: "Series | None" = None  # of the same defense, the attack without tampering that scores highest
 
     @property
     def seeds(self) -> list[int]:
@@ -56,6 +57,11 @@ class Series:
     def steps(self) -> list[int]:
         """Those that every seed was scored at."""
         return sorted(set.intersection(*(set(by_step) for by_step in self.entries.values())))
+
+    @property
+    def tampers(self) -> bool:
+        """Whether the attack changes anything, or only asks in another way and so is of step 0 alone."""
+        return any(row.num_attack_steps for row in self.rows)
 
     @property
     def stage(self) -> str:
@@ -252,6 +258,11 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
         raise SettingError(
             "runs must hold results, and there are none. Name folders such as runs/EXPERIMENT/VERSION, or a study's."
         )
+    for members in grouped(list(series.values()), lambda s: s.defense).values():
+        controls = [s for s in members if not s.tampers and not math.isnan(s.harmful_score(0).estimate)]
+        worst = max(controls, key=lambda s: s.harmful_score(0).estimate, default=None)
+        for member in members:
+            member.control = worst
     by_threat = grouped(list(series.values()), lambda s: s.threat_model).values()
     return [member for members in by_threat for attack in grouped(members, lambda s: s.attack).values() for member in attack]
 

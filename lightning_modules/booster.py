@@ -28,6 +28,8 @@ class BoosterModule(Defense):
         settings: the rest of ``Defense``'s.
     """
 
+    adaptive = "attack/adaptive/booster"
+
     def __init__(
         self, checkpoint: str, weight: float = 5.0, radius: float = 0.1, harmful_batch_size: int = 10, **settings: Any
     ) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning as L
 import torch
@@ -94,6 +94,7 @@ class Defense(L.LightningModule):
 
     model: PreTrainedModel
     stages: frozenset[Stage] = frozenset()
+    adaptive: ClassVar[str] = ""  # the attacker who knows this defense, as --config names it; its attacks are called "LABEL: ..."
     num_roles = 1  # parts that the ranks play, each of which has the model
 
     def __init__(

@@ -40,6 +40,8 @@ class LisaModule(Defense):
     # first tenth of a run; (2) alignment rows hold the data's own benign rows; (3) batches that Lightning accumulates into an
     # alignment step are the same one.
 
+    adaptive = "attack/adaptive/lisa"
+
     def __init__(
         self,
         checkpoint: str,

@@ -107,24 +107,35 @@ def undefended_at(defense: Defense, checkpoint: str, setting: str = "undefended_
     """
     with borrowed(defense):
         load = partial(load_model, checkpoint, defense.backbone.dtype)
-        theirs = read_other(load, defense.shard_mesh(), with_logits=True)
-        plain = _names_in(defense, theirs, checkpoint, setting)
-        own = dict(defense.model.named_parameters())
-        distribute(defense.model, {name: theirs.parameters[key] for name, key in plain.items()})
-        for name, buffer in defense.model.named_buffers():  # those of a checkpoint: the biases of some routers
-            if (key := name.replace(".base_layer", "")) in theirs.buffers:
-                local(buffer).copy_(theirs.buffers[key])
-        restore(defense.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if name not in plain})
-        expected = theirs.logits
-        del theirs  # not held for the block
-        answered = logits_of(defense.model, some_ids(defense.model))
-        if not (off := distance(answered, expected)) <= rounding(answered.dtype):
-            raise SettingError(
-                f"{setting} must be of the defended model's architecture, and the weights of {checkpoint!r} give "
-                f"other logits in it ({100 * off:.2g}% off), since its config.json has other settings. Name the model that "
-                "the defense started from, or leave it out."
-            )
+        hold(defense, read_other(load, defense.shard_mesh(), with_logits=True), checkpoint, setting)
         yield
+
+
+def hold(defense: Defense, theirs: OtherModel, checkpoint: str, setting: str) -> None:
+    """Write another model's weights into ``defense``, and leave its adapters without effect.
+
+    Args:
+        theirs: read with its logits.
+        checkpoint: where it was read, for errors.
+        setting: that named it, for errors.
+
+    Raises:
+        SettingError: it is of another architecture, in its weights' shapes or in what it computes with them.
+    """
+    plain = _names_in(defense, theirs, checkpoint, setting)
+    own = dict(defense.model.named_parameters())
+    distribute(defense.model, {name: theirs.parameters[key] for name, key in plain.items()})
+    for name, buffer in defense.model.named_buffers():  # those of a checkpoint: the biases of some routers
+        if (key := name.replace(".base_layer", "")) in theirs.buffers:
+            local(buffer).copy_(theirs.buffers[key])
+    restore(defense.model, {name: torch.zeros_like(local(p)) for name, p in own.items() if name not in plain})
+    answered = logits_of(defense.model, some_ids(defense.model))
+    if not (off := distance(answered, theirs.logits)) <= rounding(answered.dtype):
+        raise SettingError(
+            f"{setting} must be of the defended model's architecture, and the weights of {checkpoint!r} give "
+            f"other logits in it ({100 * off:.2g}% off), since its config.json has other settings. Name the model that "
+            "the defense started from, or leave it out."
+        )
 
 
 def weights_of(defense: Defense, checkpoint: str, setting: str) -> Weights:

@@ -59,6 +59,8 @@ class PatcherModule(TwoRoles):
     # (2) the defender's batch may hold benign rows; (3) the attacker's rows go on from attack to attack where they start over;
     # (4) in their parallel form the vector is what the attack ends at minus the weights of the moment, and comes when it comes.
 
+    adaptive = "attack/adaptive/patcher"
+
     def __init__(
         self,
         checkpoint: str,

@@ -54,6 +54,8 @@ class RepNoiseModule(Defense):
     # the pairs' refusals alone; (2) rows are samples from their first differing token on, without the prompt's zeros before it;
     # (3) the lens is on states 1 to L - 1: theirs norms the last one twice, whose loss is there already; (4) noise is by counter.
 
+    adaptive = "attack/adaptive/repnoise"
+
     def __init__(
         self,
         checkpoint: str,

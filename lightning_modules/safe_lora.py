@@ -51,6 +51,8 @@ class SafeLoRAModule(Defense):
     # order; (3) of layers with equal cosines num_layers takes the first ones, and P acts once; (4) a layer that the job or the
     # alignment has not moved has no cosine and stays as it is.
 
+    adaptive = "attack/adaptive/safe_lora"
+
     def __init__(
         self, checkpoint: str, base: str, threshold: float = 0.5, num_layers: int | None = None, **settings: Any
     ) -> None:

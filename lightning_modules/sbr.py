@@ -49,6 +49,8 @@ class SBRModule(Defense):
     anchor_ids: Tensor  # on the host, as the mask
     anchor_mask: Tensor
 
+    adaptive = "attack/adaptive/sbr"
+
     def __init__(
         self,
         checkpoint: str,

@@ -40,6 +40,8 @@ class SDDModule(Defense):
     # benign rows themselves are trained on too, for an alignment may start from a model that follows no instructions yet; (4) a
     # prompt for which no try fits is an error.
 
+    adaptive = "attack/adaptive/sdd"
+
     def __init__(
         self,
         checkpoint: str,

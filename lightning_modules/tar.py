@@ -49,6 +49,7 @@ class TARModule(Defense):
     # Departures from the authors' setting: (1) no term holds hidden states where a reference model has them; (2) attackers take
     # turns where the authors draw one, and none begins with benign rows; (3) the optimizer is plain, theirs is schedule-free.
 
+    adaptive = "attack/adaptive/tar"
     stages = frozenset({"alignment"})
 
     def __init__(

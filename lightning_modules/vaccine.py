@@ -33,6 +33,8 @@ class VaccineModule(Defense):
     # Departures from the authors' code: (1) under gradient accumulation each batch has a perturbation of the whole radius, where
     # theirs also divides the gradients; (2) the norm is over the batches of all ranks, where theirs is each rank's own.
 
+    adaptive = "attack/adaptive/vaccine"
+
     def __init__(self, checkpoint: str, radius: float = 2.0, **settings: Any) -> None:
         if not radius >= 0:
             raise SettingError(f"radius of Vaccine must be >= 0, got {radius}. 0 is plain SFT.")

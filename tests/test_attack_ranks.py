@@ -21,6 +21,7 @@ from casehard.callbacks.attack import Target
 from casehard.callbacks.results import Results
 from casehard.engine.weights import reshard
 
+ALONE = {name for name, make in ATTACKS.items() if not make(threat_model="open_weight").num_attack_steps}
 THREATS = ("open_weight", "finetuning_service")
 STRATEGIES: dict[str, dict[str, Any]] = {"ddp": {"strategy": "ddp"}, "fsdp2": {"strategy": ModelParallelStrategy(2, 1)}}
 PROMPTS = {  # the ranks have unequal shares of each kind, and one has none of the second
@@ -102,7 +103,9 @@ def results(folder: Path, attack: str) -> tuple[list[dict[str, str]], list[dict[
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_two_ranks_give_the_rows_and_answers_of_one_process_and_no_attack_leaves_a_trace(runs, attack):
     rows, answers = results(runs / "one", attack)
-    assert len(rows) == 6  # defended at both threats, undefended at a service, each at two steps
+    num_steps = len({row["num_attack_steps"] for row in rows})
+    assert num_steps == 2 - (attack in ALONE)
+    assert len(rows) == 3 * num_steps  # defended at both threats, undefended at a service, each at two steps or at step 0 alone
     plain = {a["response"] for a in answers if a["num_attack_steps"] == 0}
     expected = torch.load(runs / "one/logits.pt")
     for strategy in STRATEGIES:
@@ -110,6 +113,8 @@ def test_two_ranks_give_the_rows_and_answers_of_one_process_and_no_attack_leaves
         logits = torch.load(runs / strategy / "logits.pt")
         assert list(logits) == list(expected)
         for name in (name for name in expected if name.startswith(f"{attack} (")):
-            first, *_, last = expected[name]
-            assert not torch.allclose(first, last) or len({a["response"] for a in answers}) > len(plain)  # it did attack
+            first, *_, last = [*expected[name], expected[name][-1]]
+            assert (
+                attack in ALONE or not torch.allclose(first, last) or len({a["response"] for a in answers}) > len(plain)
+            )  # it did attack
             assert_close(logits[name], expected[name], rtol=1e-4, atol=1e-4)

@@ -156,6 +156,8 @@ def test_run_with_attacks_ends_with_the_bits_of_the_run_without(tmp_path, checkp
         respond = attack.respond
 
         def heard(target: Target, *arguments: Any) -> list[str]:
+            if not attack.num_attack_steps:  # step 0 is the attack's own: beside it what the model answers to plain prompts
+                answers[attack.threat_model, target.epoch].append(Attack.respond(attack, target, *arguments))
             texts = respond(target, *arguments)
             answers[attack.threat_model, target.epoch].append(texts)
             return texts
@@ -180,7 +182,7 @@ def test_run_with_attacks_ends_with_the_bits_of_the_run_without(tmp_path, checkp
     assert {r.num_attack_steps for r in results.rows} == {0, last}  # scored where it says, and nowhere else
     assert len(seen) == 6
     for when, logits in seen.items():  # it did attack: the weights, or else what the model is asked
-        first, *_, last_harmful, _, _ = answers[when]
+        first, *_, last_harmful, _, _ = answers[when] if last else answers[when][:2] + [[]] * 2
         assert not torch.allclose(logits[0], logits[-1]) or first != last_harmful
 
 
@@ -222,7 +224,7 @@ def test_an_attack_scores_at_its_steps_and_returns_the_rows_that_it_recorded(tmp
     attack.run = lambda *arguments: outcome.extend(run(*arguments))
     toy_trainer(tmp_path, callbacks=[results, attack]).test(Defense(checkpoint), datamodule=toy_data(), verbose=False)
     assert outcome == [replace(row, evaluation=0) for row in results.rows]  # it is numbered where it is kept
-    assert [row.num_attack_steps for row in outcome] == [0, min(2, attack.num_attack_steps)]
+    assert [row.num_attack_steps for row in outcome] == sorted({0, min(2, attack.num_attack_steps)})
     assert len({row.trained for row in outcome}) == 1
 
 
@@ -246,7 +248,8 @@ def test_interrupted_attack_leaves_the_model_restored_and_its_rows_written(tmp_p
                 raise RuntimeError("boom")
             signal.raise_signal(signal.SIGINT if how == "ctrl-c" else signal.SIGTERM)
 
-    at_once = ATTACKS[name](threat_model="open_weight").num_attack_steps == 1
+    num_steps = ATTACKS[name](threat_model="open_weight").num_attack_steps
+    at_once = num_steps <= 1
     attack = looking(ATTACKS[name](threat_model="open_weight", **({} if at_once else {"score_steps": [2, 3]})), interrupt)
     trainer = toy_trainer(tmp_path, callbacks=[results, before, attack])
     raised = {"error": RuntimeError, "ctrl-c": (KeyboardInterrupt, SystemExit), "sigterm": SIGTERMException}[how]
@@ -255,8 +258,9 @@ def test_interrupted_attack_leaves_the_model_restored_and_its_rows_written(tmp_p
         trainer.fit(module, datamodule=toy_data())
     assert same(before.seen[0], module.state_dict())
     assert all(p.requires_grad for p in module.parameters())
-    rows = csv_rows(tmp_path / "attacks.csv")
-    assert [row["num_attack_steps"] for row in rows] == (["0"] if at_once else ["0", "2"])
+    rows = csv_rows(tmp_path / "attacks.csv") if num_steps else []
+    assert [row["num_attack_steps"] for row in rows] == ([] if not num_steps else ["0"] if at_once else ["0", "2"])
+    assert num_steps or not (tmp_path / "attacks.csv").exists()
     assert signal.getsignal(signal.SIGTERM) == handler
     assert not trainer.state.finished
 

@@ -642,7 +642,7 @@ def build(call, monkeypatch, tmp_path) -> Callable[..., None]:
 
 @pytest.mark.parametrize("file", experiment_files())
 def test_every_experiment_file_is_built(build, file):
-    overlay = Path(file).parent.name in ("scale", "data", "attack", "cluster")
+    overlay = Path(file).parent.name in ("scale", "data", "attack", "adaptive", "cluster")
     defense = "patcher" if "patcher" in file else "sbr"
     build([f"experiments/{defense}.yaml", file] if overlay else [file])
 
@@ -719,7 +719,10 @@ def test_a_configs_text_does_what_its_file_does_and_names_no_run(call):
     assert experiment_name(config) == "sbr"
 
 
-@pytest.mark.parametrize("attack", sorted(path.stem for path in (ROOT / "experiments/attack").glob("*.yaml")))
+ATTACKS = ROOT / "experiments/attack"
+
+
+@pytest.mark.parametrize("attack", sorted(str(path.relative_to(ATTACKS).with_suffix("")) for path in ATTACKS.rglob("*.yaml")))
 def test_an_overlays_attacks_take_nothing_over_from_those_they_replace(call, attack):
     """A list that replaces one of the same length is merged with it, entry by entry (jsonargparse)."""
     ours = [resolved(call, [f"experiments/{d}.yaml", f"experiments/attack/{attack}.yaml"]) for d in ("sbr", "patcher")]

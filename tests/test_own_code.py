@@ -103,7 +103,7 @@ def package(site, tmp_path, monkeypatch):
 
 def test_what_packages_declare_is_listed_by_its_sources_and_nothing_is_imported(package):
     text = listed([])
-    assert "OwnDefense  (finetuning+post_finetuning | own-lab | ownlab.OwnDefense)\n      Stays close.\n" in text
+    assert "OwnDefense  (finetuning+post_finetuning | own-lab | ownlab.OwnDefense)\n      Stays close. Adaptive" in text
     assert "OwnAttack  (service or open weights | own-lab | ownlab.OwnAttack)\n      Halves.\n" in text
     assert "OwnJudge  (own-lab | ownlab.OwnJudge)" in text
     assert "ownlab" not in sys.modules

@@ -185,6 +185,13 @@ def resolve(words: list[str]) -> str:
     return yaml.safe_dump({"words": words, "data": {"sources": {"harmful_prompts": [prompts]}}})
 
 
+def with_model(words: list[str]) -> str:
+    """As ``resolve``, with the model's class as the config files have it."""
+    files = [yaml.safe_load((ROOT / word).read_text()) for word in words if word.startswith("experiments/") and "=" not in word]
+    models = [file["model"] for file in files if "model" in file]
+    return yaml.safe_dump({"words": words, "model": models[-1]})
+
+
 def cell(name: str, folder: Path, needs: str | None = None, words: tuple[str, ...] = ()) -> Cell:
     return Cell(name, "d", "a", 0, list(words), str(folder / "study" / name), "hash", needs)
 
@@ -608,17 +615,18 @@ def test_the_files_that_a_config_names_are_found_wherever_they_stand_and_whateve
     assert named_files({"model": {"template": "{prompt} {response}" * 500, "checkpoint": "\0"}}) == []
 
 
-def test_the_sandbox_study_is_three_by_four_by_three_and_every_cell_resolves(tmp_path):
+def test_the_sandbox_study_is_three_by_four_by_three_with_adaptive_attackers_and_every_cell_resolves(tmp_path):
     study = read_study("experiments/studies/sandbox.yaml")
-    found = cells(study, tmp_path, resolve)
-    assert len([c for c in found if c.attack]) == 36
+    found = cells(study, tmp_path, with_model)
+    assert len([c for c in found if c.attack]) == 36 + 6
+    assert {c.defense for c in found if c.attack == "adaptive"} == {"SBR", "Patcher"}
     assert len([c for c in found if not c.attack]) == 6
     assert {c.needs for c in found if c.defense == "SBR"} == {c.needs for c in found if c.defense == "SFT alignment" and c.attack}
-    assert len({c.folder for c in found}) == 42
-    for some in (found[0], found[3], *found[6:18]):  # each kind of cell, of one seed
+    assert len({c.folder for c in found}) == 48
+    for some in (found[0], found[3], *found[6:20]):  # each kind of cell, of one seed
         config = yaml.safe_load(resolved(some.words))
         attacks = config["trainer"]["callbacks"]
-        assert len(attacks) == (1 if some.attack else 0)
+        assert len(attacks) == ({"SBR": 3, "Patcher": 4}[some.defense] if some.attack == "adaptive" else 1 if some.attack else 0)
         assert config["data"]["seed"] == some.seed
 
 

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from casehard import (
     Defense,
     DeltaStrip,
     EmbeddingAttack,
+    ExternalAttack,
     FullParameterAttack,
     InnerAttacker,
     Judge,
@@ -50,6 +52,7 @@ from casehard import (
 from casehard.callbacks.adapter_attack import AdapterAttack
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.capability import CapabilityPreserving
+from casehard.callbacks.controls import Prefill
 from casehard.callbacks.encoded import EncodedTuning
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.head_only import HeadOnly
@@ -60,7 +63,7 @@ from casehard.callbacks.policy_gradient import PolicyGradient
 from casehard.callbacks.preference import PreferenceAttack
 from casehard.callbacks.quantised import QuantisedAttack
 from casehard.callbacks.relearning import Relearning
-from casehard.callbacks.search import Range, Search
+from casehard.callbacks.search import Search
 from casehard.callbacks.search_space import Range
 from casehard.callbacks.selected_benign import SelectedBenign
 from casehard.datamodules.encodings import WordsReversed
@@ -209,6 +212,8 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "capability": lambda **s: CapabilityPreserving(side_step="gradient", kick=0.01, **(FAST | s)),
     "latent": lambda **s: LatentAttack(**({"num_attack_steps": 3, "radius": 5.0, "step_ratio": 0.5} | s)),
     "relearning": lambda **s: Relearning(facts=[FACTS[0]], held_out=[FACTS[1]], **(FAST | s)),
+    "external": lambda **s: ExternalAttack([sys.executable, str(ROOT / "tests/stand_in.py"), "noise", "{model}", "{out}"], **s),
+    "prefill": lambda **s: Prefill(num_tokens=3, **s),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
     "encoded": lambda **s: EncodedTuning(encoding=WordsReversed(), lora=LoRA(rank=2), **(FAST | s)),
 }
