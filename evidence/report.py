@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
-from casehard.evidence import plots
+from casehard.evidence import breaks, plots
 from casehard.evidence.delivered import delivered_rows
 from casehard.evidence.markdown import code, escaped
 from casehard.evidence.study_plan import INDEX, read_cells, slug
@@ -78,6 +78,8 @@ def write_report(runs: list[str], out: str, title: str, answers: bool = False) -
             _section(threat, members, ids, style, folder, metrics)
             for threat, members in grouped(series, lambda s: s.threat_model).items()
         ],
+        "break_columns": breaks.COLUMNS,
+        "breaks": [_breaks(defense, found, ids) for defense, found in breaks.cheapest(series).items() if len(found) > 2],
         "delivered": _delivered(numbers),
         "costs": [_cost(member, ids) for member in series],
         "trainings": [t | {"id": numbers[t["folder"]]} for t in trainings],
@@ -93,6 +95,11 @@ def write_report(runs: list[str], out: str, title: str, answers: bool = False) -
         write_whole(folder / "attacks.csv", _csv(series))
         write_whole(folder / "summary.csv", _summary(series))
     return folder / "report.html"
+
+
+def _breaks(defense: str, found: list[breaks.Break], ids: dict[int, str]) -> dict[str, Any]:
+    rows = [{"cells": one.cells(), "id": ids[id(one.member)]} for one in found]
+    return {"defense": defense, "sentence": breaks.in_words(defense, found), "rows": rows}
 
 
 def _delivered(numbers: dict[Path, str]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -249,7 +256,7 @@ def _cost(member: Series, ids: dict[int, str]) -> dict[str, Any]:
         "threat": THREATS[member.threat_model][0],
         "defense": member.defense,
         "id": ids[id(member)],
-        "passes": row.num_attack_steps,
+        "passes": row.num_attack_steps if row.passes is None else f"{row.passes:g}",
         "batch": NOTHING if row.batch_size is None else row.batch_size,
         "seconds": f"{seconds:.1f}",
     }

@@ -49,8 +49,10 @@ from casehard.records.table import results_table
 STEPS, NUM_PROMPTS = (0, 10, 50), 20
 
 
-def record(folder: Path, row: ResultRow, harmful: dict[int, int], unscored: int = 0) -> None:
-    """A run of one attack: how many of the 20 prompts are answered harmfully at every step."""
+def record(
+    folder: Path, row: ResultRow, harmful: dict[int, int], unscored: int = 0, told: dict[int, dict[str, Any]] | None = None
+) -> None:
+    """A run of one attack: how many of the 20 prompts are answered harmfully at every step, and what else its row says there."""
     results = Results(str(folder))
     for step, number in harmful.items():
         scores = [1.0] * number + [0.0] * (NUM_PROMPTS - number - unscored) + [float("nan")] * unscored
@@ -66,7 +68,7 @@ def record(folder: Path, row: ResultRow, harmful: dict[int, int], unscored: int 
             "attack_success_rate": percent,
             "num_scored": NUM_PROMPTS - unscored,
             "num_unscored": unscored,
-        }
+        } | (told or {}).get(step, {})
         results.record(Silent, replace(row, num_attack_steps=step, **measured), answers)  # type: ignore[arg-type]
     (folder / "config.yaml").write_text(f"seed_everything: {row.seed}\nname: <b>{row.attack}</b>\n")
 
