@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from casehard.callbacks.attack import Target, ThreatModel
 from casehard.callbacks.fine_tuning import LoRAAttack, Phase
-from casehard.datamodules.batches import Example, share_of
+from casehard.datamodules.batches import Example
 from casehard.datamodules.chat import IGNORED, collate
 from casehard.datamodules.mixing import mix
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import trainable
 from casehard.engine.anatomy import decoder_layers
-from casehard.engine.gradients import norm, scaled, summed
+from casehard.engine.gradients import cosine, norm, summed, unit
 from casehard.engine.weights import Weights
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics.errors import SettingError
@@ -27,7 +27,7 @@ class SelectedBenign(LoRAAttack):
     ``log(||g||^2 + 1) + log(num_answer_tokens + 1)``. The ``num_samples`` rows with the highest scores are trained on.
 
     Cost: a forward and a backward pass over every candidate and anchor, one row at a time, which every process makes. Memory:
-    three gradients of the last decoder layer. At a service too the attacker is granted the gradients of the model that it tunes.
+    five gradients of the last decoder layer. At a service too the attacker is granted the gradients of the model that it tunes.
 
     Args:
         threat_model: finetuning_service or open_weight.
@@ -83,38 +83,33 @@ class SelectedBenign(LoRAAttack):
     def steps(self, target: Target) -> Iterator[int]:
         """Rank the candidates, and train on the first."""
         data, module = target.data, target.module
-        candidates = self.rows(data, target.seed)
+        candidates, anchors = self.rows(data, target.seed), self.anchors(data, target.seed)
         module.eval()
         with trainable(module, module.model, None, last_layer(module)):
             matched: Weights = {}
-            for anchor in data.encode(self.anchors(data, target.seed), "anchors"):
-                matched = summed(matched, self.unit(module, self.gradient(target, anchor)))
-            matched = self.unit(module, matched) if matched else matched
+            for anchor in data.encode(anchors, "anchors"):
+                matched = summed(matched, unit(module, self.gradient(target, anchor)))
             scores = [self.score(target, candidate, matched) for candidate in data.encode(candidates, "candidates")]
+        everything = anchors + candidates
+        own = [row for _, row in target.share(everything, len(everything), "ranked")(0)]  # so that no row is counted twice
+        num_tokens = sum(len(example["input_ids"]) for example in data.encode(own, "ranked"))
+        target.spend(passes=len(everything) / self.batch_size, trained=num_tokens)
         ranking = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
         target.state["selected"] = [candidates[i] for i in ranking[: self.num_samples]]
         yield from self.trained(target, [data.batches(target.state["selected"], self.batch_size, target.seed, "attack")])
 
     def score(self, target: Target, candidate: Example, matched: Weights) -> float:
-        """How much a benign row may harm; ``matched`` is what its gradient is compared with, of length 1."""
+        """How much a benign row may harm; ``matched`` is what its gradient is compared with."""
         gradient = self.gradient(target, candidate)
-        if self.by == "self_influence":
-            num_labels = sum(label != IGNORED for label in candidate["labels"])
-            return math.log(float(norm(target.module, gradient)) ** 2 + 1) + math.log(num_labels + 1)
-        together = summed(self.unit(target.module, gradient), matched)
-        return float(norm(target.module, together)) ** 2 / 2 - 1  # the cosine: both have length 1
-
-    def unit(self, module: Defense, gradient: Weights) -> Weights:
-        """``gradient`` at length 1."""
-        return scaled(gradient, 1 / max(float(norm(module, gradient)), 1e-12))
+        if self.by == "gradient_match":
+            return cosine(target.module, gradient, matched)
+        num_labels = sum(label != IGNORED for label in candidate["labels"])
+        return math.log(float(norm(target.module, gradient)) ** 2 + 1) + math.log(num_labels + 1)
 
     def gradient(self, target: Target, example: Example) -> Weights:
         """Of the loss of a row alone, the same on every process."""
-        data, module = target.data, target.module
-        batch = collate([example], data.tokenizer.pad_token_id, data.batching.padding_side)
-        own = share_of(target.trainer)[0] == 0  # the others repeat what the first one does
-        target.spend(passes=1 / self.batch_size, trained=len(example["input_ids"]) if own else 0)
-        return module.gradient(module.placed(batch))
+        batch = collate([example], target.data.tokenizer.pad_token_id, target.data.batching.padding_side)
+        return target.module.gradient(target.module.placed(batch))
 
 
 def last_layer(module: Defense) -> list[str]:

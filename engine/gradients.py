@@ -169,6 +169,16 @@ def _over_shards(module: nn.Module, sums: dict[str, Tensor]) -> Tensor:
     return total + torch.stack(whole).sum().to(device) if whole else total
 
 
+def unit(module: nn.Module, weights: Weights) -> Weights:
+    """``weights`` at a norm of 1. Memory: one copy."""
+    return scaled(weights, 1 / max(float(norm(module, weights)), torch.finfo(torch.float32).tiny))
+
+
+def cosine(module: nn.Module, first: Weights, second: Weights) -> float:
+    """Cosine of the angle between two ``weights``, over all ranks where parameters are sharded. Memory: three copies."""
+    return float(norm(module, summed(unit(module, first), unit(module, second)))) ** 2 / 2 - 1
+
+
 def scaled(weights: Weights, factor: float) -> Weights:
     """``factor * weights``, by name. Memory: one copy."""
     return {name: factor * tensor for name, tensor in weights.items()}

@@ -43,6 +43,7 @@ from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.quantised import QuantisedAttack
 from casehard.callbacks.results import Results
+from casehard.cli.preview import drawn_by
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows
 from casehard.engine import training
@@ -848,6 +849,12 @@ def test_sources_of_a_phase_are_checked_before_any_weights_load(tmp_path, checkp
 def test_bad_settings_of_a_phase_fail_at_construction(settings, message):
     with pytest.raises(ValueError, match=message):
         Phase(**({"rows": "benign", "steps": 1} | settings))
+
+
+def test_a_preview_says_what_every_phase_draws():
+    phases = [Phase([HOWTO], 1, num_samples=4), Phase("harmful", 2)]
+    drawn = drawn_by(FullParameterAttack("open_weight", phases=phases, **FAST))
+    assert drawn.endswith("draws 4, 16 rows in its phases, 66.7% of what it learns from `harmful`")
 
 
 def test_a_damaged_model_looks_robust_until_it_is_repaired(tmp_path):
