@@ -3,22 +3,13 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from torch import Tensor
-
 from casehard.callbacks.attack import Target, ThreatModel
 from casehard.callbacks.fine_tuning import LoRAAttack
-from casehard.engine.adapters import LoRA, matrices
+from casehard.engine.adapters import LoRA
+from casehard.engine.compression import Way, passing, send_through
 from casehard.engine.weights import Changes
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics.errors import SettingError
-
-
-def quantised(weight: Tensor, num_bits: int) -> Tensor:
-    """``weight`` ``[..., row]`` rounded to the nearest of ``2 ** num_bits - 1`` levels, evenly spaced around 0 in every row."""
-    largest = 2 ** (num_bits - 1) - 1
-    scale = weight.abs().amax(dim=-1, keepdim=True).float() / largest
-    rounded = (weight.float() / scale.where(scale > 0, 1.0)).round()
-    return (rounded * scale).to(weight.dtype)
 
 
 class QuantisedAttack(LoRAAttack):
@@ -47,15 +38,17 @@ class QuantisedAttack(LoRAAttack):
         self.num_bits = num_bits
         self.name = settings.get("name") or f"QuantisedAttack int{num_bits}"
 
+    @property
+    def way(self) -> Way:
+        """Through what the weights go."""
+        return "int8" if self.num_bits == 8 else "int4"
+
     def changes(self, module: Defense) -> Changes:
         """The decoder's matrices: adapters leave them alone, quantisation does not."""
-        chosen = {id(matrix.weight) for matrix in matrices(module.model)}
+        chosen = passing(module.model, self.way)
         return {name for name, p in module.named_parameters() if id(p) in chosen}.__contains__
 
     def steps(self, target: Target) -> Iterator[int]:
         """Quantise, then train."""
-        changed = self.changes(target.module)
-        for name, weight in target.weights().items():
-            if changed(name):
-                weight.copy_(quantised(weight, self.num_bits))
+        send_through(target.module.model, self.way)
         yield from super().steps(target)

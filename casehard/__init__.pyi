@@ -1,5 +1,6 @@
 from casehard.callbacks.attack import Attack as Attack
 from casehard.callbacks.attack import Target as Target
+from casehard.callbacks.delta import DeltaStrip as DeltaStrip
 from casehard.callbacks.embedding import EmbeddingAttack as EmbeddingAttack
 from casehard.callbacks.fine_tuning import FullParameterAttack as FullParameterAttack
 from casehard.callbacks.fine_tuning import LoRAAttack as LoRAAttack
@@ -7,6 +8,7 @@ from casehard.callbacks.kernel_ablation import KernelAblation as KernelAblation
 from casehard.callbacks.refusal_ablation import RefusalAblation as RefusalAblation
 from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
 from casehard.callbacks.results import Results as Results
+from casehard.callbacks.round_trip import RoundTrip as RoundTrip
 from casehard.callbacks.scoring import Evaluate as Evaluate
 from casehard.cli.api import run as run
 from casehard.cli.main import main as main

@@ -42,11 +42,12 @@ from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, M
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.jailbreak_tuning import WRAPPERS, JailbreakTuning
-from casehard.callbacks.quantised import QuantisedAttack, quantised
+from casehard.callbacks.quantised import QuantisedAttack
 from casehard.callbacks.results import Results
 from casehard.callbacks.search import Range, Search
 from casehard.datamodules.row import Row
 from casehard.engine import training
+from casehard.engine.compression import quantised
 from casehard.engine.training import DivergedError, Plain, StepLoss
 from casehard.engine.weights import NOTHING, Changes, local
 from casehard.lightning_modules.job import Job

@@ -18,7 +18,7 @@ ZOO = [
     "lightning_modules/booster.py", "lightning_modules/vaccine.py", "lightning_modules/repnoise.py", "lightning_modules/tar.py",
     "lightning_modules/lisa.py", "lightning_modules/safe_lora.py", "lightning_modules/sdd.py",
     "callbacks/quantised.py", "callbacks/jailbreak_tuning.py", "callbacks/refusal_ablation.py", "callbacks/embedding.py",
-    "callbacks/policy_gradient.py", "callbacks/kernel_ablation.py",
+    "callbacks/policy_gradient.py", "callbacks/kernel_ablation.py", "callbacks/delta.py", "callbacks/round_trip.py",
 ]  # fmt: skip
 MOST_LINES = 60
 OUT_OF_REACH = {"trainer", "dist", "DTensor"}  # the framework's to know

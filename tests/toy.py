@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from casehard import (
     BoosterModule,
     Defense,
+    DeltaStrip,
     EmbeddingAttack,
     FullParameterAttack,
     InnerAttacker,
@@ -36,6 +37,7 @@ from casehard import (
     PatcherModule,
     RefusalAblation,
     RepNoiseModule,
+    RoundTrip,
     SafeLoRAModule,
     SandboxJudge,
     SBRModule,
@@ -154,6 +156,20 @@ class LengthJudge(Judge):
 
 
 FAST: dict[str, Any] = {"num_samples": 16, "num_attack_steps": 3, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-2)}
+
+
+class StripBeside(DeltaStrip):
+    """A strip whose base stands beside the checkpoint, in the folder ``base``, and an adapter afterwards."""
+
+    def __init__(self, threat_model: str = "open_weight", **settings: Any) -> None:
+        then = LoRAAttack(threat_model, lora=LoRA(rank=2), **(FAST | {"num_attack_steps": 2}))
+        super().__init__("base", threat_model, keep=0.5, remove_rank=1, then=then, **settings)
+
+    def check_model(self, module: Defense) -> None:
+        self.base = str(Path(module.checkpoint).with_name("base"))
+        super().check_model(module)
+
+
 ANY: dict[str, Any] = {"kl_threshold": 1e9, "steering_threshold": -1e9}  # bounds that every direction keeps
 ABLATION: dict[str, Any] = {"num_samples": 10, "batch_size": 4, "num_phases": 3, "rank": 2} | ANY
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
@@ -164,6 +180,8 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
     "quantised": lambda **s: QuantisedAttack(lora=LoRA(rank=2), num_bits=4, **(FAST | s)),
     "ablation": lambda **s: RefusalAblation(**(ABLATION | s)),
     "kernel": lambda **s: KernelAblation(**({"num_samples": 10, "batch_size": 4, "direction": 0.9} | s)),
+    "strip": lambda **s: StripBeside(**s),
+    "wanda": lambda **s: RoundTrip(**({"way": "wanda", "share": 0.8, "num_samples": 4} | s)),
     "embedding": lambda **s: EmbeddingAttack(**({"num_attack_steps": 3, "num_tokens": 4, "learning_rate": 0.3} | s)),
     "policy": lambda **s: PolicyGradient(reward=LengthJudge(), grpo=GRPO(3, kl_weight=0.1), **(FAST | s)),
     "jailbreak": lambda **s: JailbreakTuning(lora=LoRA(rank=2), **(FAST | s)),
