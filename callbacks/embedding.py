@@ -1,24 +1,22 @@
 """An attack by soft tokens in the prompt."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from casehard.callbacks.attack import Attack, Target, ThreatModel
+from casehard.callbacks.per_prompt import PerPrompt
 from casehard.datamodules.chat import IGNORED, collate, suffixed_ids, text_ids
 from casehard.datamodules.row import Row
-from casehard.engine.sharding import max_over_ranks
 from casehard.engine.soft_tokens import sign_descent, soft_tokens, table_shape
-from casehard.engine.weights import NOTHING, Changes
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics.errors import SettingError
 
 FIRST = " x"  # the text whose last token every soft token begins as
 
 
-class EmbeddingAttack(Attack):
+class EmbeddingAttack(PerPrompt):
     """Embedding attack (soft prompt; arXiv:2402.09063): optimise soft tokens behind every harmful prompt. No weight changes.
 
     Behind what the user says stand ``num_tokens`` embeddings ``e``, of a prompt's own. A step is
@@ -59,10 +57,6 @@ class EmbeddingAttack(Attack):
         own = {"num_tokens": self.num_tokens, "target_text": self.target_text, "last_step": self.num_attack_steps}
         return {"learning_rate": self.learning_rate} | own
 
-    def changes(self, module: Defense) -> Changes:
-        """No parameter."""
-        return NOTHING
-
     def check_model(self, module: Defense) -> None:
         """Raise a ValueError where the model has no positions for the soft tokens."""
         evaluation, positions = self.evaluation(module.data), module.num_positions
@@ -80,38 +74,19 @@ class EmbeddingAttack(Attack):
         """The ids that so many soft tokens begin as."""
         return torch.full((number,), text_ids(FIRST, module.tokenizer)[-1], device=module.device)
 
-    def steps(self, target: Target) -> Iterator[int]:
-        """Say how many steps to take; they are taken when prompts are answered, by the rank that answers them."""
-        target.module.requires_grad_(False).eval()
-        target.state |= {"added": {}, "done": 0}
-        for target.state["steps"] in range(1, self.num_attack_steps + 1):
-            yield target.state["steps"]
-
     def respond(self, target: Target, rows: list[Row], max_new_tokens: int) -> list[str]:
-        """Answers behind the soft tokens, which go on from where they were when last scored."""
-        module, scored, state = target.module, self.evaluation(target.data).harmful, target.state
-        harmful = rows if set(rows) <= set(scored) and self.num_tokens and state else []
-        chunks = [harmful[i : i + self.batch_size] for i in range(0, len(harmful), self.batch_size)]
-        num_chunks = max_over_ranks(module.model, len(chunks))
-        for number in range(num_chunks):  # a rank that has fewer keeps step with the others
-            num_tokens = self.optimise(target, chunks[number] if number < len(chunks) else scored[:1])
-            target.spend(trained=num_tokens if number < len(chunks) else 0)
-        if num_chunks:
-            target.spend(passes=state["steps"] - state["done"])
-            state["done"] = state["steps"]
-        if not harmful:
-            return super().respond(target, rows, max_new_tokens)
-        added = torch.cat([state["added"][row] for row in rows])
+        """Take the steps that are due, then answer; plainly where there are no soft tokens."""
+        return (PerPrompt if self.num_tokens else Attack).respond(self, target, rows, max_new_tokens)
+
+    def answered(self, target: Target, rows: list[Row], max_new_tokens: int) -> list[str]:
+        """Answers behind the soft tokens."""
+        module, added = target.module, torch.cat([target.state["added"][row] for row in rows])
         with soft_tokens(module.model, self.start(module, len(added)), added):
             return module.generate(self.prompts(module, rows), max_new_tokens, target.data.evaluation.batch_size)
 
-    def optimise(self, target: Target, rows: list[Row]) -> int:
-        """Take the steps that are due; what is added to the soft tokens of a row, ``[num_tokens, dim]``, stays in the state.
-
-        Returns:
-            Tokens that went forward and backward.
-        """
-        module, state, answer = target.module, target.state, text_ids(self.target_text, target.module.tokenizer)
+    def optimise(self, target: Target, rows: list[Row], num_steps: int) -> int:
+        """As many steps of descent; what is added to the soft tokens of a row, ``[num_tokens, dim]``, stays in the state."""
+        module, answer = target.module, text_ids(self.target_text, target.module.tokenizer)
         examples = [{"input_ids": p + answer, "labels": [IGNORED] * len(p) + answer} for p in self.prompts(module, rows)]
         batch = module.placed(collate(examples, module.tokenizer.pad_token_id, "right"))
 
@@ -119,9 +94,7 @@ class EmbeddingAttack(Attack):
             with module.forward_context(), soft_tokens(module.model, self.start(module, len(added)), added):
                 return module.sft_loss(batch)
 
-        zeros = torch.zeros(self.num_tokens, table_shape(module.model)[1], device=module.device)
-        start = torch.cat([state["added"].get(row, zeros) for row in rows])
-        num_steps = state["steps"] - state["done"]
-        added = sign_descent(loss, start, num_steps, self.learning_rate)
-        state["added"] |= zip(rows, added.split(self.num_tokens), strict=True)
+        zeros, kept = torch.zeros(self.num_tokens, table_shape(module.model)[1]), target.state.setdefault("added", {})
+        known = torch.cat([kept.get(row, zeros.to(module.device)) for row in rows])
+        kept |= zip(rows, sign_descent(loss, known, num_steps, self.learning_rate).split(self.num_tokens), strict=True)
         return num_steps * sum(len(example["input_ids"]) for example in examples)

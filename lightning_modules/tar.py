@@ -104,11 +104,10 @@ class TARModule(Defense):
         last, num_losses = attacker.num_inner_steps, attacker.num_inner_steps // self.loss_every
         stream, seed = self.streams[which], counter_seed(self.data.seed, "tar", step)
         with attacker.attack(self, stream, seed, turn * last, "TAR", self.copy_device) as attack:
-            for i in attack.steps:
-                if i % self.loss_every == 0:
-                    batch = self.held_out(step * num_losses + i // self.loss_every - 1)
-                    value, gradient = self.loss_and_gradient(batch, self.tamper_loss)
-                    total = summed(total, gradient, math.exp(self.decay * (i - last)))
+            for i in filter(lambda i: i % self.loss_every == 0, attack.steps):
+                batch = self.held_out(step * num_losses + i // self.loss_every - 1)
+                value, gradient = self.loss_and_gradient(batch, self.tamper_loss)
+                total = summed(total, gradient, math.exp(self.decay * (i - last)))
         self.num_passes += last + num_losses
         self.log_means({"train/tamper_loss": value})
         return total
