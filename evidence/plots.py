@@ -167,7 +167,9 @@ def best_so_far(bands: dict[str, Band], style: Style) -> Figure:
     for defense, found in bands.items():
         trials = np.arange(1, len(found.median) + 1)
         ax.plot(trials, found.median, label=_label(defense), markersize=4, **style[defense])
-        ax.fill_between(trials, found.low, found.high, color=style[defense]["color"], alpha=0.15)
+        low = np.where(np.isnan(found.low), -4, found.low)  # below 0: some orders have found nothing yet
+        ax.fill_between(trials, low, found.high, color=style[defense]["color"], alpha=0.15)
+    ax.set_xlim(0.5, max(len(found.median) for found in bands.values()) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="trials", ylabel="coherent harm of the best so far (%)", ylim=(-4, 104))
     _legend(figure, ax)

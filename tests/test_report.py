@@ -350,6 +350,7 @@ def test_what_a_search_tried_is_told_and_drawn(tmp_path):
     assert [list(line.get_xdata()) for line in ax.lines] == [[1, 2]] * 2
     assert list(ax.lines[0].get_ydata())[-1] == 3.0
     assert all(map(math.isnan, ax.lines[1].get_ydata()))
+    assert ax.get_xlim() == (0.5, 2.5)  # from the first trial on, found or not
     assert ax.get_ylim()[0] < 0 < 100 < ax.get_ylim()[1]
     plt.close("all")
 
