@@ -153,7 +153,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {"ddp": {"strategy": "ddp"}, "fsdp2": {"
 
 def attack_both_ways(folder: Path, checkpoint: str, **strategy: Any) -> None:
     soft = EmbeddingAttack(**(FEW | {"batch_size": 1}))  # one rank has two prompts, in two passes, and the other has one
-    callbacks = [Results(str(folder), export=False), soft, RefusalAblation(num_samples=10, batch_size=3)]
+    callbacks = [Results(str(folder), export=False), soft, RefusalAblation(select="loss", num_samples=10, batch_size=3)]
     trainer = toy_trainer(folder, callbacks=callbacks, **strategy)
     trainer.test(Defense(checkpoint), datamodule=toy_data(**PROMPTS), verbose=False)
 
