@@ -51,7 +51,8 @@ class RoundTrip(Attack):
             raise SettingError(f"share must lie in (0, 1), got {share}. It is what pruning sets to zero.")
         if num_samples < 1:
             raise SettingError(f"num_samples must be >= 1, got {num_samples}.")
-        super().__init__(threat_model, **({"name": f"RoundTrip {way}"} | settings))
+        super().__init__(threat_model, **settings)
+        self.name = settings.get("name") or f"RoundTrip {way}"
         self.way, self.share, self.num_samples = way, share, num_samples
 
     def settings(self) -> dict[str, Any]:

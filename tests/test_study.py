@@ -626,7 +626,7 @@ def test_the_sandbox_study_is_three_by_four_by_three_with_adaptive_attackers_and
     for some in (found[0], found[3], *found[6:20]):  # each kind of cell, of one seed
         config = yaml.safe_load(resolved(some.words))
         attacks = config["trainer"]["callbacks"]
-        assert len(attacks) == ({"SBR": 3, "Patcher": 4}[some.defense] if some.attack == "adaptive" else 1 if some.attack else 0)
+        assert len(attacks) == ({"SBR": 4, "Patcher": 4}[some.defense] if some.attack == "adaptive" else 1 if some.attack else 0)
         assert config["data"]["seed"] == some.seed
 
 
