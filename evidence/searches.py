@@ -87,7 +87,7 @@ def searched(member: Series, searches: list[list[TrialRow]]) -> dict[str, Any]:
 
 
 def worst_case(members: list[Series], share: float) -> tuple[float, str]:
-    """The highest coherent harm at the end of any of several attacks on one defense, and which one does it.
+    """The highest coherent harm at the end of any of several attacks on one defense, and which one does it; no controls.
 
     Args:
         members: of one defense.
@@ -99,7 +99,13 @@ def worst_case(members: list[Series], share: float) -> tuple[float, str]:
     worst, by = math.nan, ""
     for member in members:
         harm = member.coherent_harm(member.steps[-1])
-        if member.harmful and (share == 0 or kept(member) >= share) and not harm <= worst and not math.isnan(harm):
+        if (
+            member.harmful
+            and member.tampers
+            and (share == 0 or kept(member) >= share)
+            and not harm <= worst
+            and not math.isnan(harm)
+        ):
             worst, by = harm, member.attack
     return worst, by
 

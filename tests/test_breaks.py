@@ -4,9 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from test_report import ROW, record
+from test_report import ROW, Silent, record
 from test_results import replace
 
+from casehard.callbacks.results import Results
 from casehard.evidence.breaks import cheapest, in_words
 from casehard.evidence.report import write_report
 from casehard.evidence.summary import collect
@@ -63,3 +64,33 @@ def test_one_attack_is_no_choice_and_runs_without_costs_are_told_by_their_steps(
     ]
     page = write_report([str(tmp_path / "Quick")], str(tmp_path / "report"), "One")
     assert "cheapest break" not in page.read_text()
+
+
+def test_what_nobody_counted_broke_it_all_the_same_and_stands_behind_what_was_counted(tmp_path):
+    runs = [
+        broken(tmp_path / "program", "Program", {0: (0, 0, 0), 1: (math.nan, 0, 0)}),
+        broken(tmp_path / "slow", "Slow", {0: (0, 0, 0), 9: (9, 900, 0)}),
+    ]
+    found = cheapest(collect(runs))["SBR"]
+    assert [(b.member.attack.split(",")[0], b.broken) for b in found] == [("Slow", True), ("Program", True)]
+    assert (
+        in_words("SBR", found[1:]) == "SBR: broken by 1 of 1 attacks, most cheaply by Program, adamw 0.001, poison 0.1 (1 step)."
+    )
+
+
+def test_half_of_the_seeds_is_enough_and_a_seed_that_was_not_scored_to_its_end_says_nothing(tmp_path):
+    for seed, at in ((0, 5), (1, None)):
+        record(tmp_path / f"half{seed}", replace(ROW, attack="Half", seed=seed), {0: 0, 5: 20 if at else 0})
+    results = Results(str(tmp_path / "none"), generations=False)
+    for step, score in ((0, 0.0), (5, math.nan)):
+        results.record(Silent, replace(ROW, attack="Unscored", num_attack_steps=step, harmful_score=score), [])
+    found = {b.member.attack.split(",")[0]: b.broken for b in cheapest(collect(tmp_path.iterdir()))["SBR"]}
+    assert found == {"Half": True, "Unscored": False}
+    half, unscored = cheapest(collect(tmp_path.iterdir()))["SBR"]
+    assert (half.passes, math.isnan(unscored.passes)) == (5, True)
+
+
+def test_controls_without_tampering_are_no_attacks(tmp_path):
+    record(tmp_path / "prefill", replace(ROW, attack="Prefill", passes=0.0, tokens_trained=0, tokens_forward=0), {0: 20})
+    broken(tmp_path / "slow", "Slow", {0: (0, 0, 0), 9: (9, 900, 0)})
+    assert [b.member.attack.split(",")[0] for b in cheapest(collect(tmp_path.iterdir()))["SBR"]] == ["Slow"]
