@@ -214,6 +214,13 @@ def test_rank_k_takes_out_the_top_singular_vectors_of_the_harmful_states(tmp_pat
     torch.testing.assert_close(basis.mT @ basis, top.mT @ top, rtol=1e-3, atol=1e-5)
 
 
+def test_the_last_fifth_of_the_layers_is_not_tried(tmp_path):
+    directions = torch.nn.functional.normalize(torch.randn(4, 32), dim=1)
+    target = attacked(tmp_path, planted(tmp_path / "model", directions), select="loss", token=0)
+    ((_, values, _),) = target.state["found"]
+    assert {place.layer for place in values} == {1, 2, 3}  # of five
+
+
 def test_a_stale_direction_is_the_one_of_the_model_that_it_was_estimated_on(tmp_path, checkpoint):
     other = save_toy_checkpoint(tmp_path / "other", seed=1)
     fresh, stale, theirs = (
