@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM
 from casehard import Defense, DeltaStrip, LoRA, LoRAAttack, RoundTrip, SettingError
 from casehard.callbacks.adapter_attack import AdapterAttack
 from casehard.callbacks.attack import Target
-from casehard.engine.adapters import matrices
+from casehard.callbacks.quantised import QuantisedAttack
+from casehard.callbacks.results import Results
+from casehard.engine.adapters import matrices, merged
 from casehard.engine.anatomy import blocks, written_by
 from casehard.engine.compression import Way, pruned, send_through
 from casehard.engine.directions import Kernel, weaken
+from casehard.engine.optimizer import Optimizer
 from casehard.engine.other_adapters import PromptTuning
 from casehard.engine.weights import borrowed
 
@@ -248,6 +251,51 @@ def test_wanda_weighs_entries_by_the_norms_of_their_inputs(tmp_path, checkpoint)
     least = importance.argsort(dim=1)[:, : layer.weight.shape[1] // 2]
     assert torch.equal(left[1], layer.weight.scatter(1, least, 0.0))
     assert not torch.equal(left[1], pruned(layer.weight, 0.5))
+
+
+def test_a_way_that_changes_no_weight_says_so_in_its_rows(tmp_path, checkpoint):
+    half = str(tmp_path / "half")
+    save_toy_checkpoint(tmp_path / "half")
+    model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    model.save_pretrained(half)
+    for start, settings, nothing in (
+        (half, {"way": "bfloat16"}, True),
+        (checkpoint, {"way": "bfloat16"}, False),
+        (checkpoint, {"way": "magnitude", "share": 0.01}, True),  # of rows of 32 and 64
+        (checkpoint, {"way": "magnitude", "share": 0.5}, False),
+    ):
+        results = Results(str(tmp_path / "run"), export=False)
+        callbacks = [results, RoundTrip(**settings)]
+        toy_trainer(tmp_path, callbacks=callbacks).test(Defense(start), datamodule=toy_data(), verbose=False)
+        assert [("no weight changed" in row.note) for row in results.rows] == [nothing] * 2
+
+
+@pytest.mark.parametrize("kind", ["int4", "magnitude", "bfloat16", "QuantisedAttack"])
+def test_what_goes_that_way_is_the_model_with_the_defenses_adapters_in_it(tmp_path, checkpoint, kind):
+    module = Defense(checkpoint, lora=LoRA(rank=2))
+    torch.manual_seed(3)
+    module.configure_model()
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p += 0.05 * ("lora_B" in name)
+    before, whole, seen = bits(module), merged(module.model), []
+    quantised = kind == "QuantisedAttack"
+    send_through(whole, "int4" if quantised else kind, 0.5)
+
+    def look(target: Target) -> None:
+        with torch.no_grad():
+            seen.append(merged(target.module.model)(torch.tensor([[5, 6, 7]])).logits)
+
+    nothing = {"num_samples": 16, "num_attack_steps": 1, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-30)}
+    attack = QuantisedAttack("open_weight", 4, LoRA(rank=2), **nothing) if quantised else RoundTrip(way=kind, share=0.5)
+    toy_trainer(tmp_path, callbacks=[looking(attack, look)]).test(module, datamodule=toy_data(), verbose=False)
+    with torch.no_grad():
+        torch.testing.assert_close(seen[1], whole(torch.tensor([[5, 6, 7]])).logits)
+    assert not torch.allclose(seen[0], seen[1], rtol=1e-4, atol=1e-4)
+    assert same_bits(bits(module), before)
 
 
 def test_a_wrong_setting_of_an_edit_says_what_it_must_be(tmp_path, released, monkeypatch):
