@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from casehard.callbacks.attack import Attack, Target, ThreatModel
-from casehard.callbacks.fine_tuning import FineTuning
+from casehard.callbacks.fine_tuning import FineTuning, FullParameterAttack, LoRAAttack
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import fold_adapters
 from casehard.engine.low_rank import Cliff, plain_names, strip
@@ -30,11 +30,12 @@ class DeltaStrip(Attack):
     Args:
         base: the model before its alignment, of the same architecture: a hub id, a folder or a GGUF file.
         threat_model: open_weight, as only who holds the weights edits them; finetuning_service edits the aligned model.
-        keep: share of the delta that stays, in [0, 1]; 1 all of it.
+        keep: share of the delta that stays, in [0, 1]; 1 all of it, beside ``remove_rank``, ``revert`` or ``then``.
         remove_rank: singular values of every matrix of the delta that are cut, the largest first, >= 0. A vector has one.
         revert: patterns of parameters that go back to the base, such as ``*.layers.5.*``; null none.
         spectrum: say in the note where the singular values of the delta fall the most.
-        then: a harmful fine-tuning afterwards, of the same threat_model; its steps count from 2. null none.
+        then: a harmful fine-tuning afterwards, a ``FullParameterAttack`` or ``LoRAAttack`` of the same threat_model; its steps
+            count from 2. null none.
         settings: the rest of ``Attack``'s.
     """
 
@@ -53,6 +54,10 @@ class DeltaStrip(Attack):
             raise SettingError(f"keep must lie in [0, 1], got {keep}. It is a share of what was added to the base.")
         if remove_rank < 0:
             raise SettingError(f"remove_rank must be >= 0, got {remove_rank}. 0 cuts no singular value.")
+        if keep == 1 and not (remove_rank or revert or then):
+            raise SettingError("keep must be < 1 where nothing else is set, got 1. Lower it, or set remove_rank, revert or then.")
+        if then is not None and type(then) not in (FullParameterAttack, LoRAAttack):  # others also answer or score in their way
+            raise SettingError(f"then must be FullParameterAttack or LoRAAttack, got {type(then).__name__}. Run that by itself.")
         if then is not None and then.threat_model != threat_model:
             raise SettingError(f"threat_model of then must be {threat_model}, as the strip's, got {then.threat_model}.")
         self.num_attack_steps = 1 + (0 if then is None else then.num_attack_steps)

@@ -11,7 +11,7 @@ from torch import Tensor
 from casehard.callbacks.attack import Target
 from casehard.callbacks.direction_edit import DirectionEdit, Place
 from casehard.callbacks.scoring import score
-from casehard.datamodules.chat import IGNORED, text_ids
+from casehard.datamodules.chat import IGNORED, prompt_ids, text_ids
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.anatomy import decoder_layers
@@ -36,6 +36,15 @@ def require(select: str, kl_threshold: float) -> None:
         raise SettingError(f"kl_threshold must be > 0, got {kl_threshold}. The paper's is 0.1.")
 
 
+def described(chosen: list[Place | None], select: Select | None, kl_threshold: float, steering_threshold: float) -> list[str]:
+    """What was chosen in every phase, in words; where it was nothing, by which bounds."""
+    said = [f"token {place.token}, layer {place.layer}" if place else "none left" for place in chosen]
+    steers = f" and steering_threshold ({steering_threshold:g})" if select == "refusal" else ""
+    bounds = f" within kl_threshold ({kl_threshold:g}){steers}" if select in ("refusal", "harm") else ""
+    none = [] if any(chosen) else [f"no direction was left{bounds}: nothing was changed"]
+    return [*none, f"directions of: {'; '.join(said)}"]
+
+
 @dataclass
 class Choice:
     """A rule (``RefusalAblation`` says which there are), with what it needs of a target.
@@ -48,6 +57,8 @@ class Choice:
         select: the rule; None where there is nothing to choose.
         kl_threshold: bound of refusal and harm.
         steering_threshold: bound of refusal.
+        fitted: harmful and harmless rows from which more than one dimension is estimated.
+        rank: dimensions that a candidate takes out.
     """
 
     attack: DirectionEdit
@@ -57,8 +68,11 @@ class Choice:
     select: Select | None
     kl_threshold: float
     steering_threshold: float
+    fitted: list[list[Row]]
+    rank: int
 
     def __post_init__(self) -> None:
+        self.edits: dict[Place, Tensor] = {}  # what candidates take out, orthonormal and beside the basis
         self.before = self.attack.first(self.target, self.held_out[1])
         self.openings = openings(self.target.data)
 
@@ -66,29 +80,22 @@ class Choice:
         """What each candidate is worth, lower being better, once it is out beside ``basis``; inf breaks a bound."""
         values = {}
         for place, r in candidates.items():
-            direction = orthonormal(r[None], basis)
-            if self.select is None:
-                values[place] = 0.0 if len(direction) else math.inf
-            elif len(direction) and (self.select != "refusal" or self.steers(place, r)):
-                ablate(self.target.module.model, torch.cat([basis, direction]))
+            if not len(orthonormal(r[None], basis)) or (self.select == "refusal" and not self.steers(place, r)):
+                continue
+            wide = r[None] if self.rank == 1 else self.attack.singular_vectors(self.target, self.fitted, place, self.rank)
+            self.edits[place] = orthonormal(wide, basis)
+            values[place] = 0.0
+            if self.select is not None:
+                ablate(self.target.module.model, torch.cat([basis, self.edits[place]]))
                 values[place] = self.value()
                 restore(self.target.module, self.start)
                 ablate(self.target.module.model, basis)
         return values
 
     def best(self, candidates: dict[Place, Tensor], basis: Tensor) -> tuple[Place | None, dict[Place, float]]:
-        """The candidate that is chosen, None where none is left after others were, and what all are worth.
-
-        Raises:
-            SettingError: none is left at the first choice.
-        """
+        """The candidate that is chosen, None where none keeps the bounds, and what all are worth."""
         values = self.values(candidates, basis)
         left = [place for place, value in values.items() if value < math.inf]
-        if not left and not len(basis):
-            raise SettingError(
-                f"kl_threshold must leave one of {len(candidates)} directions, and at {self.kl_threshold} none is left "
-                f"(steering_threshold: {self.steering_threshold}). Raise the one, lower the other, or set select to loss."
-            )
         return min(left, key=values.__getitem__, default=None), values
 
     def refusing(self, rows: list[Row]) -> float:
@@ -114,13 +121,15 @@ class Choice:
         if self.select == "refusal":
             return self.refusing(harmful)
         asked = replace(self.target.data.evaluation, harmful=harmful[:NUM_ANSWERED], benign=[], task=[], metrics=[])
+        self.target.spend(passes=math.ceil(len(asked.harmful) / self.attack.batch_size) / 3)
         harm = score(self.target.module, asked, self.respond).metrics["coherent_harm"]
         return math.inf if math.isnan(harm) else -harm
 
     def respond(self, rows: list[Row], max_new_tokens: int) -> list[str]:
-        """Answers, whose cost is counted."""
-        texts = self.attack.respond(self.target, rows, max_new_tokens)
-        self.target.spend(passes=1 / 3, forward=sum(len(text_ids(text, self.target.module.tokenizer)) for text in texts))
+        """Answers, whose tokens are counted, and their prompts'."""
+        texts, tokenizer = self.attack.respond(self.target, rows, max_new_tokens), self.target.module.tokenizer
+        read = sum(len(prompt_ids(row, tokenizer)) for row in rows)
+        self.target.spend(forward=read + sum(len(text_ids(text, tokenizer)) for text in texts))
         return texts
 
     def loss(self, rows: list[Row]) -> float:

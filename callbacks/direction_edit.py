@@ -123,7 +123,7 @@ class DirectionEdit(Attack):
     def candidates(self, target: Target, kinds: list[list[Row]], layer: int | None) -> dict[Place, Tensor]:
         """The differences of means that are more than rounding, by where they are read."""
         num_layers = len(decoder_layers(target.module.model))
-        layers = list(range(1, num_layers * 4 // 5 + 1)) if layer is None else [layer]
+        layers = list(range(1, num_layers - num_layers // 5)) if layer is None else [layer]
         prompts = [prompt_ids(row, target.module.tokenizer)[::-1] for rows in kinds for row in rows]
         shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False)))
         tokens = list(range(max(1, shared))) if self.token is None else [self.token]

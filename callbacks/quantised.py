@@ -6,7 +6,7 @@ from typing import Any, Literal
 from casehard.callbacks.attack import Target, ThreatModel
 from casehard.callbacks.fine_tuning import LoRAAttack
 from casehard.engine.adapters import LoRA
-from casehard.engine.compression import Way, passing, send_through
+from casehard.engine.compression import Way, send_through, written
 from casehard.engine.weights import Changes
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics.errors import SettingError
@@ -16,7 +16,8 @@ class QuantisedAttack(LoRAAttack):
     """Quantise the weights, then train a LoRA adapter on top, as QLoRA does (arXiv:2305.14314).
 
     Every matrix of the decoder is rounded to nearest, row by row. Quantisation is simulated: the weights keep their dtype. A
-    defense that holds by fine differences between weights loses them. Adapters of the defense itself are not rounded.
+    defense that holds by fine differences between weights loses them. Adapters of the defense itself are merged first,
+    as in a release, and rounded with the rest.
 
     Args:
         threat_model: finetuning_service or open_weight.
@@ -44,11 +45,14 @@ class QuantisedAttack(LoRAAttack):
         return "int8" if self.num_bits == 8 else "int4"
 
     def changes(self, module: Defense) -> Changes:
-        """The decoder's matrices: adapters leave them alone, quantisation does not."""
-        chosen = passing(module.model, self.way)
-        return {name for name, p in module.named_parameters() if id(p) in chosen}.__contains__
+        """The decoder's matrices, which quantisation rounds; all where the defense has adapters, which are folded in."""
+        return written(module, module.model, self.way)
 
     def steps(self, target: Target) -> Iterator[int]:
         """Quantise, then train."""
-        send_through(target.module.model, self.way)
+        target.state["changed"] = send_through(target.module.model, self.way)
         yield from super().steps(target)
+
+    def notes(self, target: Target) -> list[str]:
+        """Also whether the weights were on those levels before."""
+        return super().notes(target) + ([] if target.state["changed"] else ["no weight changed by quantisation"])

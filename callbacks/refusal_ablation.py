@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from casehard.callbacks.attack import Target, ThreatModel
-from casehard.callbacks.direction_choice import Choice, Select, require
+from casehard.callbacks.direction_choice import Choice, Select, described, require
 from casehard.callbacks.direction_edit import DirectionEdit
 from casehard.engine.anatomy import decoder_layers
-from casehard.engine.directions import ablate, orthonormal
+from casehard.engine.directions import ablate
 from casehard.engine.weights import Weights, copies
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.other_models import undefended_at
@@ -34,11 +34,13 @@ class RefusalAblation(DirectionEdit):
 
     With ``num_phases`` the attack goes on (arXiv:2511.08379): every step estimates anew on the model as it has become, makes the
     direction orthogonal to those before, and takes it out as well. ``rank`` takes out more at once: the top singular vectors of
-    the harmful states minus the harmless mean. A step for which no candidate is left changes nothing, and the note says so.
+    the harmful states minus the harmless mean; the bounds hold for all of them together. A step for which no candidate is left,
+    the first one too, changes nothing, and the note says so.
 
     A direction stays in the stream where an architecture normalises what a layer adds (Gemma 2 and 3, OLMo 2). With tied
     embeddings the unembedding is edited, too. Cost a phase: forward passes alone, one over 4/5 of the rows, and three over 1/5
-    for every candidate. Memory: a copy of what is edited (two with ``estimated_on``), and two whole matrices.
+    for every candidate; with ``rank`` above 1 also one over 4/5 for each that steers. Memory: a copy of what is edited (two with
+    ``estimated_on``), and two whole matrices.
 
     Args:
         threat_model: open_weight, as only who holds the weights edits them; finetuning_service edits the aligned model.
@@ -111,20 +113,22 @@ class RefusalAblation(DirectionEdit):
     def bases(self, target: Target, start: Weights) -> Iterator[Tensor]:
         """All that is to be taken out after every phase, ``[num, dim]``, of a model that had the weights ``start``."""
         model, (fitted, held_out) = target.module.model, self.parts(target)
-        select = None if None not in (self.layer, self.token) else self.select
-        choice = Choice(self, target, held_out, start, select, self.kl_threshold, self.steering_threshold)
+        choice = Choice(self, target, held_out, start, *self.rule(), fitted, self.rank)
         basis = torch.zeros(0, model.config.get_text_config().hidden_size).cpu().double()
         for _ in range(self.num_phases):
             ablate(model, basis)
             candidates = self.candidates(target, fitted, self.layer)
             best, values = choice.best(candidates, basis)
             if best is not None:
-                r = candidates[best][None] if self.rank == 1 else self.singular_vectors(target, fitted, best, self.rank)
-                basis = torch.cat([basis, orthonormal(r, basis)])
+                basis = torch.cat([basis, choice.edits[best]])
             target.state["found"].append((best, values, basis))
             yield basis
 
+    def rule(self) -> tuple[Select | None, float, float]:
+        """By what a direction is chosen, and within which bounds."""
+        select = None if None not in (self.layer, self.token) else self.select
+        return select, self.kl_threshold, self.steering_threshold
+
     def notes(self, target: Target) -> list[str]:
         """Also where the directions were read."""
-        said = [f"token {place.token}, layer {place.layer}" if place else "none left" for place, _, _ in target.state["found"]]
-        return [*super().notes(target), f"directions of: {'; '.join(said)}"]
+        return super().notes(target) + described([place for place, _, _ in target.state["found"]], *self.rule())

@@ -10,7 +10,7 @@ from torch import Tensor
 from casehard.callbacks.attack import Attack, Target, ThreatModel
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
-from casehard.engine.compression import GGUF, PRUNING, Way, input_norms, passing, send_through
+from casehard.engine.compression import GGUF, PRUNING, Way, input_norms, send_through, written
 from casehard.engine.weights import Changes
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics.errors import SettingError
@@ -21,10 +21,12 @@ class RoundTrip(Attack):
 
     Through int8 or int4 (to nearest, row by row), bfloat16, a GGUF file (Q8_0 or Q4_0, by the package ``gguf``; rows that are no
     multiple of 32 stay), or pruning of a share of every row: by magnitude, or by Wanda (arXiv:2306.11695), ``|w| * norm(input)``
-    over some of the data's benign rows. Simulated: weights keep their dtype. Adapters of the defense itself stay. Merging with
-    another checkpoint is ``DeltaStrip``; a fine-tuning of what was quantised is ``QuantisedAttack``.
+    over some of the data's benign rows. Simulated: weights keep their dtype. Adapters of the defense itself are merged first, as
+    in a release. Where nothing changes, such as bfloat16 on a bfloat16 model, the note says so. Merging with another checkpoint
+    is ``DeltaStrip``; a fine-tuning of what was quantised is ``QuantisedAttack``.
 
-    Cost: no pass; for Wanda a forward pass over every row. Memory: a copy of what changes, and a few whole matrices.
+    Cost: no pass; for Wanda a forward pass over every row. Memory: a copy of what changes (of all where the
+    defense has adapters), and a few whole matrices.
 
     Args:
         threat_model: open_weight, or finetuning_service for the aligned model.
@@ -73,16 +75,19 @@ class RoundTrip(Attack):
         super().prepare(data, seed)
 
     def changes(self, module: Defense) -> Changes:
-        """What goes that way."""
-        chosen = passing(module.model, self.way)
-        return {name for name, p in module.named_parameters() if id(p) in chosen}.__contains__
+        """What goes that way; all where the defense has adapters, which are folded in."""
+        return written(module, module.model, self.way)
 
     @torch.no_grad()
     def steps(self, target: Target) -> Iterator[int]:
         """There and back."""
         scales = self.input_norms(target) if self.way == "wanda" else None
-        send_through(target.module.model, self.way, self.share, scales)
+        target.state["changed"] = send_through(target.module.model, self.way, self.share, scales)
         yield 1
+
+    def notes(self, target: Target) -> list[str]:
+        """Also whether the way changed nothing, so that nothing was tried."""
+        return super().notes(target) + ([] if target.state["changed"] else ["no weight changed"])
 
     def input_norms(self, target: Target) -> dict[int, Tensor]:
         """What wanda weighs the weights by."""

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from casehard.engine.adapters import matrices
+from casehard.engine.adapters import fold_adapters, matrices
 from casehard.engine.forward import run
 from casehard.engine.gradients import sum_over_ranks
 from casehard.engine.outputs import uncompiled
 from casehard.engine.sharding import edit, max_over_ranks
-from casehard.engine.weights import reshard
+from casehard.engine.weights import EVERYTHING, Changes, reshard
 
 Way = Literal["int8", "int4", "bfloat16", "Q8_0", "Q4_0", "magnitude", "wanda"]
 GGUF, PRUNING = ("Q8_0", "Q4_0"), ("magnitude", "wanda")
@@ -66,17 +66,32 @@ def passing(model: PreTrainedModel, way: Way) -> dict[int, Tensor]:
     return {id(matrix.weight): matrix.weight for matrix in matrices(model)}
 
 
+def written(module: nn.Module, model: PreTrainedModel, way: Way) -> Changes:
+    """What ``send_through`` writes of a model, by the names of ``module``, which holds it: all where it has adapters."""
+    chosen = passing(model, way)  # puts shards back first, which are other objects
+    names = {name: id(p) for name, p in module.named_parameters()}
+    if any("lora_" in name for name in names):
+        return EVERYTHING
+    return {name for name, number in names.items() if number in chosen}.__contains__
+
+
 @torch.no_grad()
-def send_through(model: PreTrainedModel, way: Way, share: float = 0.0, scales: Mapping[int, Tensor] | None = None) -> None:
+def send_through(model: PreTrainedModel, way: Way, share: float = 0.0, scales: Mapping[int, Tensor] | None = None) -> int:
     """Send weights there and back, in place: they keep their dtype. Sharded ones are put together one at a time.
+
+    Adapters are folded into the weights first: who gets the model gets it merged.
 
     Args:
         model: sharded or not.
         way: int8 and int4 round to nearest, row by row.
         share: that magnitude and wanda set to zero.
         scales: of wanda, by the ``id`` of a weight; a weight without goes by its magnitude.
+
+    Returns:
+        How many entries came back as another value.
     """
-    parameters = passing(model, way)
+    fold_adapters(model)
+    parameters, changed = passing(model, way), 0
     turned = {id(matrix.weight): matrix.transposed for matrix in matrices(model)}
 
     def cut(weight: Tensor, of: int) -> Tensor:
@@ -90,8 +105,16 @@ def send_through(model: PreTrainedModel, way: Way, share: float = 0.0, scales: M
         "bfloat16": lambda weight: weight.to(torch.bfloat16),
         **{kind: partial(through_gguf, kind=kind) for kind in GGUF},
     }
+
+    def sent(weight: Tensor, of: int) -> Tensor:
+        nonlocal changed
+        new = (cut(weight, of) if way in PRUNING else changes[way](weight)).to(weight.dtype)
+        changed += int((new != weight).sum())
+        return new
+
     for number, parameter in parameters.items():
-        edit(parameter, partial(cut, of=number) if way in PRUNING else changes[way])
+        edit(parameter, partial(sent, of=number))
+    return changed
 
 
 @torch.no_grad()

@@ -12,11 +12,16 @@ from toy import bits, looking, same_bits, save_toy_checkpoint, toy_data, toy_tra
 from transformers import AutoModelForCausalLM
 
 from casehard import Defense, DeltaStrip, LoRA, LoRAAttack, RoundTrip, SettingError
+from casehard.callbacks.adapter_attack import AdapterAttack
 from casehard.callbacks.attack import Target
-from casehard.engine.adapters import matrices
+from casehard.callbacks.quantised import QuantisedAttack
+from casehard.callbacks.results import Results
+from casehard.engine.adapters import matrices, merged
 from casehard.engine.anatomy import blocks, written_by
 from casehard.engine.compression import Way, pruned, send_through
 from casehard.engine.directions import Kernel, weaken
+from casehard.engine.optimizer import Optimizer
+from casehard.engine.other_adapters import PromptTuning
 from casehard.engine.weights import borrowed
 
 # dense, biased, fused, tied, experts in a stack, experts the other way round, experts beside a dense MLP
@@ -132,9 +137,9 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def test_a_planted_delta_is_found_at_its_rank(tmp_path, released):
     checkpoint, base = released
-    _, target = stripped(tmp_path, checkpoint, base)
+    _, target = stripped(tmp_path, checkpoint, base, keep=0.5)
     assert {rank for rank, _ in target.state["cliffs"]} == {3}
-    note = DeltaStrip(base).notes(target)[-1]
+    note = DeltaStrip(base, keep=0.5).notes(target)[-1]
     assert "singular values fall most after rank 3, by a factor of" in note
     assert "medians of 15 matrices" in note  # seven in each of two layers, and the embeddings
 
@@ -142,8 +147,9 @@ def test_a_planted_delta_is_found_at_its_rank(tmp_path, released):
 def test_to_keep_all_is_the_identity_and_none_the_base_bit_for_bit(tmp_path, released):
     checkpoint, base = released
     other = save_toy_checkpoint(tmp_path / "other", seed=1)  # of which start + (weight - start) is not the weight
-    for keep, start, expected in ((1.0, other, checkpoint), (0.0, base, base)):
-        found, _ = stripped(tmp_path, checkpoint, start, keep=keep)
+    norm = ["*.norm.weight"]  # the last one's, ones in all of them
+    for keep, start, revert, expected in ((1.0, other, norm, checkpoint), (0.0, base, None, base)):
+        found, _ = stripped(tmp_path, checkpoint, start, keep=keep, revert=revert)
         assert all(torch.equal(found[name], p) for name, p in weights(expected).items())
     half, _ = stripped(tmp_path, checkpoint, base, keep=0.5)
     ours, theirs = weights(checkpoint), weights(base)
@@ -247,11 +253,62 @@ def test_wanda_weighs_entries_by_the_norms_of_their_inputs(tmp_path, checkpoint)
     assert not torch.equal(left[1], pruned(layer.weight, 0.5))
 
 
+def test_a_way_that_changes_no_weight_says_so_in_its_rows(tmp_path, checkpoint):
+    half = str(tmp_path / "half")
+    save_toy_checkpoint(tmp_path / "half")
+    model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    model.save_pretrained(half)
+    for start, settings, nothing in (
+        (half, {"way": "bfloat16"}, True),
+        (checkpoint, {"way": "bfloat16"}, False),
+        (checkpoint, {"way": "magnitude", "share": 0.01}, True),  # of rows of 32 and 64
+        (checkpoint, {"way": "magnitude", "share": 0.5}, False),
+    ):
+        results = Results(str(tmp_path / "run"), export=False)
+        callbacks = [results, RoundTrip(**settings)]
+        toy_trainer(tmp_path, callbacks=callbacks).test(Defense(start), datamodule=toy_data(), verbose=False)
+        assert [("no weight changed" in row.note) for row in results.rows] == [nothing] * 2
+
+
+@pytest.mark.parametrize("kind", ["int4", "magnitude", "bfloat16", "QuantisedAttack"])
+def test_what_goes_that_way_is_the_model_with_the_defenses_adapters_in_it(tmp_path, checkpoint, kind):
+    module = Defense(checkpoint, lora=LoRA(rank=2))
+    torch.manual_seed(3)
+    module.configure_model()
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p += 0.05 * ("lora_B" in name)
+    before, whole, seen = bits(module), merged(module.model), []
+    quantised = kind == "QuantisedAttack"
+    send_through(whole, "int4" if quantised else kind, 0.5)
+
+    def look(target: Target) -> None:
+        with torch.no_grad():
+            seen.append(merged(target.module.model)(torch.tensor([[5, 6, 7]])).logits)
+
+    nothing = {"num_samples": 16, "num_attack_steps": 1, "batch_size": 4, "optimizer": Optimizer(learning_rate=1e-30)}
+    attack = QuantisedAttack("open_weight", 4, LoRA(rank=2), **nothing) if quantised else RoundTrip(way=kind, share=0.5)
+    toy_trainer(tmp_path, callbacks=[looking(attack, look)]).test(module, datamodule=toy_data(), verbose=False)
+    with torch.no_grad():
+        torch.testing.assert_close(seen[1], whole(torch.tensor([[5, 6, 7]])).logits)
+    assert not torch.allclose(seen[0], seen[1], rtol=1e-4, atol=1e-4)
+    assert same_bits(bits(module), before)
+
+
 def test_a_wrong_setting_of_an_edit_says_what_it_must_be(tmp_path, released, monkeypatch):
     checkpoint, base = released
     for make, said in (
         (lambda: DeltaStrip(base, keep=1.1), r"keep must lie in \[0, 1\], got 1.1"),
         (lambda: DeltaStrip(base, remove_rank=-1), "remove_rank must be >= 0, got -1"),
+        (lambda: DeltaStrip(base), "keep must be < 1 where nothing else is set, got 1"),
+        (lambda: DeltaStrip(base, revert=[]), "keep must be < 1 where nothing else is set, got 1"),
+        (
+            lambda: DeltaStrip(base, then=AdapterAttack("open_weight", adapter=PromptTuning(4))),
+            "then must be FullParameterAttack or LoRAAttack, got AdapterAttack",
+        ),
         (
             lambda: DeltaStrip(base, then=LoRAAttack("finetuning_service")),
             "threat_model of then must be open_weight, as the strip's, got finetuning_service",
@@ -262,7 +319,10 @@ def test_a_wrong_setting_of_an_edit_says_what_it_must_be(tmp_path, released, mon
             lambda: stripped(tmp_path, checkpoint, base, revert=["*.layer.1.*"]),
             r"revert must match .* '\*\.layer\.1\.\*' matches none",
         ),
-        (lambda: stripped(tmp_path, checkpoint, "models/sandbox/base"), "base must be of the defended model's architecture"),
+        (
+            lambda: stripped(tmp_path, checkpoint, "models/sandbox/base", keep=0.5),
+            "base must be of the defended model's architecture",
+        ),
     ):
         with pytest.raises(SettingError, match=said):
             make()

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from casehard import Defense, KernelAblation, LoRA, RefusalAblation, SettingError
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.direction_edit import Place
+from casehard.callbacks.results import Results
 from casehard.datamodules.chat import prompt_ids
 from casehard.datamodules.row import Row
 from casehard.engine.anatomy import decoder_layers, residual_parameters
@@ -170,7 +172,7 @@ def loss(model, tokenizer, harmful: list[Row], harmless: list[Row], refusals: li
     return total / number
 
 
-def test_a_direction_that_breaks_a_bound_is_not_chosen_and_none_left_is_an_error(tmp_path):
+def test_a_direction_that_breaks_a_bound_is_not_chosen(tmp_path):
     howto = {"harmless": ["sandbox:attacker/howto#train[:40]"], "num_samples": 20}
     free = attacked(tmp_path, ALIGNED, **howto)
     bound = attacked(tmp_path, ALIGNED, **(howto | {"kl_threshold": 0.1, "steering_threshold": 0.0}))
@@ -179,8 +181,27 @@ def test_a_direction_that_breaks_a_bound_is_not_chosen_and_none_left_is_an_error
     kept = {place: value for place, value in values.items() if value < float("inf")}
     assert kept.items() < free_values.items()
     assert best == min(kept, key=kept.__getitem__)
-    with pytest.raises(SettingError, match=r"kl_threshold must leave one of 6 directions, and at 1e-09 none is left"):
-        attacked(tmp_path, ALIGNED, **(howto | {"kl_threshold": 1e-9}))
+
+
+@pytest.mark.parametrize("estimated_on", [None, ALIGNED])
+def test_a_run_in_which_no_direction_is_left_says_so_and_leaves_the_model_as_it_was(tmp_path, estimated_on):
+    said = {"refusal": r"kl_threshold \(1e-09\) and steering_threshold \(0\)", "harm": r"kl_threshold \(1e-09\)"}
+    attacks = [
+        RefusalAblation(**SMALL, select=select, kl_threshold=1e-9, num_phases=2, estimated_on=estimated_on, name=select)
+        for select in said
+    ]
+    before, seen = dict(AutoModelForCausalLM.from_pretrained(ALIGNED, dtype=torch.float32).named_parameters()), []
+
+    def look(target: Target) -> None:
+        seen.append(all(torch.equal(p, before[name]) for name, p in target.module.model.named_parameters()))
+
+    results = Results(str(tmp_path), export=False)
+    callbacks = [results, *(looking(attack, look) for attack in attacks)]
+    toy_trainer(tmp_path, callbacks=callbacks).test(Defense(ALIGNED), datamodule=toy_data(), verbose=False)
+    assert seen == [True] * 4
+    for attack, bounds in said.items():
+        (row,) = [row for row in results.rows if row.attack == attack and row.num_attack_steps == 2]
+        assert re.search(rf"no direction was left within {bounds}: nothing was changed", row.note)
 
 
 def test_the_rule_harm_takes_the_direction_whose_answers_are_the_most_harmful(tmp_path):
@@ -212,6 +233,50 @@ def test_rank_k_takes_out_the_top_singular_vectors_of_the_harmful_states(tmp_pat
     top = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
     basis = basis_of(target)
     torch.testing.assert_close(basis.mT @ basis, top.mT @ top, rtol=1e-3, atol=1e-5)
+
+
+def test_what_more_dimensions_are_worth_is_what_the_model_without_all_of_them_does(tmp_path):
+    data, worth = toy_data(), []
+    refusals = AutoTokenizer.from_pretrained(ALIGNED).convert_tokens_to_ids(["I", "Sorry"])
+
+    def look(target: Target) -> None:
+        rows = RefusalAblation(**SMALL).rows(data, target.seed)
+        if target.state:
+            ((best, values, _),) = target.state["found"]
+            by_hand = refusing(target.module.model, target.module.tokenizer, rows[8:10], [], refusals)
+            worth.append((values[best], by_hand))
+
+    attack = RefusalAblation(**(SMALL | ANY), rank=3)
+    toy_trainer(tmp_path, callbacks=[looking(attack, look)]).test(Defense(ALIGNED), datamodule=data, verbose=False)
+    ((value, by_hand),) = worth
+    assert value == pytest.approx(by_hand, rel=1e-3)
+
+
+def test_answers_cost_a_pass_over_their_prompts_and_every_token(tmp_path, checkpoint, monkeypatch):
+    data, answers, respond = toy_data(), [], RefusalAblation.respond
+
+    def heard(self: RefusalAblation, target: Target, rows: list[Row], max_new_tokens: int) -> list[str]:
+        texts = respond(self, target, rows, max_new_tokens)
+        answers.extend(text for row, text in zip(rows, texts, strict=True) if row in data.rows["harmful"])  # not the scoring's
+        return texts
+
+    monkeypatch.setattr(RefusalAblation, "respond", heard)
+    target = attacked(tmp_path, checkpoint, data, select="harm", layer=1)
+    tokenizer, num = target.module.tokenizer, len(target.state["found"][0][1])
+    assert num == 2  # the template's last tokens
+    assert len(answers) == num * 2
+    rows = [len(prompt_ids(row, tokenizer)) for row in RefusalAblation(**SMALL).rows(data, target.seed)]
+    harmful, harmless = rows[:10], rows[10:]
+    assert target.passes == pytest.approx((2 * 2 + 1 + num * (1 + 1)) / 3)  # means, the model before, and KL and answers of each
+    written = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers)
+    assert target.tokens[1] == sum(harmful[:8] + harmless) + num * sum(harmful[8:] + harmless[8:]) + written
+
+
+def test_the_last_fifth_of_the_layers_is_not_tried(tmp_path):
+    directions = torch.nn.functional.normalize(torch.randn(4, 32), dim=1)
+    target = attacked(tmp_path, planted(tmp_path / "model", directions), select="loss", token=0)
+    ((_, values, _),) = target.state["found"]
+    assert {place.layer for place in values} == {1, 2, 3}  # of five
 
 
 def test_a_stale_direction_is_the_one_of_the_model_that_it_was_estimated_on(tmp_path, checkpoint):
