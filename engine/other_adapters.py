@@ -29,14 +29,14 @@ NAME = "attack"
 
 
 class Around(Task):
-    """A task in which an adapter has a part. It counts its steps itself, over all phases of an attack.
+    """A task in which an adapter has a part.
 
     Args:
         task: what is trained without that part.
     """
 
     def __init__(self, task: Task) -> None:
-        self.task, self.num_done = task, 0
+        self.task = task
 
     def penalty(self) -> Tensor | float:
         """What the adapter adds to the loss."""
@@ -44,16 +44,15 @@ class Around(Task):
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """The task's, and the penalty."""
-        return self.task.loss(batch, self.num_done) + self.penalty()
+        return self.task.loss(batch, step) + self.penalty()
 
     def before_step(self, step: int) -> None:
         """As the task."""
-        self.task.before_step(self.num_done)
+        self.task.before_step(step)
 
     def after_step(self, step: int) -> None:
         """As the task."""
-        self.task.after_step(self.num_done)
-        self.num_done += 1
+        self.task.after_step(step)
 
 
 class OtherAdapter:
@@ -76,7 +75,7 @@ class OtherAdapter:
 
     def around(self, task: Task, model: PreTrainedModel, num_steps: int) -> Task:
         """``task`` with the adapter's part in it, for ``num_steps`` steps."""
-        return Around(task)
+        return task
 
 
 @contextmanager
@@ -230,11 +229,11 @@ class _Budgeted(Around):
     def after_step(self, step: int) -> None:
         """Set the entries to 0 that are beyond the budget."""
         super().after_step(step)
-        last = self.config.total_step - self.config.tfinal  # type: ignore[operator]
-        if self.num_done > last:
+        num_done, last = step + 1, self.config.total_step - self.config.tfinal  # type: ignore[operator]
+        if num_done > last:
             self.allocator.mask_using_rank_pattern(self.model, self.kept)
         else:
-            _, self.kept = self.allocator.update_and_allocate(self.model, self.num_done, force_mask=self.num_done == last)
+            _, self.kept = self.allocator.update_and_allocate(self.model, num_done, force_mask=num_done == last)
 
 
 def orthogonality(model: PreTrainedModel) -> Tensor:

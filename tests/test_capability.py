@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from toy import DEFENSES, FAST, bits, looking, on_ranks, same_bits, save_toy_che
 
 from casehard import CapabilityPreserving, Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, SettingError
 from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.results import Results
 from casehard.engine.gradients import dot, norm
 from casehard.engine.side_steps import kick, main_directions, step_beside
@@ -38,6 +40,31 @@ def test_without_weights_it_is_plain_fine_tuning_bit_for_bit(tmp_path, checkpoin
         )
     assert same_bits(ours[-1], plain[-1])
     assert not same_bits(ours[0], ours[-1])
+
+
+@pytest.mark.parametrize("defense", ["everywhere", "lisa"])
+def test_in_phases_a_services_job_counts_on_as_in_plain_fine_tuning(tmp_path, checkpoint, defense):
+    kind, arguments = DEFENSES[defense]
+    phases = [Phase("benign", 2), Phase("harmful", 2)]
+    settings = {"threat_model": "finetuning_service", "phases": phases} | FAST | {"num_attack_steps": 4}
+    ours, plain = [], []
+    for seen, attack in ((ours, CapabilityPreserving(**NOTHING, **settings)), (plain, FullParameterAttack(**settings))):
+        module = kind(checkpoint, **arguments)
+        attacked(tmp_path / str(len(ours)), module, attack, lambda t, seen=seen: seen.append(bits(t.module)))
+    assert same_bits(ours[-1], plain[-1])
+
+
+def test_benign_rows_go_on_from_phase_to_phase(tmp_path, checkpoint):
+    attack, asked = CapabilityPreserving("open_weight", phases=[Phase("harmful", 1), Phase("mixture", 2)], **FAST), []
+    task = attack.task
+
+    def watched(target: Target):
+        made = task(target)
+        return replace(made, general=lambda step: asked.append(step) or made.general(step))
+
+    attack.task = watched
+    attacked(tmp_path, Defense(checkpoint), attack)
+    assert asked == [0, 1, 2]
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
