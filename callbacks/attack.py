@@ -154,7 +154,7 @@ class Target:
     ) -> Iterator[int]:
         """Train what requires a gradient, with a progress bar; yields 1, 2, ... after each step.
 
-        A second call goes on with the same task, with an optimizer and a schedule of its own. The task counts on, whichever it is.
+        A second call has an optimizer and a schedule of its own, and its task counts on from the first one's steps.
 
         Args:
             batches: of every step from 0, on any device.
