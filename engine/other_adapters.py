@@ -61,6 +61,9 @@ class OtherAdapter:
     def check(self, model: PreTrainedModel) -> None:
         """Raise a SettingError where it does not fit the model."""
 
+    def check_steps(self, num_steps: int) -> None:
+        """Raise a SettingError where it cannot be trained for so many steps."""
+
     def added(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """For a block, let it act in the model, and be all that trains."""
         raise NotImplementedError(f"{type(self).__name__} must override added.")
@@ -192,6 +195,14 @@ class AdaLoRA(OtherAdapter):
         """Raise a SettingError where the model lacks a layer."""
         _linear(model, self.target_modules)
 
+    def check_steps(self, num_steps: int) -> None:
+        """Raise a SettingError where the budget's last step is the first one: nothing is known yet of what matters."""
+        if num_steps - int(self.final_ratio * num_steps) < 2:
+            raise SettingError(
+                "num_attack_steps must leave AdaLoRA two steps or more before its last ones, got "
+                f"{num_steps} with final_ratio {self.final_ratio}. Take more steps, or lower final_ratio."
+            )
+
     def config(self, num_steps: int) -> AdaLoraConfig:
         """As peft has it."""
         first, last = (int(ratio * num_steps) for ratio in (self.warm_up_ratio, self.final_ratio))
@@ -229,6 +240,9 @@ class _Budgeted(Around):
     def after_step(self, step: int) -> None:
         """Set the entries to 0 that are beyond the budget."""
         super().after_step(step)
+        for p in self.model.parameters():
+            if p.requires_grad and p.grad is None:  # such as of an expert without a token, which does not matter
+                p.grad = torch.zeros_like(p)
         num_done, last = step + 1, self.config.total_step - self.config.tfinal  # type: ignore[operator]
         if num_done > last:
             self.allocator.mask_using_rank_pattern(self.model, self.kept)
