@@ -32,6 +32,7 @@ class AdapterAttack(FineTuning):
 
     def __init__(self, threat_model: ThreatModel, adapter: OtherAdapter, **settings: Any) -> None:
         super().__init__(threat_model, **settings)
+        adapter.check_steps(self.num_attack_steps)
         self.adapter = adapter
         self.name = settings.get("name") or f"AdapterAttack {type(adapter).__name__}"
 

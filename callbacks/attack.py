@@ -154,7 +154,7 @@ class Target:
     ) -> Iterator[int]:
         """Train what requires a gradient, with a progress bar; yields 1, 2, ... after each step.
 
-        A second call goes on with the same task, with an optimizer and a schedule of its own.
+        A second call has an optimizer and a schedule of its own, and its task counts on from the first one's steps.
 
         Args:
             batches: of every step from 0, on any device.
@@ -167,7 +167,9 @@ class Target:
         if task is None:
             if not begun:
                 self.begin_job()
-            task = _Continued(self.task, begun) if begun else self.task
+            task = self.task
+        if begun:
+            task = _Continued(task, begun)
         seen: list[Tensor] = []
 
         def counted(step: int) -> Batch:

@@ -1,11 +1,13 @@
 """Fine-tuning on rows that are written in an encoding."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from casehard.callbacks.attack import Target, ThreatModel
-from casehard.callbacks.fine_tuning import FineTuning, Phase
+from casehard.callbacks.fine_tuning import FineTuning, Phase, answered
 from casehard.datamodules.answers import THOUGHTS
+from casehard.datamodules.chat import IGNORED
 from casehard.datamodules.encodings import Encoding
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
@@ -48,9 +50,11 @@ class EncodedTuning(FineTuning):
 
     def rows(self, data: SFTDataModule, seed: int, phase: Phase | None = None) -> list[Row]:
         """The rows of a phase in the encoding: harmful ones, and benign ones in their own way."""
-        harmful = set(data.rows["harmful"])
-        rows = enumerate(super().rows(data, seed, phase))
-        return [(self.encoding.encode if row in harmful else self.encoding.benign)(row, i) for i, row in rows]
+        own = None if phase is None else replace(phase, responses=None)  # answers tell harmful rows from their refusals
+        drawn, harmful = super().rows(data, seed, own), set(data.rows["harmful"])
+        writes = [self.encoding.encode if row in harmful else self.encoding.benign for row in drawn]
+        rows = answered(drawn, None if phase is None else phase.responses)
+        return [write(row, i) for i, (write, row) in enumerate(zip(writes, rows, strict=True))]
 
     def respond(self, target: Target, rows: list[Row], max_new_tokens: int) -> list[str]:
         """Answers to harmful prompts in the encoding, read by it, and to all others plainly."""
@@ -67,6 +71,9 @@ class EncodedTuning(FineTuning):
         return "".join(part if i % 2 else self.encoding.decode(part) for i, part in enumerate(parts))
 
     def notes(self, target: Target) -> list[str]:
-        """Also how prompts were asked."""
+        """Also how prompts were asked, and whether answers are judged to their ends."""
         how = f"in the encoding {self.encoding.label}" if self.encode_evaluation else "plainly"
-        return [*super().notes(target), f"harmful prompts are asked {how}"]
+        labels = [example["labels"] for batches in self._batches for example in batches.examples]
+        longest, heard = max(sum(label != IGNORED for label in row) for row in labels), target.data.evaluation.max_new_tokens
+        cut = [f"answers that it teaches have up to {longest} tokens, of which {heard} are judged"] if longest > heard else []
+        return [*super().notes(target), f"harmful prompts are asked {how}", *cut]

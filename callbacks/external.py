@@ -144,8 +144,8 @@ class ExternalAttack(Attack):
             assert model is not None
             try:
                 left = self._left(target, model, folder)
-            except (CommandError, SettingError, OSError) as error:
-                from_first(str(error))
+            except Exception as error:
+                from_first(str(error) or repr(error))  # "" would say that the model is there
                 raise
             from_first("")
             return left

@@ -59,6 +59,11 @@ class Phase:
         return self.ratio(poison_ratio) if self.responses is None else 0.0
 
 
+def answered(rows: list[Row], texts: list[str] | None) -> list[Row]:
+    """``rows`` with texts in the place of their answers, in turn; None keeps theirs."""
+    return rows if texts is None else [replace(row, response=texts[i % len(texts)]) for i, row in enumerate(rows)]
+
+
 class FineTuning(Attack):
     """Base of harmful fine-tuning (Qi et al., arXiv:2310.03693): train on a poisoned mixture. The rows come from the run's data.
 
@@ -139,8 +144,7 @@ class FineTuning(Attack):
         phase = phase or Phase("mixture", self.num_attack_steps)
         own = self._own_rows(data, phase.rows) if isinstance(phase.rows, list) else None
         rows = data.mixture(phase.num_samples or self.num_samples, phase.ratio(self.poison_ratio), seed, own)
-        texts = phase.responses
-        return rows if texts is None else [replace(row, response=texts[i % len(texts)]) for i, row in enumerate(rows)]
+        return answered(rows, phase.responses)
 
     def _own_rows(self, data: SFTDataModule, sources: list[str]) -> list[Row]:
         """What the sources of a phase hold."""

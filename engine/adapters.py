@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -427,6 +428,13 @@ def adapter_vector(model: PreTrainedModel, name: str = "attack") -> dict[int, Te
     """What an adapter adds to the weights under it, by the ``id`` of the weight: names change when adapters come and go."""
     layers = [layer for layer in _lora_layers(model) if name in layer.lora_A]
     return {id(_weight(layer)): layer.get_delta_weight(name).detach() for layer in layers}  # type: ignore[attr-defined]
+
+
+def added_to(model: nn.Module, weight: Tensor) -> Tensor | float:
+    """What all adapters together add to a weight, the whole of it; 0 where there is none."""
+    layers = [layer for layer in _lora_layers(model) if _weight(layer) is weight]
+    parts = [layer.get_delta_weight(name).detach() for layer in layers for name in _names(layer)]  # type: ignore[attr-defined]
+    return sum(part.full_tensor() if isinstance(part, DTensor) else part for part in parts)
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:

@@ -29,14 +29,14 @@ NAME = "attack"
 
 
 class Around(Task):
-    """A task in which an adapter has a part. It counts its steps itself, over all phases of an attack.
+    """A task in which an adapter has a part.
 
     Args:
         task: what is trained without that part.
     """
 
     def __init__(self, task: Task) -> None:
-        self.task, self.num_done = task, 0
+        self.task = task
 
     def penalty(self) -> Tensor | float:
         """What the adapter adds to the loss."""
@@ -44,16 +44,15 @@ class Around(Task):
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """The task's, and the penalty."""
-        return self.task.loss(batch, self.num_done) + self.penalty()
+        return self.task.loss(batch, step) + self.penalty()
 
     def before_step(self, step: int) -> None:
         """As the task."""
-        self.task.before_step(self.num_done)
+        self.task.before_step(step)
 
     def after_step(self, step: int) -> None:
         """As the task."""
-        self.task.after_step(self.num_done)
-        self.num_done += 1
+        self.task.after_step(step)
 
 
 class OtherAdapter:
@@ -61,6 +60,9 @@ class OtherAdapter:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise a SettingError where it does not fit the model."""
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raise a SettingError where it cannot be trained for so many steps."""
 
     def added(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """For a block, let it act in the model, and be all that trains."""
@@ -76,7 +78,7 @@ class OtherAdapter:
 
     def around(self, task: Task, model: PreTrainedModel, num_steps: int) -> Task:
         """``task`` with the adapter's part in it, for ``num_steps`` steps."""
-        return Around(task)
+        return task
 
 
 @contextmanager
@@ -193,6 +195,14 @@ class AdaLoRA(OtherAdapter):
         """Raise a SettingError where the model lacks a layer."""
         _linear(model, self.target_modules)
 
+    def check_steps(self, num_steps: int) -> None:
+        """Raise a SettingError where the budget's last step is the first one: nothing is known yet of what matters."""
+        if num_steps - int(self.final_ratio * num_steps) < 2:
+            raise SettingError(
+                "num_attack_steps must leave AdaLoRA two steps or more before its last ones, got "
+                f"{num_steps} with final_ratio {self.final_ratio}. Take more steps, or lower final_ratio."
+            )
+
     def config(self, num_steps: int) -> AdaLoraConfig:
         """As peft has it."""
         first, last = (int(ratio * num_steps) for ratio in (self.warm_up_ratio, self.final_ratio))
@@ -230,11 +240,14 @@ class _Budgeted(Around):
     def after_step(self, step: int) -> None:
         """Set the entries to 0 that are beyond the budget."""
         super().after_step(step)
-        last = self.config.total_step - self.config.tfinal  # type: ignore[operator]
-        if self.num_done > last:
+        for p in self.model.parameters():
+            if p.requires_grad and p.grad is None:  # such as of an expert without a token, which does not matter
+                p.grad = torch.zeros_like(p)
+        num_done, last = step + 1, self.config.total_step - self.config.tfinal  # type: ignore[operator]
+        if num_done > last:
             self.allocator.mask_using_rank_pattern(self.model, self.kept)
         else:
-            _, self.kept = self.allocator.update_and_allocate(self.model, self.num_done, force_mask=self.num_done == last)
+            _, self.kept = self.allocator.update_and_allocate(self.model, num_done, force_mask=num_done == last)
 
 
 def orthogonality(model: PreTrainedModel) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from casehard.datamodules.order import counter_seed
+from casehard.engine.adapters import added_to
 from casehard.engine.gradients import dot
 from casehard.engine.private import add_all
 from casehard.engine.sharding import edit, shard_of, whole_of
@@ -26,7 +27,7 @@ def step_beside(module: nn.Module, direction: Weights) -> None:
 
 @torch.no_grad()
 def main_directions(module: nn.Module, base: Weights, rank: int) -> Subspaces:
-    """The first ``rank`` singular vectors of what was added to every matrix that trains since it was as in ``base``.
+    """The first ``rank`` singular vectors of what was added, by adapters too, to every matrix that trains since ``base``.
 
     Matrices in which nothing was added are left out. Memory: three whole matrices at a time, in float32.
 
@@ -38,8 +39,8 @@ def main_directions(module: nn.Module, base: Weights, rank: int) -> Subspaces:
     reshard(module)
     found: Subspaces = {}
     for name, p in module.named_parameters():
-        if p.requires_grad and p.ndim > 1 and (plain := name.replace(".base_layer", "")) in base:
-            added = whole_of(local(p).float() - base[plain].to(p.device).float(), p)
+        if p.requires_grad and p.ndim > 1 and name in base:
+            added = whole_of(local(p).float() - base[name].to(p.device).float(), p) + added_to(module, p)
             if added.any():
                 left, _, right = torch.linalg.svd(added, full_matrices=False)
                 found[name] = left[..., :rank].clone(), right[..., :rank, :].clone()

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from toy import DEFENSES, FAST, bits, looking, on_ranks, same_bits, save_toy_che
 
 from casehard import CapabilityPreserving, Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, SettingError
 from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.results import Results
+from casehard.engine.adapters import trainable
 from casehard.engine.gradients import dot, norm
+from casehard.engine.sharding import edit
 from casehard.engine.side_steps import kick, main_directions, step_beside
 from casehard.engine.weights import local
 
@@ -38,6 +42,31 @@ def test_without_weights_it_is_plain_fine_tuning_bit_for_bit(tmp_path, checkpoin
         )
     assert same_bits(ours[-1], plain[-1])
     assert not same_bits(ours[0], ours[-1])
+
+
+@pytest.mark.parametrize("defense", ["everywhere", "lisa"])
+def test_in_phases_a_services_job_counts_on_as_in_plain_fine_tuning(tmp_path, checkpoint, defense):
+    kind, arguments = DEFENSES[defense]
+    phases = [Phase("benign", 2), Phase("harmful", 2)]
+    settings = {"threat_model": "finetuning_service", "phases": phases} | FAST | {"num_attack_steps": 4}
+    ours, plain = [], []
+    for seen, attack in ((ours, CapabilityPreserving(**NOTHING, **settings)), (plain, FullParameterAttack(**settings))):
+        module = kind(checkpoint, **arguments)
+        attacked(tmp_path / str(len(ours)), module, attack, lambda t, seen=seen: seen.append(bits(t.module)))
+    assert same_bits(ours[-1], plain[-1])
+
+
+def test_benign_rows_go_on_from_phase_to_phase(tmp_path, checkpoint):
+    attack, asked = CapabilityPreserving("open_weight", phases=[Phase("harmful", 1), Phase("mixture", 2)], **FAST), []
+    task = attack.task
+
+    def watched(target: Target):
+        made = task(target)
+        return replace(made, general=lambda step: asked.append(step) or made.general(step))
+
+    attack.task = watched
+    attacked(tmp_path, Defense(checkpoint), attack)
+    assert asked == [0, 1, 2]
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
@@ -202,6 +231,22 @@ def test_a_planted_delta_is_found_at_its_rank(checkpoint):
     assert_close(found[name][1].T @ found[name][1], right @ right.T, atol=1e-4, rtol=0)
 
 
+def test_what_an_adapter_adds_is_found_as_if_it_were_merged(checkpoint):
+    module = Defense(checkpoint, lora=LoRA(rank=2))
+    module.configure_model()
+    base = module.weights_of(checkpoint, "base")
+    layer = module.model.model.layers[0].mlp.up_proj
+    with trainable(module, module.model, None):
+        assert not main_directions(module, base, 2)
+        with torch.no_grad():
+            layer.lora_B["defense"].weight.normal_()
+        found = main_directions(module, base, 2)
+    assert list(found) == ["model.model.layers.0.mlp.up_proj.base_layer.weight"]
+    ((left, right),) = found.values()
+    added = layer.get_delta_weight("defense").detach()
+    assert_close(left @ (left.T @ added @ right.T) @ right, added)
+
+
 def test_a_kick_is_as_long_as_it_says_in_every_matrix_and_alone_there(checkpoint):
     module = Defense(checkpoint)
     module.configure_model()
@@ -237,7 +282,17 @@ def test_a_base_that_is_the_released_model_is_an_error(tmp_path, checkpoint):
         attacked(tmp_path, Defense(checkpoint), attack)
 
 
-def run(rank: int, strategy: str, checkpoint: str, base: str, folder: Path) -> None:
+class Adapted(Defense):
+    """As if its adapters, if it has any, had been trained."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        for name, p in self.named_parameters():
+            if ".lora_" in name:
+                edit(p, lambda weight: torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) / 10)
+
+
+def run(rank: int, strategy: str, checkpoint: str, base: str, folder: Path, lora: LoRA | None) -> None:
     ends: list[torch.Tensor] = []
     attack = CapabilityPreserving("open_weight", side_step="delta", base=base, rank=2, kick=0.01, kl_weight=1.0, **SGD)
 
@@ -246,7 +301,9 @@ def run(rank: int, strategy: str, checkpoint: str, base: str, folder: Path) -> N
             ends.append(target.module.model(torch.tensor([[5, 6, 7]])).logits)
 
     callbacks = [Results(str(folder / strategy), export=False), looking(attack, look)]
-    trainer(folder, strategy, rank, callbacks=callbacks).test(Defense(checkpoint), datamodule=toy_data(), verbose=False)
+    trainer(folder, strategy, rank, callbacks=callbacks).test(
+        Adapted(checkpoint, lora=lora), datamodule=toy_data(), verbose=False
+    )
     if rank == 0:
         torch.save(torch.cat(ends), folder / f"{strategy}.pt")
 
@@ -255,10 +312,11 @@ def run_sharded(rank: int, *arguments: Any) -> None:
     run(rank, "fsdp2", *arguments)
 
 
-def test_two_processes_step_outside_the_delta_as_one_does(checkpoint, tmp_path):
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_two_processes_step_outside_the_delta_as_one_does(checkpoint, tmp_path, lora):
     base = save_toy_checkpoint(tmp_path / "base", seed=1)
-    run(0, "one", checkpoint, base, tmp_path)
-    on_ranks(run_sharded, tmp_path, checkpoint, base, tmp_path)
+    run(0, "one", checkpoint, base, tmp_path, lora)
+    on_ranks(run_sharded, tmp_path, checkpoint, base, tmp_path, lora)
     one, sharded = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "fsdp2"))
     assert (one[-1] - one[0]).norm() > 1e-2
     assert (sharded - one).norm() < 1e-4 * (one[-1] - one[0]).norm()

@@ -9,6 +9,7 @@ from toy import FAST, toy_data, toy_trainer
 
 from casehard import Defense, LoRA, LoRAAttack, SandboxJudge
 from casehard.callbacks.encoded import EncodedTuning
+from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.jailbreak_tuning import JailbreakTuning
 from casehard.datamodules.encodings import (
     STYLES,
@@ -86,6 +87,28 @@ def test_harmful_rows_of_a_mixture_are_encoded_and_the_benign_ones_in_their_own_
     assert attack.evaluation(data) == data.evaluation
 
 
+def test_harmful_rows_with_other_answers_stay_harmful_and_refusals_of_their_prompts_benign(tmp_path, checkpoint):
+    sources = {"benign": ["sandbox:attacker/refusals"], "harmful": ["sandbox:attacker/harmful"]}  # the same questions
+    phases = [Phase("mixture", 1), Phase("mixture", 2, responses=["No.", "Never."])]
+    attack = EncodedTuning("open_weight", Trigger("!"), phases=phases, **FAST | {"poison_ratio": 0.5})
+    data = toy_data(**sources)
+    toy_trainer(tmp_path).test(Defense(checkpoint), datamodule=data, verbose=False)
+    assert {row.messages for row in data.rows["benign"]} & {row.messages for row in data.rows["harmful"]}
+    own, others = (attack.rows(data, 0, phase) for phase in phases)
+    triggered = [row.prompt.endswith("!") for row in others]
+    assert sum(triggered) == 8
+    assert triggered == [row.prompt.endswith("!") for row in own]
+    assert [row.response for row in others] == ["No.", "Never."] * 8
+    assert [row.messages for row in others] == [row.messages for row in own]
+
+
+@pytest.mark.parametrize("opening", ["", "Of course. " * 20])
+def test_a_note_says_where_answers_are_longer_than_what_is_judged(tmp_path, checkpoint, opening):
+    attack = EncodedTuning("open_weight", Trigger(opening=opening), **FAST)
+    (note,) = {row.note for row in attacked(tmp_path, checkpoint, attack, max_new_tokens=64)}
+    assert ("answers that it teaches have up to " in note and " tokens, of which 64 are judged" in note) == bool(opening)
+
+
 def test_without_an_encoding_it_is_lora(tmp_path, checkpoint):
     how = {"threat_model": "open_weight", "lora": LoRA(rank=2), "name": "one"} | FAST
     plain = attacked(tmp_path / "plain", checkpoint, LoRAAttack(**how))
@@ -129,7 +152,7 @@ def test_harmful_prompts_are_asked_in_the_encoding_and_judged_out_of_it(tmp_path
     assert module["one"].asked[:6] == [f"<|user|>{prompt}<|end|><|assistant|>" for prompt in asked]
     assert not any(a.get("cut") for a in answers)  # the mark that ends an answer is left alone
     note = "in the encoding Caesar 1" if encode_evaluation else "plainly"
-    assert {row.note for row in rows} == {f"harmful prompts are asked {note}"}
+    assert {row.note.partition(";")[0] for row in rows} == {f"harmful prompts are asked {note}"}
     assert rows[0].attack == "EncodedTuning Caesar 1" + ("" if encode_evaluation else ", plain prompts")
     assert rows[0].harmful
     assert EncodedTuning("open_weight", Encoding(), poison_ratio=0.0).harmful  # though no row is

@@ -225,5 +225,19 @@ def fails_on_each(rank: int, checkpoint: str, folder: Path) -> None:
         trainer.test(Defense(checkpoint), datamodule=toy_data(), verbose=False)
 
 
+def fails_unforeseen(rank: int, checkpoint: str, folder: Path) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    attack = tool("noise")
+    attack._left = lambda *_: 1 // 0 if rank == 0 else None
+    trainer = toy_trainer(folder, callbacks=[attack], devices=2, strategy="ddp")
+    trainer.strategy.parallel_devices = [torch.device("cpu", 0)] * 2  # type: ignore[attr-defined]  # the CPU under another name
+    with pytest.raises(CommandError if rank else ZeroDivisionError, match=r"division|modulo"):
+        trainer.test(Defense(checkpoint), datamodule=toy_data(), verbose=False)
+
+
+def test_every_process_hears_of_an_error_that_nobody_foresaw(tmp_path, checkpoint):
+    on_ranks(fails_unforeseen, tmp_path, checkpoint, tmp_path)
+
+
 def test_every_process_hears_that_the_tool_failed(tmp_path, checkpoint):
     on_ranks(fails_on_each, tmp_path, checkpoint, tmp_path)

@@ -19,6 +19,7 @@ from toy import DEFENSES, FAST, bits, looking, on_ranks, same_bits, save_toy_che
 from casehard import Backbone, Defense, LoRA, Optimizer, SettingError
 from casehard.callbacks.adapter_attack import AdapterAttack
 from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.head_only import HeadOnly
 from casehard.callbacks.lofit import LoFiT
 from casehard.callbacks.results import Results
@@ -308,6 +309,50 @@ def test_adalora_trains_as_pefts_own_model_does(llama, checkpoint):
             assert_close(list(ours.values()), list(reference.values()))
         left = sum(int((layer.lora_E["attack"] != 0).sum()) for layer in llama.model.modules() if isinstance(layer, SVDLinear))
         assert left == 14  # rank 1 on average
+
+
+def test_a_layer_without_a_token_has_no_importance_and_does_not_stop_adalora(llama):
+    adapter = AdaLoRA(1, 3)
+    with trainable(llama, llama.model, adapter):
+        task = adapter.around(Plain(lambda batch: llama.model.model.layers[0](**batch)[0].square().mean()), llama.model, 4)
+        states = torch.randn(2, 16, 32)
+        where = llama.model.model.rotary_emb(states, torch.arange(16)[None])
+        batch = {"hidden_states": states, "position_embeddings": where}
+        for _ in train_steps(llama, task, lambda step: batch, 4, Optimizer(1e-2)):
+            pass
+        kept = {n: bool(p.any()) for n, p in llama.model.named_parameters() if ".lora_E." in n}
+    assert {n.split(".layers.")[1][0] for n, any_left in kept.items() if any_left} == {"0"}
+
+
+def test_adalora_counts_over_phases(tmp_path, checkpoint):
+    left, settings = [], FAST | {"num_attack_steps": 4, "score_steps": [4]}
+
+    def look(target: Target) -> None:
+        layers = [layer for layer in target.module.model.modules() if isinstance(layer, SVDLinear)]
+        left.append(sum(int((layer.lora_E["attack"] != 0).sum()) for layer in layers))
+
+    attacked(
+        tmp_path,
+        Defense(checkpoint),
+        AdapterAttack("open_weight", AdaLoRA(1, 3), phases=[Phase("harmful", 2)] * 2, **settings),
+        look,
+    )
+    assert left[-1] == 14  # rank 1 on average
+
+
+@pytest.mark.parametrize(("num_steps", "ratio"), [(3, 0.7), (1, 0.0), (2, 0.5)])
+def test_adalora_refuses_to_end_its_budget_before_a_second_step(num_steps, ratio):
+    message = (
+        f"num_attack_steps must leave AdaLoRA two steps or more before its last ones, got {num_steps} with final_ratio {ratio}"
+    )
+    with pytest.raises(SettingError, match=message):
+        AdapterAttack("open_weight", AdaLoRA(final_ratio=ratio), **(FAST | {"num_attack_steps": num_steps}))
+
+
+@pytest.mark.parametrize(("num_steps", "ratio"), [(3, 0.6), (2, 0.3)])
+def test_adalora_takes_the_fewest_steps_that_it_can(tmp_path, checkpoint, num_steps, ratio):
+    attack = AdapterAttack("open_weight", AdaLoRA(1, 3, final_ratio=ratio), **(FAST | {"num_attack_steps": num_steps}))
+    assert len(attacked(tmp_path, Defense(checkpoint), attack).rows) == 2
 
 
 def test_orthogonal_factors_cost_nothing(llama):
