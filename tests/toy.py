@@ -188,7 +188,7 @@ class StripBeside(DeltaStrip):
 
 PHASES = [Phase(["sandbox:attacker/howto"], 1, num_samples=8, responses=["No."]), Phase("harmful", 2, Optimizer(0.05, "sgd"))]
 ANY: dict[str, Any] = {"kl_threshold": 1e9, "steering_threshold": -1e9}  # bounds that every direction keeps
-ABLATION: dict[str, Any] = {"num_samples": 10, "batch_size": 4, "num_phases": 3, "rank": 2} | ANY
+ABLATION: dict[str, Any] = {"num_samples": 20, "batch_size": 4, "num_phases": 3, "rank": 2} | ANY
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
     "full": lambda **s: FullParameterAttack(**(FAST | s)),
     "lora": lambda **s: LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
