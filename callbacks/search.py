@@ -182,7 +182,7 @@ class Search(Attack):
         if self.chosen is None and self.choice_note:
             own = tuple(metric.column() for metric in target.data.evaluation_settings.metrics)
             return Scores({c.name: 0 if c.kind is int else math.nan for c in (*COLUMNS, *own)}, [], own=own)
-        return super().scores(target)
+        return (self.chosen or self.attack).scores(target)
 
     # ---- trials
 
@@ -237,7 +237,8 @@ class Search(Attack):
             if step < attack.score_steps[-1] or math.isnan(value):
                 return "pruned" if pruned else "failed", math.nan
             within = everywhere(lambda: max(excess.values(), default=0.0) <= 0)  # noqa: B023  called here
-            return "complete", attack.scores(replace(tried, data=data)).metrics["coherent_harm"] if within else math.nan
+            tried.data = data  # of the test, from here on
+            return "complete", attack.scores(tried).metrics["coherent_harm"] if within else math.nan
         raise AssertionError(f"{attack.name} ended before its last step")
 
     def _metrics(self, attack: Attack, tried: Target, start: Tensor | None) -> dict[str, float]:

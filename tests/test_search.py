@@ -16,8 +16,9 @@ import torch
 import torch.multiprocessing as mp
 from toy import ATTACKS, FAST, Everywhere, csv_rows, start_fork_server, toy_data, toy_trainer
 
-from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
+from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer, Relearning
 from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.per_prompt import PerPrompt
 from casehard.callbacks.results import Results
 from casehard.callbacks.search import Search
 from casehard.callbacks.search_space import Bound, MedianPruner, Range
@@ -139,6 +140,38 @@ def test_a_search_attacks_as_the_best_of_its_trials_does_alone(tmp_path, checkpo
     ]
     late = len(answers[0]) // 2  # of step 3
     assert answers[0][late:] == answers[1][late:]  # trials left no trace, and the prompts are the test's
+
+
+def test_what_is_optimised_for_a_prompt_takes_all_its_steps_on_test_prompts_too(tmp_path, checkpoint):
+    class Pushes(PerPrompt):
+        """Harms with its last step, and not before."""
+
+        def __init__(self, batch_size: int = 2, **settings: Any) -> None:
+            self.num_attack_steps, self.batch_size = 3, batch_size
+            super().__init__("open_weight", **settings)
+
+        def optimise(self, target, rows, num_steps):
+            taken = target.state.setdefault("taken", {})
+            taken |= {row: taken.get(row, 0) + num_steps for row in rows}
+            return 0
+
+        def answered(self, target, rows, max_new_tokens):
+            return [row.response if target.state["taken"][row] == self.num_attack_steps else "" for row in rows]
+
+    search = Search(Pushes(score_steps=[1, 2, 3]), {"batch_size": [1, 3]}, VALIDATION, 2, pruner=None)
+    rows, trials = attacked(tmp_path, checkpoint, search)
+    assert rows[-1].coherent_harm == 100
+    assert [(trial.coherent_harm, trial.test_coherent_harm) for trial in trials] == [(100, 100)] * 2
+    assert rows[-1].passes == 3 + 2 * (3 + 3)  # of each trial's steps for the validation prompts, and for the test's
+
+
+def test_scores_are_the_attacks_own(tmp_path, checkpoint):
+    facts = {"facts": ["sandbox:facts/known#train[:8]"], "held_out": ["sandbox:facts/held_out#train[:8]"]}
+    attack = Relearning("open_weight", **facts, num_samples=8, num_attack_steps=1, batch_size=4)
+    attack.respond = lambda target, rows, _: [row.response or "" if target.num_done else "" for row in rows]  # all comes back
+    rows, _ = attacked(tmp_path, checkpoint, Search(attack, {"batch_size": [4, 8]}, VALIDATION, 2))
+    assert [row.finetune_accuracy for row in rows] == [0, 100]
+    assert ["recovery 0.00" in rows[0].note, "recovery 1.00" in rows[1].note] == [True, True]
 
 
 def test_a_planted_optimum_is_found(tmp_path, checkpoint):
