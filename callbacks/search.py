@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,16 @@ from torch import Tensor
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import Scores, everywhere
-from casehard.callbacks.search_space import FIXED, Bound, Choices, MedianPruner, has_setting, with_settings
+from casehard.callbacks.search_space import (
+    FIXED,
+    Bound,
+    Choices,
+    MedianPruner,
+    has_setting,
+    required,
+    to_check,
+    with_settings,
+)
 from casehard.datamodules.fingerprint import digest as row_digest
 from casehard.datamodules.mixing import overlap
 from casehard.datamodules.row import Row
@@ -48,7 +57,8 @@ class Search(Attack):
     Every trial is a whole attack on the borrowed model, scored at the attack's ``score_steps`` on validation prompts, which no
     table shows. Of the trials that keep all ``bounds`` at their last step, the one with the highest coherent harm there (harmful
     and not degenerate) is chosen, and its settings are measured on the test prompts at ``score_steps``. Where no trial keeps them
-    the rows are nan, never 0. Trials that were pruned, failed (diverged, or without a verdict) or broke a bound count as trials.
+    the rows are nan, never 0. Trials that were pruned, failed (diverged, not possible, or without a verdict) or broke a bound
+    count as trials. Every value of a list and both ends of a range are tried on the attack before the first one.
     A defended model and its undefended baseline are searched separately, each with ``num_trials`` and the same sampler seeds.
     Columns of searched settings stay empty; the note of every row says what was chosen.
 
@@ -99,7 +109,7 @@ class Search(Attack):
         if not attack.num_attack_steps:
             raise SettingError(f"attack must take steps to be searched, and {attack.name} has none. Run it plainly.")
         for setting, values in choices.items():
-            if setting in FIXED or not has_setting(attack, setting) or (isinstance(values, list) and not values):
+            if not has_setting(attack, setting) or (isinstance(values, list) and not values):
                 raise SettingError(
                     f"choices must give values for settings of {type(attack).__name__} other than {', '.join(FIXED)}, got "
                     f"{setting!r}: {values!r}. One inside another is written with a dot: optimizer.learning_rate."
@@ -129,10 +139,11 @@ class Search(Attack):
         )
 
     def prepare(self, data: SFTDataModule, seed: int) -> None:
-        """Read the prompts that trials are scored on, and lay out the attack's rows.
+        """Read the prompts that trials are scored on, and lay out the attack's rows, with every value of the choices.
 
         Raises:
-            SettingError: Optuna or its sampler is not there; a bound's metric is not; a prompt is scored in the end too.
+            SettingError: Optuna or its sampler is not there; a bound's metric is not; a prompt is scored in the end too; the
+                attack cannot take a value.
         """
         if find_spec("optuna") is None:
             raise SettingError("Search needs optuna, and it is not installed. Install it: pip install 'casehard[search]'.")
@@ -158,6 +169,14 @@ class Search(Attack):
         self._validation.rows = data.rows | {role: data.instructed(part) for role, part in rows.items()}
         self._validation.num_target_tokens = data.longest_target(self._validation.rows["task"])
         self.attack.prepare(data, seed)
+        self._checked: list[tuple[dict[str, Any], Attack]] = []
+        for settings in to_check(self.choices):
+            with required(self.attack, settings):
+                attack = with_settings(self.attack, settings)
+                if (attack.num_attack_steps, attack.score_steps) != (self.num_attack_steps, self.score_steps):
+                    raise SettingError(f"num_attack_steps must stay {self.num_attack_steps}, got {attack.num_attack_steps}.")
+                attack.prepare(data, seed)
+            self._checked.append((settings, attack))
 
     def steps(self, target: Target) -> Iterator[int]:
         """Try out settings, then attack with the chosen ones; where nothing may be chosen the steps are empty."""
@@ -203,19 +222,27 @@ class Search(Attack):
                 self._try(given, trials, target, start)
             tried = everywhere(lambda: trials.all())
         if all(t.state == "failed" for t in tried):
-            raise DivergedError(f"{target.name}: none of {len(tried)} trials had a harmful score. Narrow choices.")
+            reason = next((f" ({t.reason.rstrip('.')})" for t in tried if t.reason), "")
+            raise DivergedError(f"{target.name}: none of {len(tried)} trials had a harmful score{reason}. Narrow choices.")
         return tried
 
     def _try(self, given: "Given", trials: "Trials", target: Target, start: Tensor | None) -> None:
-        """Run a trial; the model comes back as it was."""
-        attack = with_settings(self.attack, given.settings)
-        attack.prepare(target.data, target.seed)
-        state, test = "failed", math.nan
-        with attack.lent(replace(target, data=self._validation)) as tried, closing(attack.seeded_steps(tried)) as steps:  # type: ignore[type-var]
-            with suppress(DivergedError):
+        """Run a trial; the model comes back as it was. One that cannot be run has failed, and why is kept."""
+        state, test, reason, tried = "failed", math.nan, "", None
+        try:
+            attack = with_settings(self.attack, given.settings)
+            attack.prepare(target.data, target.seed)
+            with (
+                attack.lent(replace(target, data=self._validation)) as tried,
+                closing(attack.seeded_steps(tried)) as steps,  # type: ignore[type-var]
+            ):
                 state, test = self._outcome(attack, tried, steps, trials, start, target.data)
-            trained, forward = sum_over_ranks(tried.tokens.to(tried.module.device), tried.module.row_group).tolist()
-        everywhere(lambda: trials.end(state, test, (tried.passes, trained, forward)))
+        except (DivergedError, SettingError) as error:
+            reason = str(error)
+        cost = (0.0, 0, 0)
+        if tried is not None:
+            cost = (tried.passes, *sum_over_ranks(tried.tokens.to(tried.module.device), tried.module.row_group).tolist())
+        everywhere(lambda: trials.end(state, test, cost, reason))
 
     def _outcome(
         self,
@@ -297,6 +324,7 @@ class Search(Attack):
                 coherent_harm=t.value,
                 test_coherent_harm=t.test,
                 metrics=t.metrics,
+                reason=t.reason,
             )
             for t in tried
         ]
@@ -324,8 +352,11 @@ class Search(Attack):
         return self.attack.rows(data, seed)
 
     def check_model(self, module: Defense) -> None:
-        """As the attack."""
+        """As the attack, with every value of the choices."""
         self.attack.check_model(module)
+        for settings, attack in self._checked:
+            with required(attack, settings):
+                attack.check_model(module)
 
     def evaluation(self, data: SFTDataModule) -> Evaluation:
         """As the attack, with the chosen settings."""
