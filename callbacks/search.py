@@ -24,8 +24,10 @@ from casehard.callbacks.search_space import (
     MedianPruner,
     has_setting,
     required,
+    searched,
     to_check,
     with_settings,
+    without,
 )
 from casehard.datamodules.fingerprint import digest as row_digest
 from casehard.datamodules.mixing import overlap
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 
 KL = "kl"  # a bound's name
 NEEDS = {KL: "benign_prompts", "refusal_rate_benign": "benign_prompts", "finetune_accuracy": "task"}  # prompts, by metric
-ROLES = ("harmful_prompts", "benign_prompts", "task")
+NAMES = {"harmful_prompts": "prompts", "benign_prompts": "benign_prompts", "task": "task"}  # of settings, by role
 SAMPLE = 1024  # numbers of a weight by which a model is told from others
 
 
@@ -142,8 +144,8 @@ class Search(Attack):
         """Read the prompts that trials are scored on, and lay out the attack's rows, with every value of the choices.
 
         Raises:
-            SettingError: Optuna or its sampler is not there; a bound's metric is not; a prompt is scored in the end too; the
-                attack cannot take a value.
+            SettingError: Optuna or its sampler is not there; a bound's metric is not; a prompt is scored in the end too, or
+                trained on; the attack cannot take a value.
         """
         if find_spec("optuna") is None:
             raise SettingError("Search needs optuna, and it is not installed. Install it: pip install 'casehard[search]'.")
@@ -161,7 +163,7 @@ class Search(Attack):
         for role, part in rows.items():
             if shared := overlap(part, data.rows[role]):
                 raise SettingError(
-                    f"{'prompts' if role == ROLES[0] else role} must share no prompt with {role} of the data, and {len(shared)} "
+                    f"{NAMES[role]} must share no prompt with {role} of the data, and {len(shared)} "
                     "stand in both: the settings would be chosen by what they are measured on. Choose other rows (a slice: "
                     "FILE#train[:100])."
                 )
@@ -176,7 +178,14 @@ class Search(Attack):
                 if (attack.num_attack_steps, attack.score_steps) != (self.num_attack_steps, self.score_steps):
                     raise SettingError(f"num_attack_steps must stay {self.num_attack_steps}, got {attack.num_attack_steps}.")
                 attack.prepare(data, seed)
+                trained_on = data.rows["harmful"] + data.rows["benign"] + attack.rows(data, seed)
             self._checked.append((settings, attack))
+            for role, part in rows.items():
+                if shared := overlap(trained_on, part):
+                    raise SettingError(
+                        f"{NAMES[role]} must share no prompt with rows that are trained on, and {len(shared)} stand in both: the "
+                        "settings would be chosen by what was learnt by heart. Choose other rows."
+                    )
 
     def steps(self, target: Target) -> Iterator[int]:
         """Try out settings, then attack with the chosen ones; where nothing may be chosen the steps are empty."""
@@ -369,11 +378,8 @@ class Search(Attack):
     def settings(self) -> dict[str, Any]:
         """Those of the attack that are not searched."""
         settings = self.attack.settings()
-        for name, _, inner in (setting.partition(".") for setting in self.choices):
-            if inner and isinstance(settings.get(name), dict):
-                settings[name] = {n: value for n, value in settings[name].items() if n != inner}
-            else:
-                settings.pop("optimizer" if (name, inner) == ("optimizer", "name") else inner or name, None)
+        for setting in searched(self.choices):
+            settings = without(settings, setting)
         return settings
 
     def what_trains(self, target: Target) -> str:

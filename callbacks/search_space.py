@@ -142,6 +142,26 @@ def to_check(choices: Choices) -> list[dict[str, Any]]:
     return [first, *(first | {setting: value} for setting, values in ends.items() for value in values[1:])]
 
 
+def searched(choices: Choices) -> Iterator[str]:
+    """Names of all settings that choices set: of a value made of several, which sets some, of those."""
+    for setting, values in choices.items():
+        for value in values if isinstance(values, list) else [None]:
+            several = [field.name for field in fields(value)] if is_dataclass(value) else value if isinstance(value, dict) else []
+            yield from [f"{setting}.{name}" for name in several] or [setting]
+
+
+def without(settings: dict[str, Any], setting: str) -> dict[str, Any]:
+    """An attack's ``settings()`` without a setting, wherever it stands there: by itself, or within the one that it is part of."""
+    name, _, inner = setting.partition(".")
+    column = settings.get(name)
+    if isinstance(column, dict) and inner:
+        return settings | {name: without(column, inner)}
+    if inner and setting != "optimizer.name":  # whose column bears the optimizer's name
+        kept = settings if name == "optimizer" else without(settings, name)
+        return without(kept, inner)
+    return {n: value for n, value in settings.items() if n != name}
+
+
 @contextmanager
 def required(attack: Attack, settings: dict[str, Any]) -> Iterator[None]:
     """Says which settings an attack cannot take, where a block shows that it cannot.

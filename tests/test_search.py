@@ -407,6 +407,42 @@ def test_a_trial_that_cannot_be_is_a_failed_one_and_says_why(tmp_path, checkpoin
         attacked(tmp_path / "all", checkpoint, Search(Picky(), {"lever": [0.7]}, VALIDATION, 2))
 
 
+def test_columns_of_searched_settings_stay_empty_however_they_are_written():
+    attack = LoRAAttack("open_weight", LoRA(rank=2), **FAST)
+    whole = set(attack.settings())
+
+    def left_out(choices: dict[str, Any], searched: Attack = attack) -> set[str]:
+        return whole - set(Search(searched, choices, VALIDATION).settings())
+
+    assert left_out({"optimizer": [{"learning_rate": 0.1}, {"learning_rate": 0.2, "weight_decay": 0.1}]}) == {"learning_rate"}
+    assert left_out({"optimizer": [{"name": "sgd"}, Optimizer(0.1)]}) == {"optimizer", "learning_rate"}
+    assert left_out({"optimizer.name": ["sgd"]}) == {"optimizer"}
+    assert left_out({"lora": [{"rank": 3}]}) == set()
+    assert set(attack.settings()["lora"]) - set(Search(attack, {"lora": [{"rank": 3}]}, VALIDATION).settings()["lora"]) == {
+        "rank"
+    }
+    after = DeltaStrip("toy", then=attack)
+    assert left_out({"then.optimizer.learning_rate": [0.1], "then.batch_size": [4]}, after) == {"learning_rate", "batch_size"}
+    assert left_out({"then.optimizer": [{"name": "sgd"}]}, after) == {"optimizer"}
+    assert "rank" not in Search(after, {"then.lora.rank": [3]}, VALIDATION).settings()["lora"]
+    assert attack.settings()["lora"]["rank"] == 2
+
+
+def test_nothing_is_chosen_by_prompts_that_are_trained_on(tmp_path, checkpoint):
+    attack = LoRAAttack("open_weight", LoRA(rank=2), **FAST)
+    known = {"facts": ["sandbox:facts/known#train[:12]"], "held_out": ["sandbox:facts/held_out#train[:12]"]}
+    relearning = Relearning("open_weight", **known, num_samples=8, num_attack_steps=1, batch_size=4)
+    facts = [["sandbox:facts/known#train[:12]"], ["sandbox:facts/known#train[12:24]"]]
+    own = ["sandbox:facts/known#train[20:24]"]
+    for search, role in (
+        (Search(attack, CHOICES, ["sandbox:attacker/harmful#train[:2]"]), "prompts"),
+        (Search(attack, CHOICES, VALIDATION, task=["sandbox:attacker/mood#train[:2]"]), "task"),
+        (Search(relearning, {"facts": facts}, VALIDATION, task=own), "task"),  # those of one choice
+    ):
+        with pytest.raises(SettingError, match=f"{role} must share no prompt with rows that are trained on, and . stand in both"):
+            attacked(tmp_path, checkpoint, search)
+
+
 # ---- on disk
 
 
