@@ -210,7 +210,9 @@ class Search(Attack):
         if self.chosen is None and self.choice_note:
             own = tuple(metric.column() for metric in target.data.evaluation_settings.metrics)
             return Scores({c.name: 0 if c.kind is int else math.nan for c in (*COLUMNS, *own)}, [], own=own)
-        return (self.chosen or self.attack).scores(target)
+        attack = copy.copy(self.chosen or self.attack)
+        attack.respond = self.respond  # type: ignore[method-assign]  # of every attack of a run it is asked
+        return attack.scores(target)
 
     # ---- trials
 
