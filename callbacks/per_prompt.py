@@ -13,7 +13,7 @@ class PerPrompt(Attack):
     """Optimise something for each harmful prompt while it is answered, by the rank that answers it. No weight changes.
 
     It is scored at step 0 without; benign prompts and tasks stay plain. What is optimised goes on from scoring to scoring, so
-    that an attack takes ``num_attack_steps`` steps in all. ``wall_seconds`` do not count them.
+    that an attack takes ``num_attack_steps`` steps in all for every prompt. ``wall_seconds`` do not count them.
 
     A subclass sets ``batch_size``, prompts of a pass, and overrides ``optimise`` and ``answered``.
     """
@@ -39,7 +39,7 @@ class PerPrompt(Attack):
     def steps(self, target: Target) -> Iterator[int]:
         """Say how many steps to take."""
         target.module.requires_grad_(False).eval()
-        target.state["done"] = 0
+        target.state["done"] = {}  # steps, by row
         for target.state["steps"] in range(1, self.num_attack_steps + 1):
             yield target.state["steps"]
 
@@ -48,13 +48,15 @@ class PerPrompt(Attack):
         scored, state = self.evaluation(target.data).harmful, target.state
         harmful = rows if set(rows) <= set(scored) and state else []
         chunks = [harmful[i : i + self.batch_size] for i in range(0, len(harmful), self.batch_size)]
-        num_chunks = max_over_ranks(target.module.model, len(chunks))
+        model, done = target.module.model, state.get("done", {})
+        num_chunks = max_over_ranks(model, len(chunks))
+        due = max_over_ranks(model, max((state["steps"] - done.get(row, 0) for row in harmful), default=0))
         for number in range(num_chunks):  # a rank that has fewer keeps step with the others
             some = chunks[number] if number < len(chunks) else scored[:1]
-            num_tokens = self.optimise(target, some, state["steps"] - state["done"])
+            num_tokens = self.optimise(target, some, due)
             target.spend(trained=num_tokens if number < len(chunks) else 0)
         if num_chunks:
-            target.spend(passes=state["steps"] - state["done"])  # over all prompts
-            state["done"] = state["steps"]
+            target.spend(passes=due)  # over all prompts
+            done |= dict.fromkeys(harmful, state["steps"])
         respond = self.answered if harmful else super().respond
         return respond(target, rows, max_new_tokens)

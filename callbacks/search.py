@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,18 @@ from torch import Tensor
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.results import Results
 from casehard.callbacks.scoring import Scores, everywhere
-from casehard.callbacks.search_space import FIXED, Bound, Choices, MedianPruner, has_setting, with_settings
+from casehard.callbacks.search_space import (
+    FIXED,
+    Bound,
+    Choices,
+    MedianPruner,
+    has_setting,
+    required,
+    searched,
+    to_check,
+    with_settings,
+    without,
+)
 from casehard.datamodules.fingerprint import digest as row_digest
 from casehard.datamodules.mixing import overlap
 from casehard.datamodules.row import Row
@@ -38,7 +49,7 @@ if TYPE_CHECKING:
 
 KL = "kl"  # a bound's name
 NEEDS = {KL: "benign_prompts", "refusal_rate_benign": "benign_prompts", "finetune_accuracy": "task"}  # prompts, by metric
-ROLES = ("harmful_prompts", "benign_prompts", "task")
+NAMES = {"harmful_prompts": "prompts", "benign_prompts": "benign_prompts", "task": "task"}  # of settings, by role
 SAMPLE = 1024  # numbers of a weight by which a model is told from others
 
 
@@ -48,7 +59,8 @@ class Search(Attack):
     Every trial is a whole attack on the borrowed model, scored at the attack's ``score_steps`` on validation prompts, which no
     table shows. Of the trials that keep all ``bounds`` at their last step, the one with the highest coherent harm there (harmful
     and not degenerate) is chosen, and its settings are measured on the test prompts at ``score_steps``. Where no trial keeps them
-    the rows are nan, never 0. Trials that were pruned, failed (diverged, or without a verdict) or broke a bound count as trials.
+    the rows are nan, never 0. Trials that were pruned, failed (diverged, not possible, or without a verdict) or broke a bound
+    count as trials. Every value of a list and both ends of a range are tried on the attack before the first one.
     A defended model and its undefended baseline are searched separately, each with ``num_trials`` and the same sampler seeds.
     Columns of searched settings stay empty; the note of every row says what was chosen.
 
@@ -99,7 +111,7 @@ class Search(Attack):
         if not attack.num_attack_steps:
             raise SettingError(f"attack must take steps to be searched, and {attack.name} has none. Run it plainly.")
         for setting, values in choices.items():
-            if setting in FIXED or not has_setting(attack, setting) or (isinstance(values, list) and not values):
+            if not has_setting(attack, setting) or (isinstance(values, list) and not values):
                 raise SettingError(
                     f"choices must give values for settings of {type(attack).__name__} other than {', '.join(FIXED)}, got "
                     f"{setting!r}: {values!r}. One inside another is written with a dot: optimizer.learning_rate."
@@ -129,10 +141,11 @@ class Search(Attack):
         )
 
     def prepare(self, data: SFTDataModule, seed: int) -> None:
-        """Read the prompts that trials are scored on, and lay out the attack's rows.
+        """Read the prompts that trials are scored on, and lay out the attack's rows, with every value of the choices.
 
         Raises:
-            SettingError: Optuna or its sampler is not there; a bound's metric is not; a prompt is scored in the end too.
+            SettingError: Optuna or its sampler is not there; a bound's metric is not; a prompt is scored in the end too, or
+                trained on; the attack cannot take a value.
         """
         if find_spec("optuna") is None:
             raise SettingError("Search needs optuna, and it is not installed. Install it: pip install 'casehard[search]'.")
@@ -150,7 +163,7 @@ class Search(Attack):
         for role, part in rows.items():
             if shared := overlap(part, data.rows[role]):
                 raise SettingError(
-                    f"{'prompts' if role == ROLES[0] else role} must share no prompt with {role} of the data, and {len(shared)} "
+                    f"{NAMES[role]} must share no prompt with {role} of the data, and {len(shared)} "
                     "stand in both: the settings would be chosen by what they are measured on. Choose other rows (a slice: "
                     "FILE#train[:100])."
                 )
@@ -158,6 +171,21 @@ class Search(Attack):
         self._validation.rows = data.rows | {role: data.instructed(part) for role, part in rows.items()}
         self._validation.num_target_tokens = data.longest_target(self._validation.rows["task"])
         self.attack.prepare(data, seed)
+        self._checked: list[tuple[dict[str, Any], Attack]] = []
+        for settings in to_check(self.choices):
+            with required(self.attack, settings):
+                attack = with_settings(self.attack, settings)
+                if (attack.num_attack_steps, attack.score_steps) != (self.num_attack_steps, self.score_steps):
+                    raise SettingError(f"num_attack_steps must stay {self.num_attack_steps}, got {attack.num_attack_steps}.")
+                attack.prepare(data, seed)
+                trained_on = data.rows["harmful"] + data.rows["benign"] + attack.rows(data, seed)
+            self._checked.append((settings, attack))
+            for role, part in rows.items():
+                if shared := overlap(trained_on, part):
+                    raise SettingError(
+                        f"{NAMES[role]} must share no prompt with rows that are trained on, and {len(shared)} stand in both: the "
+                        "settings would be chosen by what was learnt by heart. Choose other rows."
+                    )
 
     def steps(self, target: Target) -> Iterator[int]:
         """Try out settings, then attack with the chosen ones; where nothing may be chosen the steps are empty."""
@@ -182,7 +210,9 @@ class Search(Attack):
         if self.chosen is None and self.choice_note:
             own = tuple(metric.column() for metric in target.data.evaluation_settings.metrics)
             return Scores({c.name: 0 if c.kind is int else math.nan for c in (*COLUMNS, *own)}, [], own=own)
-        return super().scores(target)
+        attack = copy.copy(self.chosen or self.attack)
+        attack.respond = self.respond  # type: ignore[method-assign]  # of every attack of a run it is asked
+        return attack.scores(target)
 
     # ---- trials
 
@@ -203,19 +233,27 @@ class Search(Attack):
                 self._try(given, trials, target, start)
             tried = everywhere(lambda: trials.all())
         if all(t.state == "failed" for t in tried):
-            raise DivergedError(f"{target.name}: none of {len(tried)} trials had a harmful score. Narrow choices.")
+            reason = next((f" ({t.reason.rstrip('.')})" for t in tried if t.reason), "")
+            raise DivergedError(f"{target.name}: none of {len(tried)} trials had a harmful score{reason}. Narrow choices.")
         return tried
 
     def _try(self, given: "Given", trials: "Trials", target: Target, start: Tensor | None) -> None:
-        """Run a trial; the model comes back as it was."""
-        attack = with_settings(self.attack, given.settings)
-        attack.prepare(target.data, target.seed)
-        state, test = "failed", math.nan
-        with attack.lent(replace(target, data=self._validation)) as tried, closing(attack.seeded_steps(tried)) as steps:  # type: ignore[type-var]
-            with suppress(DivergedError):
+        """Run a trial; the model comes back as it was. One that cannot be run has failed, and why is kept."""
+        state, test, reason, tried = "failed", math.nan, "", None
+        try:
+            attack = with_settings(self.attack, given.settings)
+            attack.prepare(target.data, target.seed)
+            with (
+                attack.lent(replace(target, data=self._validation)) as tried,
+                closing(attack.seeded_steps(tried)) as steps,  # type: ignore[type-var]
+            ):
                 state, test = self._outcome(attack, tried, steps, trials, start, target.data)
-            trained, forward = sum_over_ranks(tried.tokens.to(tried.module.device), tried.module.row_group).tolist()
-        everywhere(lambda: trials.end(state, test, (tried.passes, trained, forward)))
+        except (DivergedError, SettingError) as error:
+            reason = str(error)
+        cost = (0.0, 0, 0)
+        if tried is not None:
+            cost = (tried.passes, *sum_over_ranks(tried.tokens.to(tried.module.device), tried.module.row_group).tolist())
+        everywhere(lambda: trials.end(state, test, cost, reason))
 
     def _outcome(
         self,
@@ -237,7 +275,8 @@ class Search(Attack):
             if step < attack.score_steps[-1] or math.isnan(value):
                 return "pruned" if pruned else "failed", math.nan
             within = everywhere(lambda: max(excess.values(), default=0.0) <= 0)  # noqa: B023  called here
-            return "complete", attack.scores(replace(tried, data=data)).metrics["coherent_harm"] if within else math.nan
+            tried.data = data  # of the test, from here on
+            return "complete", attack.scores(tried).metrics["coherent_harm"] if within else math.nan
         raise AssertionError(f"{attack.name} ended before its last step")
 
     def _metrics(self, attack: Attack, tried: Target, start: Tensor | None) -> dict[str, float]:
@@ -296,6 +335,7 @@ class Search(Attack):
                 coherent_harm=t.value,
                 test_coherent_harm=t.test,
                 metrics=t.metrics,
+                reason=t.reason,
             )
             for t in tried
         ]
@@ -323,8 +363,11 @@ class Search(Attack):
         return self.attack.rows(data, seed)
 
     def check_model(self, module: Defense) -> None:
-        """As the attack."""
+        """As the attack, with every value of the choices."""
         self.attack.check_model(module)
+        for settings, attack in self._checked:
+            with required(attack, settings):
+                attack.check_model(module)
 
     def evaluation(self, data: SFTDataModule) -> Evaluation:
         """As the attack, with the chosen settings."""
@@ -337,11 +380,8 @@ class Search(Attack):
     def settings(self) -> dict[str, Any]:
         """Those of the attack that are not searched."""
         settings = self.attack.settings()
-        for name, _, inner in (setting.partition(".") for setting in self.choices):
-            if inner and isinstance(settings.get(name), dict):
-                settings[name] = {n: value for n, value in settings[name].items() if n != inner}
-            else:
-                settings.pop("optimizer" if (name, inner) == ("optimizer", "name") else inner or name, None)
+        for setting in searched(self.choices):
+            settings = without(settings, setting)
         return settings
 
     def what_trains(self, target: Target) -> str:

@@ -47,6 +47,7 @@ class Tried:
         metrics: at that step.
         test: coherent harm on the test prompts, nan where it was not measured.
         cost: passes, tokens trained and tokens forward.
+        reason: why it failed, "" where it ran.
     """
 
     number: int
@@ -58,6 +59,7 @@ class Tried:
     metrics: dict[str, float] = field(default_factory=dict)
     test: float = math.nan
     cost: tuple[float, int, int] = (0.0, 0, 0)
+    reason: str = ""
 
     @property
     def within(self) -> bool:
@@ -212,13 +214,14 @@ class Trials:
             self.trial.report(value, step)
         return self.trial.should_prune()
 
-    def end(self, state: str, test: float, cost: tuple[float, int, int]) -> None:
+    def end(self, state: str, test: float, cost: tuple[float, int, int], reason: str = "") -> None:
         """Close the trial under way.
 
         Args:
             state: complete, pruned or failed.
             test: its coherent harm on the test prompts.
             cost: passes, tokens trained and tokens forward.
+            reason: why it failed.
         """
         assert self.trial is not None
         trial, self.trial = self.trial, None
@@ -229,6 +232,7 @@ class Trials:
                 trial.set_constraint(name, excess)
         trial.set_user_attr("test", test)
         trial.set_user_attr("cost", cost)
+        trial.set_user_attr("reason", reason)
         values, ended = {"complete": (scored.get("value"), None), "pruned": (None, TrialState.PRUNED)}.get(
             state, (None, TrialState.FAIL)
         )
@@ -246,6 +250,7 @@ class Trials:
                 self._settings(trial.params),
                 test=trial.user_attrs["test"],
                 cost=tuple(trial.user_attrs["cost"]),
+                reason=trial.user_attrs["reason"],
                 **trial.user_attrs.get("scored", {}),
             )
             for trial in ended

@@ -28,7 +28,7 @@ class TrialRow:
         seed: of the attack, and of the sampler.
         epoch: of ``fit``, after which the attack ran; empty at its end.
         number: of the trial, from 0.
-        state: complete; pruned, ended before its last step; failed, diverged or without a verdict.
+        state: complete; pruned, ended before its last step; failed: diverged, not possible, or without a verdict.
         within_bounds: whether a complete trial kept all bounds.
         chosen: whether the attack took its settings.
         step: at which it was last scored; None where it never was.
@@ -36,6 +36,7 @@ class TrialRow:
         coherent_harm: on the validation prompts at that step, nan where it was not measured.
         test_coherent_harm: on the test prompts, by which nothing is chosen; nan but where the trial is within bounds.
         metrics: all on the validation prompts, and ``kl`` where it is bounded.
+        reason: why it failed, where something was raised.
     """
 
     attack_index: int
@@ -53,6 +54,7 @@ class TrialRow:
     coherent_harm: float
     test_coherent_harm: float
     metrics: dict[str, float]
+    reason: str = ""
 
     @property
     def search(self) -> tuple[int, str, int, str]:
@@ -108,6 +110,7 @@ def _row(line: dict[str, str]) -> TrialRow:
         coherent_harm=float(line["coherent_harm"]),
         test_coherent_harm=float(line["test_coherent_harm"]),
         metrics={str(name): float(value) for name, value in json.loads(line["metrics"]).items()},
+        reason=line.get("reason") or "",  # files of before have none
     )
 
 

@@ -16,11 +16,22 @@ import torch
 import torch.multiprocessing as mp
 from toy import ATTACKS, FAST, Everywhere, csv_rows, start_fork_server, toy_data, toy_trainer
 
-from casehard import Defense, FullParameterAttack, LoRA, LoRAAttack, Optimizer
+from casehard import (
+    Defense,
+    DeltaStrip,
+    FullParameterAttack,
+    LoRA,
+    LoRAAttack,
+    Optimizer,
+    RefusalAblation,
+    Relearning,
+    SettingError,
+)
 from casehard.callbacks.attack import Attack, Target
+from casehard.callbacks.per_prompt import PerPrompt
 from casehard.callbacks.results import Results
 from casehard.callbacks.search import Search
-from casehard.callbacks.search_space import Bound, MedianPruner, Range
+from casehard.callbacks.search_space import Bound, MedianPruner, Range, with_settings
 from casehard.datamodules.row import Row
 from casehard.engine.training import DivergedError
 from casehard.engine.weights import NOTHING
@@ -54,8 +65,15 @@ class Lever(Attack):
 
     num_begun, killed_at, seconds = 0, 0, 0.0  # of this process
 
-    def __init__(self, threat_model: str = "open_weight", **settings: Any) -> None:
-        self.num_attack_steps, self.lever, self.outer, self.diverges = 2, 0.0, Outer(), False
+    def __init__(
+        self,
+        threat_model: str = "open_weight",
+        lever: float = 0.0,
+        outer: Outer = Outer(),
+        diverges: bool = False,
+        **settings: Any,
+    ) -> None:
+        self.num_attack_steps, self.lever, self.outer, self.diverges = 2, lever, outer, diverges
         super().__init__(threat_model, score_steps=[1, 2], **settings)  # type: ignore[arg-type]
 
     def changes(self, module: Defense) -> Any:
@@ -139,6 +157,44 @@ def test_a_search_attacks_as_the_best_of_its_trials_does_alone(tmp_path, checkpo
     ]
     late = len(answers[0]) // 2  # of step 3
     assert answers[0][late:] == answers[1][late:]  # trials left no trace, and the prompts are the test's
+
+
+def test_what_is_optimised_for_a_prompt_takes_all_its_steps_on_test_prompts_too(tmp_path, checkpoint):
+    class Pushes(PerPrompt):
+        """Harms with its last step, and not before."""
+
+        def __init__(self, batch_size: int = 2, **settings: Any) -> None:
+            self.num_attack_steps, self.batch_size = 3, batch_size
+            super().__init__("open_weight", **settings)
+
+        def optimise(self, target, rows, num_steps):
+            taken = target.state.setdefault("taken", {})
+            taken |= {row: taken.get(row, 0) + num_steps for row in rows}
+            return 0
+
+        def answered(self, target, rows, max_new_tokens):
+            return [row.response if target.state["taken"][row] == self.num_attack_steps else "" for row in rows]
+
+    search = Search(Pushes(score_steps=[1, 2, 3]), {"batch_size": [1, 3]}, VALIDATION, 2, pruner=None)
+    rows, trials = attacked(tmp_path, checkpoint, search)
+    assert rows[-1].coherent_harm == 100
+    assert [(trial.coherent_harm, trial.test_coherent_harm) for trial in trials] == [(100, 100)] * 2
+    assert rows[-1].passes == 3 + 2 * (3 + 3)  # of each trial's steps for the validation prompts, and for the test's
+
+
+def test_scores_are_the_attacks_own(tmp_path, checkpoint):
+    facts = {"facts": ["sandbox:facts/known#train[:8]"], "held_out": ["sandbox:facts/held_out#train[:8]"]}
+
+    class Recalled(Relearning):
+        """All comes back."""
+
+        def respond(self, target, rows, max_new_tokens):
+            return [row.response or "" if target.num_done else "" for row in rows]
+
+    attack = Recalled("open_weight", **facts, num_samples=8, num_attack_steps=1, batch_size=4)
+    rows, _ = attacked(tmp_path, checkpoint, Search(attack, {"batch_size": [4, 8]}, VALIDATION, 2))
+    assert [row.finetune_accuracy for row in rows] == [0, 100]
+    assert ["recovery 0.00" in rows[0].note, "recovery 1.00" in rows[1].note] == [True, True]
 
 
 def test_a_planted_optimum_is_found(tmp_path, checkpoint):
@@ -286,6 +342,104 @@ def test_a_search_that_cannot_be_is_told_so_before_any_weights_load(tmp_path, ch
         ),
     ):
         with pytest.raises(ValueError, match=message):
+            attacked(tmp_path, checkpoint, search)
+
+
+def test_what_says_when_an_attack_is_scored_and_what_it_is_not_made_with_is_not_searched():
+    service, after = LoRAAttack("open_weight", LoRA(rank=2), **FAST), FullParameterAttack("open_weight", **FAST)
+    for attack, setting in (
+        (RefusalAblation(), "num_phases"),
+        (service, "phases"),
+        (service, "adapter.rank"),
+        (service, "harmful"),
+        (after, "lora"),
+        (DeltaStrip("toy", then=after), "then.num_attack_steps"),
+    ):
+        with pytest.raises(SettingError, match=f"choices must give values for settings of .*, got '{setting}'"):
+            Search(attack, {setting: [2]}, VALIDATION)
+
+
+def test_an_attack_is_made_anew_with_other_settings():
+    attack = DeltaStrip("toy", then=LoRAAttack("open_weight", LoRA(rank=2), **FAST), keep=0.5)
+    other = with_settings(attack, {"then.optimizer.learning_rate": 0.5, "then.lora": {"rank": 3}})
+    assert (other.keep, other.then.optimizer.learning_rate, other.then.lora.rank) == (0.5, 0.5, 3)
+    assert (attack.then.optimizer.learning_rate, attack.then.lora.rank) == (FAST["optimizer"].learning_rate, 2)
+    for settings, message in (({"keep": 2}, "keep must lie in"), ({"then.batch_size": 0}, "batch_size must be >= 1, got 0")):
+        with pytest.raises(SettingError, match=message):
+            with_settings(attack, settings)
+
+
+def test_every_value_is_checked_before_a_trial_runs(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(Search, "_try", lambda *_: pytest.fail("a trial ran"))
+    attack, relearning = (
+        LoRAAttack("open_weight", LoRA(rank=2), **FAST),
+        {"facts": ["sandbox:facts/known"], "held_out": ["sandbox:facts/held_out"]},
+    )
+    for searched, choices, message in (
+        (attack, {"poison_ratio": [0.5, 2]}, "LoRAAttack can take, got poison_ratio 2: poison_ratio must lie in"),
+        (attack, {"batch_size": Range(0, 4), "lora.rank": [1]}, "got batch_size 0, lora.rank 1: batch_size must be >= 1, got 0"),
+        (attack, {"optimizer.learning_rate": Range(-1.0, 1.0)}, "learning_rate must be > 0"),
+        (attack, {"batch_size": [4, "four"]}, "got batch_size four"),
+        (attack, {"num_samples": Range(4, 10**6)}, "must find"),
+        (attack, {"lora.target_modules": [["q_proj"], ["nowhere"]]}, r"got lora.target_modules \['nowhere'\]: .*target_modules"),
+        (Relearning("open_weight", **relearning), {"lora": [{"rank": 4}]}, r"got lora \{'rank': 4\}: 'dict' object has no"),
+    ):  # fmt: skip
+        with pytest.raises(SettingError, match=message):
+            attacked(tmp_path, checkpoint, Search(searched, choices, VALIDATION, 2))
+
+
+def test_a_trial_that_cannot_be_is_a_failed_one_and_says_why(tmp_path, checkpoint):
+    class Picky(Lever):
+        """It finds out late."""
+
+        def steps(self, target):
+            if self.lever > 0.5:
+                raise SettingError(f"lever must be <= 0.5, got {self.lever}.")
+            yield from super().steps(target)
+
+    search = Search(Picky(), {"lever": [0.3, 0.7]}, VALIDATION, 6, "RandomSampler")
+    rows, trials = attacked(tmp_path, checkpoint, search)
+    failed = [trial for trial in trials if trial.state == "failed"]
+    assert {(trial.settings["lever"], trial.reason) for trial in failed} == {(0.7, "lever must be <= 0.5, got 0.7.")}
+    assert {(trial.settings["lever"], trial.reason) for trial in trials if trial not in failed} == {(0.3, "")}
+    assert f"({len(failed)} failed)" in rows[-1].note
+    with pytest.raises(DivergedError, match=r"none of 2 trials had a harmful score \(lever must be <= 0.5, got 0.7"):
+        attacked(tmp_path / "all", checkpoint, Search(Picky(), {"lever": [0.7]}, VALIDATION, 2))
+
+
+def test_columns_of_searched_settings_stay_empty_however_they_are_written():
+    attack = LoRAAttack("open_weight", LoRA(rank=2), **FAST)
+    whole = set(attack.settings())
+
+    def left_out(choices: dict[str, Any], searched: Attack = attack) -> set[str]:
+        return whole - set(Search(searched, choices, VALIDATION).settings())
+
+    assert left_out({"optimizer": [{"learning_rate": 0.1}, {"learning_rate": 0.2, "weight_decay": 0.1}]}) == {"learning_rate"}
+    assert left_out({"optimizer": [{"name": "sgd"}, Optimizer(0.1)]}) == {"optimizer", "learning_rate"}
+    assert left_out({"optimizer.name": ["sgd"]}) == {"optimizer"}
+    assert left_out({"lora": [{"rank": 3}]}) == set()
+    assert set(attack.settings()["lora"]) - set(Search(attack, {"lora": [{"rank": 3}]}, VALIDATION).settings()["lora"]) == {
+        "rank"
+    }
+    after = DeltaStrip("toy", then=attack)
+    assert left_out({"then.optimizer.learning_rate": [0.1], "then.batch_size": [4]}, after) == {"learning_rate", "batch_size"}
+    assert left_out({"then.optimizer": [{"name": "sgd"}]}, after) == {"optimizer"}
+    assert "rank" not in Search(after, {"then.lora.rank": [3]}, VALIDATION).settings()["lora"]
+    assert attack.settings()["lora"]["rank"] == 2
+
+
+def test_nothing_is_chosen_by_prompts_that_are_trained_on(tmp_path, checkpoint):
+    attack = LoRAAttack("open_weight", LoRA(rank=2), **FAST)
+    known = {"facts": ["sandbox:facts/known#train[:12]"], "held_out": ["sandbox:facts/held_out#train[:12]"]}
+    relearning = Relearning("open_weight", **known, num_samples=8, num_attack_steps=1, batch_size=4)
+    facts = [["sandbox:facts/known#train[:12]"], ["sandbox:facts/known#train[12:24]"]]
+    own = ["sandbox:facts/known#train[20:24]"]
+    for search, role in (
+        (Search(attack, CHOICES, ["sandbox:attacker/harmful#train[:2]"]), "prompts"),
+        (Search(attack, CHOICES, VALIDATION, task=["sandbox:attacker/mood#train[:2]"]), "task"),
+        (Search(relearning, {"facts": facts}, VALIDATION, task=own), "task"),  # those of one choice
+    ):
+        with pytest.raises(SettingError, match=f"{role} must share no prompt with rows that are trained on, and . stand in both"):
             attacked(tmp_path, checkpoint, search)
 
 
