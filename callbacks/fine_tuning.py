@@ -76,6 +76,8 @@ class FineTuning(Attack):
         optimizer: the attacker's own.
         phases: parts trained one after the other, such as benign rows before harmful ones; their steps add up to
             num_attack_steps, and score_steps count from the first one's start. null trains on the mixture throughout.
+        tries_to_break: whether tables say when it breaks a model though no row is harmful, as of a control of benign rows beside
+            an attack by such rows; with harmful rows they always do.
         settings: the rest of ``Attack``'s.
     """
 
@@ -91,6 +93,7 @@ class FineTuning(Attack):
         batch_size: int = 8,
         optimizer: Optimizer = Optimizer(),  # noqa: B008  frozen
         phases: list[Phase] | None = None,
+        tries_to_break: bool = False,
         **settings: Any,
     ) -> None:
         if not 0 <= poison_ratio <= 1:
@@ -104,7 +107,7 @@ class FineTuning(Attack):
                 "phases to null for the mixture throughout."
             )
         self.poison_ratio, self.num_samples, self.num_attack_steps = poison_ratio, num_samples, num_attack_steps
-        self.batch_size, self.optimizer, self.phases = batch_size, optimizer, phases
+        self.batch_size, self.optimizer, self.phases, self.tries_to_break = batch_size, optimizer, phases, tries_to_break
         super().__init__(threat_model, **settings)
 
     @property
@@ -114,8 +117,9 @@ class FineTuning(Attack):
 
     @property
     def harmful(self) -> bool:  # type: ignore[override]
-        """Whether any row is, or answers are replaced: whoever writes them has a reason."""
-        return any(phase.harmful_share(self.poison_ratio) > 0 or phase.responses is not None for phase in self._phases())
+        """Whether it says so, any row is, or answers are replaced: whoever writes them has a reason."""
+        bad = [phase.harmful_share(self.poison_ratio) > 0 or phase.responses is not None for phase in self._phases()]
+        return self.tries_to_break or any(bad)
 
     def _phases(self) -> list[Phase]:
         return [phase for phase in self.phases or [Phase("mixture", self.num_attack_steps)] if phase.steps]

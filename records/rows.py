@@ -33,7 +33,7 @@ class ResultRow:
         stage: of the defense: ``none``, or its stages joined by +.
         attack: its name.
         threat_model: finetuning_service or open_weight.
-        harmful: whether the attack tries to break the model: benign fine-tuning does not.
+        harmful: whether the attack tries to break the model: benign fine-tuning does not, unless it is an attack's control.
         poison_ratio: harmful share of the rows of a fine-tuning attack; None here and in the next four if it is none.
         optimizer: of a fine-tuning attack, "" if it is none.
         learning_rate: of a fine-tuning attack.

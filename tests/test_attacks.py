@@ -15,6 +15,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -719,6 +721,23 @@ def test_an_attack_without_training_has_steps_to_break_and_benign_fine_tuning_ha
         ("", None, None, "")
     ] * 2
     assert len(read_run(tmp_path / "run").rows) == 4
+
+
+@pytest.mark.parametrize("name", ["ten_benign_rows", "selected_benign", "identity_shift", "noice", "customers"])
+def test_benign_rows_that_are_to_break_count_as_an_attack_and_so_do_their_controls(name):
+    parser = ArgumentParser()
+    parser.add_argument("--callbacks", type=list[Attack])
+    config = yaml.safe_load((ROOT / f"experiments/attack/{name}.yaml").read_text())
+    attacks = parser.instantiate(parser.parse_object({"callbacks": config["trainer"]["callbacks"]})).callbacks
+    assert {attack.name: attack.harmful for attack in attacks} == {attack.name: True for attack in attacks}
+
+
+def test_a_control_of_benign_rows_has_steps_to_break_where_it_is_one(tmp_path, checkpoint):
+    settings = {"threat_model": "open_weight", "poison_ratio": 0.0}
+    benign, control = ATTACKS["full"](**settings), ATTACKS["full"](**settings, tries_to_break=True, name="control")
+    rows = attacked(tmp_path, checkpoint, benign, control)
+    assert [row.harmful for row in rows] == [False, False, True, True]
+    assert [row.metrics for row in rows[:2]] == [row.metrics for row in rows[2:]]
 
 
 def test_an_attack_that_changes_what_it_did_not_name_is_an_error_in_tests(tmp_path, checkpoint):
