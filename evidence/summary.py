@@ -217,17 +217,24 @@ def collect(folders: Iterable[str | Path]) -> list[Series]:
         if not row.epoch  # an attack in the middle of training
     ]
     several = len({entry.row.judge for entry, _, _ in entries}) > 1
-    names = _names([entry.row for entry, _, attack in entries if not attack])
-    attacks_of: dict[str, set[str]] = {}  # of a study's cells: more than one attack, told apart by their own names
+    attacks_of: dict[
+        str, dict[tuple[str, str], str]
+    ] = {}  # by a study's name for them: their keys, and what they call themselves
     for entry, _, attack in entries:
-        attacks_of.setdefault(attack, set()).add(entry.row.attack)
+        attacks_of.setdefault(attack, {})[_key(entry.row)] = entry.row.attack
+    several_in = {attack for attack, own in attacks_of.items() if len(own) > 1}
+    names = _names([entry.row for entry, _, attack in entries if not attack or attack in several_in])
+    both = {(entry.folder, entry.row.attack_index) for entry, _, _ in entries if not entry.row.undefended}
     series: dict[tuple[str, str, str], Series] = {}
     reached: dict[tuple[str, str], Entry] = {}
     for entry, defense, attack in entries:
         row = entry.row
         called = attack or names[_key(row)]
-        called += f": {row.attack}" if attack and len(attacks_of[attack]) > 1 else ""
-        labels = called + (f" ({row.judge})" if several else ""), defense or row.label
+        if attack in several_in and attack:  # told apart by their own names, and where these are alike by more
+            alone = list(attacks_of[attack].values()).count(row.attack) == 1
+            called += f": {row.attack if alone else names[_key(row)]}"
+        beside = row.undefended and (entry.folder, row.attack_index) in both  # the baseline of a defense that has a study's name
+        labels = called + (f" ({row.judge})" if several else ""), UNDEFENDED if beside else defense or row.label
         known = reached.setdefault((row.threat_model, labels[0]), entry)
         if _reach_apart(known.row, row):
             raise SettingError(

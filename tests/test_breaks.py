@@ -1,15 +1,19 @@
 """What it costs to break a defense, on rows worked out by hand."""
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from test_report import ROW, Silent, record
 from test_results import replace
+from toy import mark
 
 from casehard.callbacks.results import Results
 from casehard.evidence.breaks import cheapest, in_words
 from casehard.evidence.report import write_report
+from casehard.evidence.study_plan import Cell
 from casehard.evidence.summary import collect
 
 
@@ -94,3 +98,19 @@ def test_controls_without_tampering_are_no_attacks(tmp_path):
     record(tmp_path / "prefill", replace(ROW, attack="Prefill", passes=0.0, tokens_trained=0, tokens_forward=0), {0: 20})
     broken(tmp_path / "slow", "Slow", {0: (0, 0, 0), 9: (9, 900, 0)})
     assert [b.member.attack.split(",")[0] for b in cheapest(collect(tmp_path.iterdir()))["SBR"]] == ["Slow"]
+
+
+def test_a_cell_of_several_attacks_and_its_baseline_are_told_apart(tmp_path):
+    folder = tmp_path / "study/sbr-customers-seed0-0"
+    results = Results(str(folder), generations=False)
+    for number, (attack, rate) in enumerate((("Plain", 1e-3), ("Plain", 1e-2), ("Backdoor", 1e-3))):
+        for defense, stage in (("none", "none"), ("SBR", "finetuning")):
+            for step in (0, 9):
+                row = replace(ROW, attack=attack, learning_rate=rate, attack_index=number, defense=defense, stage=stage)
+                results.record(Silent, replace(row, num_attack_steps=step, harmful_score=10.0 * number), [])
+    mark(folder, config="c")
+    cell = Cell("cell", "SBR at 50", "customers", 0, [], str(folder), "c")
+    (tmp_path / "study/cells.json").write_text(json.dumps([asdict(cell)]))
+    found = {(series.attack, series.defense): series.mean("harmful_score", 9) for series in collect([tmp_path / "study"])}
+    names = ("customers: Plain, adamw 0.001, poison 0.1", "customers: Plain, adamw 0.01, poison 0.1", "customers: Backdoor")
+    assert found == {(name, defense): 10.0 * n for n, name in enumerate(names) for defense in ("undefended", "SBR at 50")}
