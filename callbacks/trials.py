@@ -211,7 +211,8 @@ class Trials:
         self.trial.set_user_attr("scored", {"step": step, "value": value, "excess": excess, "metrics": metrics})
         known = self.study.get_trials(False)[self.trial.number].intermediate_values  # by a process that was killed
         if not math.isnan(value) and step not in known:
-            self.trial.report(value, step)
+            within = max(excess.values(), default=0.0) <= 0
+            self.trial.report(value if within else 0.0, step)  # what breaks a bound does not prune what keeps it
         return self.trial.should_prune()
 
     def end(self, state: str, test: float, cost: tuple[float, int, int], reason: str = "") -> None:

@@ -288,6 +288,15 @@ def test_trials_that_fall_behind_are_pruned_and_counted(tmp_path, checkpoint):
     assert {trial.state for trial in unpruned} == {"complete"}
 
 
+def test_a_trial_beyond_bounds_prunes_none_that_keeps_them(tmp_path, checkpoint):
+    choices = {"lever": [0.55, 0.0]}  # the first harms more, and ruins the task
+    bounds = {"finetune_accuracy": Bound(low=80), "degenerate_rate": Bound(high=100)}
+    settings = {"choices": choices, "bounds": bounds, "sampler": "RandomSampler", "pruner": MedianPruner(1)}
+    _, trials = attacked(tmp_path, checkpoint, lever(8, **settings))
+    assert {trial.settings["lever"] for trial in trials} == {0.55, 0.0}
+    assert all(trial.state == "complete" for trial in trials if trial.settings["lever"] == 0.0)
+
+
 def test_trials_that_diverge_are_kept_and_it_is_said_when_all_do(tmp_path, checkpoint):
     rows, trials = attacked(tmp_path, checkpoint, lever(6, choices={"diverges": [False, True]}, sampler="RandomSampler"))
     failed = [trial for trial in trials if trial.state == "failed"]
