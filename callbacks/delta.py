@@ -9,8 +9,8 @@ from typing import Any
 from casehard.callbacks.attack import Attack, Target, ThreatModel
 from casehard.callbacks.fine_tuning import FineTuning, FullParameterAttack, LoRAAttack
 from casehard.datamodules.sft import SFTDataModule
-from casehard.engine.adapters import fold_adapters
-from casehard.engine.low_rank import Cliff, plain_names, strip
+from casehard.engine.adapters import fold_adapters, plain_names
+from casehard.engine.low_rank import Cliff, strip
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics.errors import SettingError
 

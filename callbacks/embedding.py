@@ -7,7 +7,7 @@ from torch import Tensor
 
 from casehard.callbacks.attack import Attack, Target, ThreatModel
 from casehard.callbacks.per_prompt import PerPrompt
-from casehard.datamodules.chat import IGNORED, collate, suffixed_ids, text_ids
+from casehard.datamodules.chat import suffixed_ids, text_ids
 from casehard.datamodules.row import Row
 from casehard.engine.soft_tokens import sign_descent, soft_tokens, table_shape
 from casehard.lightning_modules.defense import Defense
@@ -86,9 +86,8 @@ class EmbeddingAttack(PerPrompt):
 
     def optimise(self, target: Target, rows: list[Row], num_steps: int) -> int:
         """As many steps of descent; what is added to the soft tokens of a row, ``[num_tokens, dim]``, stays in the state."""
-        module, answer = target.module, text_ids(self.target_text, target.module.tokenizer)
-        examples = [{"input_ids": p + answer, "labels": [IGNORED] * len(p) + answer} for p in self.prompts(module, rows)]
-        batch = module.placed(collate(examples, module.tokenizer.pad_token_id, "right"))
+        module = target.module
+        batch, num_tokens = self.aimed(module, self.prompts(module, rows))
 
         def loss(added: Tensor) -> Tensor:
             with module.forward_context(), soft_tokens(module.model, self.start(module, len(added)), added):
@@ -97,4 +96,4 @@ class EmbeddingAttack(PerPrompt):
         zeros, kept = torch.zeros(self.num_tokens, table_shape(module.model)[1]), target.state.setdefault("added", {})
         known = torch.cat([kept.get(row, zeros.to(module.device)) for row in rows])
         kept |= zip(rows, sign_descent(loss, known, num_steps, self.learning_rate).split(self.num_tokens), strict=True)
-        return num_steps * sum(len(example["input_ids"]) for example in examples)
+        return num_steps * num_tokens

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from casehard.callbacks.attack import Target, ThreatModel
 from casehard.callbacks.per_prompt import PerPrompt
-from casehard.datamodules.chat import IGNORED, collate, prompt_ids, text_ids
+from casehard.datamodules.chat import prompt_ids
 from casehard.datamodules.row import Row
 from casehard.engine.anatomy import decoder_layers
 from casehard.engine.latent import Norm, ball_descent, perturbed
@@ -93,10 +93,9 @@ class LatentAttack(PerPrompt):
 
     def optimise(self, target: Target, rows: list[Row], num_steps: int) -> int:
         """As many steps of descent; the deltas of a row, ``[layers, tokens, dim]``, stay in the state."""
-        module, answer = target.module, text_ids(self.target_text, target.module.tokenizer)
+        module = target.module
         (prompts, tokens), layers = self.marked(module, rows), self.chosen(module)
-        examples = [{"input_ids": p + answer, "labels": [IGNORED] * len(p) + answer} for p in prompts]
-        batch = module.placed(collate(examples, module.tokenizer.pad_token_id, "right"))
+        batch, num_tokens = self.aimed(module, prompts)
         shapes = [(len(layers), len(prompt), table_shape(module.model)[1]) for prompt in prompts]
 
         def gradient(deltas: Tensor) -> Tensor:
@@ -110,4 +109,4 @@ class LatentAttack(PerPrompt):
         known = [kept.get(row, torch.zeros(shape, device=module.device)) for row, shape in zip(rows, shapes, strict=True)]
         found = ball_descent(gradient, torch.cat(known, dim=1), num_steps, self.radius, self.step_ratio, self.norm)
         kept |= zip(rows, found.split([len(prompt) for prompt in prompts], dim=1), strict=True)
-        return num_steps * sum(len(example["input_ids"]) for example in examples)
+        return num_steps * num_tokens

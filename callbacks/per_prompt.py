@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 from casehard.callbacks.attack import Attack, Target
+from casehard.datamodules.batches import Batch
+from casehard.datamodules.chat import IGNORED, collate, text_ids
 from casehard.datamodules.row import Row
 from casehard.engine.sharding import max_over_ranks
 from casehard.engine.weights import NOTHING, Changes
@@ -15,10 +17,12 @@ class PerPrompt(Attack):
     It is scored at step 0 without; benign prompts and tasks stay plain. What is optimised goes on from scoring to scoring, so
     that an attack takes ``num_attack_steps`` steps in all for every prompt. ``wall_seconds`` do not count them.
 
-    A subclass sets ``batch_size``, prompts of a pass, and overrides ``optimise`` and ``answered``.
+    A subclass sets ``batch_size``, prompts of a pass, and ``target_text``, the beginning of an answer that complies. It overrides
+    ``optimise`` and ``answered``.
     """
 
     batch_size: int
+    target_text: str
 
     def changes(self, module: Defense) -> Changes:
         """No parameter."""
@@ -31,6 +35,13 @@ class PerPrompt(Attack):
             Tokens that went forward and backward.
         """
         raise NotImplementedError(f"{type(self).__name__} must override optimise.")
+
+    def aimed(self, module: Defense, prompts: list[list[int]]) -> tuple[Batch, int]:
+        """Prompts with ``target_text`` as their answer, as a batch, and how many tokens these have."""
+        answer = text_ids(self.target_text, module.tokenizer)
+        examples = [{"input_ids": p + answer, "labels": [IGNORED] * len(p) + answer} for p in prompts]
+        batch = module.placed(collate(examples, module.tokenizer.pad_token_id, "right"))
+        return batch, sum(len(example["input_ids"]) for example in examples)
 
     def answered(self, target: Target, rows: list[Row], max_new_tokens: int) -> list[str]:
         """Answers to the prompts of ``rows``, with what was optimised in place."""

@@ -11,7 +11,7 @@ from casehard.datamodules.chat import IGNORED, collate
 from casehard.datamodules.mixing import mix
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
-from casehard.engine.adapters import trainable
+from casehard.engine.adapters import plain_names, trainable
 from casehard.engine.anatomy import decoder_layers
 from casehard.engine.gradients import cosine, norm, summed, unit
 from casehard.engine.weights import Weights
@@ -115,5 +115,5 @@ class SelectedBenign(LoRAAttack):
 def last_layer(module: Defense) -> list[str]:
     """Names of the parameters of the last decoder layer."""
     own = {id(p) for p in decoder_layers(module.model)[-1].parameters()}
-    names = [name for name, p in module.model.named_parameters() if id(p) in own and "lora_" not in name]
-    return [name.replace(".base_layer", "") for name in names]
+    plain = plain_names(module.model)
+    return [plain[name] for name, p in module.model.named_parameters() if id(p) in own and name in plain]

@@ -327,13 +327,19 @@ def temporary_adapter(model: PreTrainedModel, settings: LoRA, name: str = "attac
         _unwrap(model)
 
 
+def plain_names(model: nn.Module) -> dict[str, str]:
+    """By the name of every parameter but an adapter's: its name in a model without adapters."""
+    return {name: name.replace(".base_layer", "") for name, _ in model.named_parameters() if "lora_" not in name}
+
+
 def named(model: PreTrainedModel, patterns: list[str]) -> dict[str, nn.Parameter]:
     """The parameters of the model, adapters left out, whose names match one of ``patterns``.
 
     Raises:
         SettingError: a pattern that no name matches.
     """
-    parameters = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}
+    plain = plain_names(model)
+    parameters = {plain[name]: p for name, p in model.named_parameters() if name in plain}
     if unknown := [pattern for pattern in patterns if not fnmatch.filter(parameters, pattern)]:
         raise SettingError(
             f"train_only must match names of the model's parameters, and {', '.join(map(repr, unknown))} matches none. "

@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from casehard.engine.anatomy import decoder_layers
 from casehard.engine.outputs import changed_outputs
-from casehard.engine.soft_tokens import table_shape
+from casehard.engine.soft_tokens import standing_for
 
 Norm = Literal["l2", "linf"]
 INSIDE = 1 - 1e-6  # of the radius, so that no rounding is outside
@@ -30,25 +30,11 @@ def perturbed(model: PreTrainedModel, layers: Sequence[int], tokens: Tensor, del
         tokens: ids of the vocabulary, ``[num]``.
         deltas: ``[layers, num, dim]``, cast to the states' dtype.
     """
-    size, index = table_shape(model)[0], torch.empty(0)
-
-    def read(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        nonlocal index
-        index = args[0] - size
-        return (torch.where(index < 0, args[0], tokens[index.clamp(min=0)]),)
-
-    def move(number: int, states: Tensor) -> Tensor:
-        return torch.where(
-            index[..., None] < 0, states, states + F.embedding(index.clamp(min=0), deltas[number]).to(states.dtype)
-        )
-
     every = decoder_layers(model)
-    handle = model.get_input_embeddings().register_forward_pre_hook(read)
-    try:
-        with changed_outputs(model, [every[layer] for layer in layers], move):
+    with standing_for(model, tokens) as seen:
+        moved = [every[layer] for layer in layers]
+        with changed_outputs(model, moved, lambda number, states: seen.moved(states, deltas[number])):
             yield
-    finally:
-        handle.remove()
 
 
 def projected(deltas: Tensor, radius: float, norm: Norm) -> Tensor:

@@ -38,11 +38,6 @@ def without_top(matrix: Tensor, rank: int) -> Tensor:
     return (left[..., rank:] * values[..., None, rank:]) @ right[..., rank:, :]
 
 
-def plain_names(model: PreTrainedModel) -> dict[str, str]:
-    """By the name of every parameter but an adapter's: its name in a model without adapters."""
-    return {name: name.replace(".base_layer", "") for name, _ in model.named_parameters() if "lora_" not in name}
-
-
 def strip(model: PreTrainedModel, base: Weights, keeps: Mapping[str, float], remove_rank: int, spectrum: bool) -> list[Cliff]:
     """Edit, in place, every parameter: ``base + keep * (delta without its largest singular values)``, in float32, cast last.
 

@@ -41,6 +41,36 @@ def marks(model: PreTrainedModel) -> Iterator[Marks]:
         handle.remove()
 
 
+class StandIns:
+    """Where the ids of the last pass stood for others: the number of each, below 0 where it stands for itself."""
+
+    index: Tensor
+
+    def moved(self, states: Tensor, added: Tensor) -> Tensor:
+        """``states`` of the pass, plus ``added[i]`` where the id of number ``i`` stood; ``added`` is ``[num, dim]``."""
+        moved = states + F.embedding(self.index.clamp(min=0), added).to(states.dtype)
+        return torch.where(self.index[..., None] < 0, states, moved)
+
+
+@contextmanager
+def standing_for(model: PreTrainedModel, tokens: Tensor) -> Iterator[StandIns]:
+    """For a block, id ``table_shape(model)[0] + i`` stands for ``tokens[i]``, ``[num]``, in passes and generation alike.
+
+    Rows may be packed, padded and cached in any way.
+    """
+    size, seen = table_shape(model)[0], StandIns()
+
+    def read(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        seen.index = args[0] - size
+        return (torch.where(seen.index < 0, args[0], tokens[seen.index.clamp(min=0)]),)
+
+    handle = model.get_input_embeddings().register_forward_pre_hook(read)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 @contextmanager
 def soft_tokens(model: PreTrainedModel, tokens: Tensor, added: Tensor) -> Iterator[None]:
     """For a block, ids from the end of the vocabulary on stand for soft tokens, in passes and generation alike.
@@ -52,22 +82,11 @@ def soft_tokens(model: PreTrainedModel, tokens: Tensor, added: Tensor) -> Iterat
         tokens: ids of the vocabulary, ``[num]``.
         added: ``[num, dim]``, cast to the embeddings' dtype.
     """
-    size, index = table_shape(model)[0], torch.empty(0)
-
-    def replace(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        nonlocal index
-        index = args[0] - size
-        return (torch.where(index < 0, args[0], tokens[index.clamp(min=0)]),)
-
-    def add(_: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
-        return torch.where(index[..., None] < 0, out, out + F.embedding(index.clamp(min=0), added).to(out.dtype))
-
-    embedding = model.get_input_embeddings()
-    handles = [embedding.register_forward_pre_hook(replace), embedding.register_forward_hook(add)]
-    try:
-        yield
-    finally:
-        for handle in handles:
+    with standing_for(model, tokens) as seen:
+        handle = model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.moved(out, added))
+        try:
+            yield
+        finally:
             handle.remove()
 
 

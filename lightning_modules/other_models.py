@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from casehard.engine.adapters import plain_names
 from casehard.engine.checkpoint import WEIGHT_FILES, load_model
 from casehard.engine.comparison import distance, logits_of, rounding, some_ids
 from casehard.engine.sharding import broadcast, distribute, shard_of
@@ -159,8 +160,7 @@ def weights_of(defense: Defense, checkpoint: str, setting: str) -> Weights:
 
 def _names_in(defense: Defense, theirs: OtherModel, checkpoint: str, setting: str) -> dict[str, str]:
     """By the name of every parameter here but an adapter's: its name in another model, which must be of this architecture."""
-    own = {name: p.shape for name, p in defense.model.named_parameters() if "lora_" not in name}
-    plain = {name: name.replace(".base_layer", "") for name in own}
+    plain, own = plain_names(defense.model), {name: p.shape for name, p in defense.model.named_parameters()}
     shapes = {(name, w.shape) for name, w in theirs.parameters.items()}
     _require_same_shapes({(key, own[name]) for name, key in plain.items()}, shapes, checkpoint, setting)
     return plain
