@@ -209,10 +209,11 @@ class Trials:
         """Note what the trial under way scored at a step; returns whether it is to be pruned."""
         assert self.trial is not None
         self.trial.set_user_attr("scored", {"step": step, "value": value, "excess": excess, "metrics": metrics})
+        if math.isnan(value) or max(excess.values(), default=0.0) > 0:
+            return False  # it may keep the bounds further on; and it prunes none of those that keep them
         known = self.study.get_trials(False)[self.trial.number].intermediate_values  # by a process that was killed
-        if not math.isnan(value) and step not in known:
-            within = max(excess.values(), default=0.0) <= 0
-            self.trial.report(value if within else 0.0, step)  # what breaks a bound does not prune what keeps it
+        if step not in known:
+            self.trial.report(value, step)
         return self.trial.should_prune()
 
     def end(self, state: str, test: float, cost: tuple[float, int, int], reason: str = "") -> None:

@@ -297,6 +297,28 @@ def test_a_trial_beyond_bounds_prunes_none_that_keeps_them(tmp_path, checkpoint)
     assert all(trial.state == "complete" for trial in trials if trial.settings["lever"] == 0.0)
 
 
+def test_a_trial_beyond_bounds_early_on_is_not_pruned_for_that(tmp_path, checkpoint):
+    class Recovers(Lever):
+        """Ruins the task at its first step, where its lever stands best, and not at its last."""
+
+        def steps(self, target):
+            for self.at in super().steps(target):
+                yield self.at
+
+        def respond(self, target, rows, max_new_tokens):
+            ruined = self.lever == 0.3 and self.at == 1 and rows == target.data.rows["task"][: len(rows)]
+            return ["" for _ in rows] if ruined else super().respond(target, rows, max_new_tokens)
+
+    settings = {"num_trials": 8, "bounds": {"finetune_accuracy": Bound(low=80)}, "sampler": "RandomSampler", "task": TASK}
+    search = Search(
+        Recovers(), {"lever": [0.0, 0.3]}, ["sandbox:validation/harmful#train[:20]"], pruner=MedianPruner(1), **settings
+    )
+    _, trials = attacked(tmp_path, checkpoint, search)
+    assert {trial.settings["lever"] for trial in trials} == {0.0, 0.3}
+    assert all(trial.state == "complete" and trial.within_bounds for trial in trials if trial.settings["lever"] == 0.3)
+    assert next(trial.settings["lever"] for trial in trials if trial.chosen) == 0.3
+
+
 def test_trials_that_diverge_are_kept_and_it_is_said_when_all_do(tmp_path, checkpoint):
     rows, trials = attacked(tmp_path, checkpoint, lever(6, choices={"diverges": [False, True]}, sampler="RandomSampler"))
     failed = [trial for trial in trials if trial.state == "failed"]
