@@ -4,8 +4,9 @@ import base64
 import csv
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -198,26 +199,26 @@ def _section(
     harmful = [member for member in series if member.harmful]
     useful = plots.usefulness(series, metrics)
     searches = {id(member): trials for member in series if (trials := trials_of(member))}
-    drawn = [
-        *([("steps_to_break", plots.breaking(harmful, style), first_step)] if harmful else []),
+    drawn: list[tuple[str, Callable[[], Figure], str]] = [
+        *([("steps_to_break", partial(plots.breaking, harmful, style), first_step)] if harmful else []),
         *(
-            (f"curves-{slug(attack)}", plots.curves([members], style), f"{attack}. {by_step}")
+            (f"curves-{slug(attack)}", partial(plots.curves, [members], style), f"{attack}. {by_step}")
             for attack, members in attacks.items()
         ),
         *(
-            (f"search-{slug(attack)}", plots.best_so_far(bands, style), f"{attack}. {BEST_SO_FAR}.")
+            (f"search-{slug(attack)}", partial(plots.best_so_far, bands, style), f"{attack}. {BEST_SO_FAR}.")
             for attack, members in attacks.items()
             if (bands := {m.defense: band_of(searches[id(m)]) for m in members if id(m) in searches})
         ),
-        ("heat_map", plots.heat_map(series), f"Harmful score at the end of each attack, mean over seeds. {hatched}"),
+        ("heat_map", partial(plots.heat_map, series), f"Harmful score at the end of each attack, mean over seeds. {hatched}"),
     ]
     if useful is not None:
         caption = f"Safety against utility at the end, a mark for every attack and seed. {hollow}"
-        drawn.append(("trade_off", plots.trade_off(series, style, useful), caption))
+        drawn.append(("trade_off", partial(plots.trade_off, series, style, useful), caption))
     names = _distinct([f"{slug(threat)}-{name[:80]}" for name, _, _ in drawn])  # two attacks' may read alike as a file's
     pictures = [
-        _picture(folder / f"{name}.png", figure, clean(caption), title)
-        for name, (_, figure, caption) in zip(names, drawn, strict=True)
+        _picture(folder / f"{name}.png", draw(), clean(caption), title)  # one at a time: matplotlib keeps what is open
+        for name, (_, draw, caption) in zip(names, drawn, strict=True)
     ]
     return {
         "id": slug(threat),

@@ -159,6 +159,12 @@ def test_long_names_fold_in_the_table_that_ends_a_study(study, capsys, monkeypat
     assert "".join(lines).count("d") >= 60 * len(found)
 
 
+def test_pictures_are_drawn_one_at_a_time(study, tmp_path, monkeypatch):
+    monkeypatch.setitem(plt.rcParams, "figure.max_open_warning", 1)  # warns where a second is opened: an error here
+    write_report([str(study)], str(tmp_path / "page"), "A study")
+    assert len(list((tmp_path / "page").glob("*.png"))) > 1
+
+
 def test_page_is_whole_in_one_file_and_every_number_leads_to_a_config(study, tmp_path):
     page = Page(write_report([str(study)], str(tmp_path / "report"), "A study"))
     assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
