@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from casehard.datamodules.chat import IGNORED, collate, encode, prompt_ids
@@ -154,15 +155,16 @@ class Held:
     Args:
         settings: of the optimizer.
         state: of the job; moments by parameter name, by shard, and the number of steps taken.
+        num_steps: over which its schedule goes.
     """
 
-    def __init__(self, settings: Optimizer, state: dict[str, Any]) -> None:
-        self.settings, self.state = settings, state
+    def __init__(self, settings: Optimizer, state: dict[str, Any], num_steps: int) -> None:
+        self.settings, self.state, self.num_steps = settings, state, num_steps
         self.names: list[str] = []
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def step(self, parameters: dict[str, nn.Parameter], gradient: Weights) -> None:
-        """One step on ``gradient``, of those of ``parameters`` that it names."""
+    def step(self, parameters: dict[str, nn.Parameter], gradient: Weights, number: int) -> None:
+        """Step ``number`` (from 0) on ``gradient``, of those of ``parameters`` that it names."""
         if self.optimizer is None or self.names != list(gradient):
             self._build(parameters, list(gradient))
         assert self.optimizer is not None
@@ -171,6 +173,8 @@ class Held:
             p.grad = like_parameter(p, gradient[name])
         if self.settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(held, self.settings.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * self.factor(number)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state[TAKEN] += 1
@@ -183,7 +187,9 @@ class Held:
     def _build(self, parameters: dict[str, nn.Parameter], names: list[str]) -> None:
         """The optimizer over parameters of these names; it goes on where its memory is of the same ones."""
         self.names = names
-        self.optimizer, _ = self.settings.build([parameters[name] for name in names], 1)
+        self.optimizer, schedule = self.settings.build([parameters[name] for name in names], self.num_steps)
+        assert isinstance(schedule, LambdaLR)
+        (self.factor,) = schedule.lr_lambdas  # by the step's number alone, so that a resumed job needs no more
         memory = {moment: self.state[f"anchor_{moment}"] for moment in MOMENTS if f"anchor_{moment}" in self.state}
         if not memory or any(set(weights) != set(names) for weights in memory.values()):
             self.state[TAKEN] = 0

@@ -570,6 +570,7 @@ class Defense(L.LightningModule):
         self.training_state_intact = True
         if self.running is not None:
             self.running.rows = lambda: self.data.training_rows()
+            self.running.num_steps = int(self.trainer.estimated_stepping_batches)
             if self.saved_job is None:
                 self.running.begin()
             else:

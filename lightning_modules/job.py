@@ -22,8 +22,8 @@ class Job:
     ``after_step``. A resumed ``fit`` calls ``freeze``, not ``begin``, and goes on.
 
     What a job remembers belongs into ``state``, not to the defense: an attack in the middle of ``fit`` runs another job on the
-    same defense. Settings are the defense's, ``self.defense.weight``. ``rows()`` are what the customer has handed in, as the service
-    sees them. Passes beside that of the loss are counted by ``spend``.
+    same defense. Settings are the defense's, ``self.defense.weight``. ``rows()`` are what the customer has handed in, as the
+    service sees them, and ``num_steps`` is how long it trains. Passes beside that of the loss are counted by ``spend``.
 
     Args:
         defense: whose model is trained. It is at the weights where the job starts.
@@ -36,6 +36,7 @@ class Job:
         ] = {}  # tensors, Weights and numbers, which a checkpoint of ``fit`` saves and resuming brings back
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
         self.rows: Callable[[], list[Row]] = list  # what the customer has handed in; set before ``begin``, and on resume
+        self.num_steps = 1  # optimizer steps that the job is to take; set before ``begin``, and on resume
         self._spent: tuple[float, Tensor | int] = (0, 0)
 
     def freeze(self) -> None:

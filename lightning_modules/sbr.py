@@ -51,7 +51,7 @@ class SBRModule(Defense):
         anchor_weight: regularisation strength (``lambda`` in the paper), >= 0; 0 is plain SFT. null is 50, the authors' own, and
             must be left where ``anchor_optimizer`` is set.
         anchor_optimizer: takes steps on the drift of their own; null adds the weighted drift to the customer's loss (the
-            paper's). adamw or sgd at a constant learning rate.
+            paper's). adamw or sgd; its schedule is over all of the job's steps.
         anchor_steps: how many of those follow a customer's step, each on the anchors of its own turn, >= 1.
         anchor_answers: hold the states along the anchors' refusals, too, up to the one from which the end token comes: else an
             answer that refuses first and then complies meets no anchor after its refusal.
@@ -97,8 +97,8 @@ class SBRModule(Defense):
         if anchor_steps < 1 or (anchor_steps > 1 and anchor_optimizer is None):
             least = ">= 1" if anchor_optimizer else "1 where anchor_optimizer is null"
             raise SettingError(f"anchor_steps must be {least}, got {anchor_steps}.")
-        if anchor_optimizer is not None:
-            _check_optimizer(anchor_optimizer)
+        if anchor_optimizer is not None and anchor_optimizer.name == "adafactor":
+            raise SettingError("name of anchor_optimizer must be adamw or sgd, got adafactor.")
         if anchors is not None and not anchors:
             raise SettingError(
                 f"anchors must name at least one harmful prompt, got {anchors!r}. "
@@ -175,17 +175,6 @@ class SBRModule(Defense):
         return Anchors([*self.anchor_rows, *in_forms(self.anchor_rows, rows, fits)], self.tokenizer, self.anchor_answers)
 
 
-def _check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse what a job cannot keep up: it does not know when it ends, and keeps one moment a weight at a time."""
-    if optimizer.name == "adafactor":
-        raise SettingError("name of anchor_optimizer must be adamw or sgd, got adafactor.")
-    if optimizer.schedule != "constant" or optimizer.num_warmup_steps:
-        raise SettingError(
-            "schedule of anchor_optimizer must be constant and without warm-up, as a job does not know when it ends, got "
-            f"{optimizer.schedule} and num_warmup_steps {optimizer.num_warmup_steps}."
-        )
-
-
 class SBRJob(Job):
     """A service's fine-tuning under SBR.
 
@@ -255,14 +244,15 @@ class SBRJob(Job):
         for p in self.defense.parameters():
             p.grad = None  # of the customer's step, which is done
         for number in range(step * self.defense.anchor_steps, (step + 1) * self.defense.anchor_steps):
-            self._hold(self.turn(number))
+            self._hold(number)
 
     def turn(self, step: int) -> slice | list[int]:
         """The anchors of this step."""
         return self.anchors.turn(self.defense.anchors_per_step, step)
 
-    def _hold(self, turn: slice | list[int]) -> None:
+    def _hold(self, number: int) -> None:
         """A step on the drift of a turn, of which every process takes its share; of fewer anchors than processes all of them."""
+        turn = self.turn(number)
         defense, every = self.defense, list(range(len(self.anchors)))
         chosen = every[turn] if isinstance(turn, slice) else turn
         rank, num_ranks = share_of(defense.trainer) if trainer_of(defense) is not None else (0, 1)
@@ -280,8 +270,10 @@ class SBRJob(Job):
         begin_step()
         value, gradient = defense.loss_and_gradient(anchors, drift)
         if gradient:
-            self._held = self._held or Held(defense.anchor_optimizer, self.state)  # type: ignore[arg-type]
-            self._held.step(dict(defense.named_parameters()), gradient)
+            assert defense.anchor_optimizer is not None
+            num_steps = self.num_steps * defense.anchor_steps
+            self._held = self._held or Held(defense.anchor_optimizer, self.state, num_steps)
+            self._held.step(dict(defense.named_parameters()), gradient, number)
         self.state["anchor_drift"] = mean_over_ranks(value, defense.row_group)
         self.spend(1, anchors["attention_mask"].sum())
 

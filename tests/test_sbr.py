@@ -235,7 +235,7 @@ def test_taking_references_leaves_modes_and_weights_alone(checkpoint, training):
         {"anchors_per_step": 2, "num_anchors": 3},
         {"lora": LoRA(rank=2), "anchors_per_step": 1},
         {"anchors": None},
-        {"anchor_optimizer": Optimizer(1e-2), "anchors_per_step": 2, "anchor_steps": 2},
+        {"anchor_optimizer": Optimizer(1e-2, schedule="linear"), "anchors_per_step": 2, "anchor_steps": 2},
         {"anchor_optimizer": Optimizer(1e-2, "sgd"), "anchors_per_step": 2, "lora": LoRA(rank=2)},
         {
             "anchor_optimizer": Optimizer(1e-2),
