@@ -62,7 +62,7 @@ def main(
 
         times = paired(step(Plain(module.sft_loss)), step(job), num_pairs, num_warmup, f"{number} anchors")
         real = [int(batches(i)["attention_mask"].sum()) for i in range(num_warmup, num_warmup + num_pairs)]
-        least = [1 + int(module.anchor_mask.sum()) / tokens for tokens in real]
+        least = [1 + int(module.plain_anchors.mask.sum()) / tokens for tokens in real]
         ratios = [sbr / sft for sft, sbr in times]
         columns = [
             spread((1000 * sft for sft, _ in times), ".0f"),

@@ -269,7 +269,7 @@ def main(
         module.model.zero_grad()
         handed_on.update({name: getattr(module, name) for name in ("model", "empty_model") if hasattr(module, name)})
         if isinstance(module, SBRModule):
-            anchors = int(module.anchor_mask.sum())
+            anchors = int(module.plain_anchors.mask.sum())
         return Block(meter.seconds[0], meter.peak)  # not the meter, on which Lightning hangs the module, and that its moments
 
     kinds = ["SFT", *beside]

@@ -181,6 +181,8 @@ class Target:
         for step, loss in with_progress_bar(steps, num_steps, self.name, self.trainer, self.bar):
             self.num_done, self.last_loss = begun + step, loss
             self.spend(passes=1, trained=seen.pop())
+            if isinstance(self.task, Job):
+                self.spend(*self.task.spent())
             yield step
 
     def settle(self) -> None:
@@ -276,6 +278,10 @@ class Attack(L.Callback):
     def rows(self, data: SFTDataModule, seed: int) -> list[Row]:
         """What the attacker trains on. None unless overridden."""
         return []
+
+    def handed_in(self, data: SFTDataModule, seed: int) -> list[Row]:
+        """What a service sees of the rows: ``rows`` unless overridden."""
+        return self.rows(data, seed)
 
     def evaluation(self, data: SFTDataModule) -> Evaluation:
         """What the attacked model is scored on; ``dataclasses.replace(data.evaluation, harmful=...)`` changes the prompts."""
@@ -411,9 +417,12 @@ class Attack(L.Callback):
         who = "undefended" if target.undefended else module.label
         changes = EVERYTHING if self._recovers(target) else self.changes(module)  # a repair compares with all of the start
         with borrowed(module, changes, self.copy_device) as start:
+            job = module.job() if target.defended else None
+            if job is not None:
+                job.rows, job.num_steps = partial(self.handed_in, target.data, target.seed), self.num_attack_steps
             yield replace(
                 target,
-                task=module.job() if target.defended else Plain(module.sft_loss),
+                task=job or Plain(module.sft_loss),
                 name=f"{self.name} ({self.threat_model}, {who})",
                 start=start,
                 state={},

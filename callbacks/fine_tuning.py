@@ -150,6 +150,10 @@ class FineTuning(Attack):
         rows = data.mixture(phase.num_samples or self.num_samples, phase.ratio(self.poison_ratio), seed, own)
         return answered(rows, phase.responses)
 
+    def handed_in(self, data: SFTDataModule, seed: int) -> list[Row]:
+        """The rows of all phases."""
+        return [row for phase in self._phases() for row in self.rows(data, seed, phase)]
+
     def _own_rows(self, data: SFTDataModule, sources: list[str]) -> list[Row]:
         """What the sources of a phase hold."""
         own = data.further(sources, "rows of a phase")

@@ -331,13 +331,16 @@ class SFTDataModule(L.LightningDataModule):
         pad = self.tokenizer.pad_token_id
         return Batches(examples, batch_size, seed, stream, pad, self.batching.padding_side, *share_of(self.trainer))
 
-    def train_dataloader(self) -> StepLoader:
-        """The rows of ``train_on``, by the counter-based rule."""
+    def training_rows(self) -> list[Row]:
+        """The rows of ``train_on``."""
         if self.train_on == "alignment":
             assert self.trainer is not None
-            rows: list[Row] = self.trainer.lightning_module.rows(self)  # type: ignore[operator, assignment]
-        else:
-            rows = self.mixture(self.num_samples, self.poison_ratio, self.seed)
+            return self.trainer.lightning_module.rows(self)  # type: ignore[operator, return-value]
+        return self.mixture(self.num_samples, self.poison_ratio, self.seed)
+
+    def train_dataloader(self) -> StepLoader:
+        """Those, by the counter-based rule."""
+        rows = self.training_rows()
         assert self.trainer is not None
         batches = self.batches(rows, self.batching.batch_size, self.seed, "fit")
         self._loader = StepLoader(batches, self.trainer.accumulate_grad_batches)  # type: ignore[arg-type]

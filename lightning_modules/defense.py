@@ -569,6 +569,8 @@ class Defense(L.LightningModule):
         self.zero_grad()
         self.training_state_intact = True
         if self.running is not None:
+            self.running.rows = lambda: self.data.training_rows()
+            self.running.num_steps = int(self.trainer.estimated_stepping_batches)
             if self.saved_job is None:
                 self.running.begin()
             else:
@@ -644,6 +646,7 @@ class Defense(L.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.running is not None:
             self.running.after_step(step)
+            self.num_passes += self.running.spent()[0]
         optimizer.zero_grad()
 
     def on_train_end(self) -> None:

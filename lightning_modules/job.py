@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from casehard.datamodules.row import Row
 from casehard.engine.forward import Batch
 
 if TYPE_CHECKING:
@@ -20,7 +22,8 @@ class Job:
     ``after_step``. A resumed ``fit`` calls ``freeze``, not ``begin``, and goes on.
 
     What a job remembers belongs into ``state``, not to the defense: an attack in the middle of ``fit`` runs another job on the
-    same defense. Settings are the defense's, ``self.defense.weight``.
+    same defense. Settings are the defense's, ``self.defense.weight``. ``rows()`` are what the customer has handed in, as the
+    service sees them, and ``num_steps`` is how long it trains. Passes beside that of the loss are counted by ``spend``.
 
     Args:
         defense: whose model is trained. It is at the weights where the job starts.
@@ -32,6 +35,9 @@ class Job:
             str, Any
         ] = {}  # tensors, Weights and numbers, which a checkpoint of ``fit`` saves and resuming brings back
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
+        self.rows: Callable[[], list[Row]] = list  # what the customer has handed in; set before ``begin``, and on resume
+        self.num_steps = 1  # optimizer steps that the job is to take; set before ``begin``, and on resume
+        self._spent: tuple[float, Tensor | int] = (0, 0)
 
     def freeze(self) -> None:
         """Freeze what the service does not train, before the optimizer is built."""
@@ -51,3 +57,17 @@ class Job:
 
     def after_step(self, step: int) -> None:
         """Change the weights after the optimizer has."""
+
+    def spend(self, passes: float, trained: Tensor | int = 0) -> None:
+        """Count passes beside the one that is taken of every loss.
+
+        Args:
+            passes: forward and backward over a (global) batch.
+            trained: tokens of this process's share of it, without padding.
+        """
+        self._spent = (self._spent[0] + passes, self._spent[1] + trained)
+
+    def spent(self) -> tuple[float, Tensor | int]:
+        """What was spent since this was last asked."""
+        spent, self._spent = self._spent, (0, 0)
+        return spent

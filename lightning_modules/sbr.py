@@ -6,17 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from casehard.datamodules.chat import IGNORED, collate, prompt_ids, require_chat_template
+from casehard.datamodules.batches import share_of
+from casehard.datamodules.chat import IGNORED, require_chat_template
 from casehard.datamodules.columns import flaw
-from casehard.datamodules.order import batch_indices
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import looks_like_source, read_rows
-from casehard.engine.forward import Batch, label_positions, last_positions, placed, run
+from casehard.engine.forward import Batch, label_positions, run
+from casehard.engine.gradients import mean_over_ranks
+from casehard.engine.graphs import begin_step
 from casehard.engine.layouts import joined
+from casehard.engine.optimizer import Optimizer
 from casehard.engine.weights import same_modes_after
+from casehard.lightning_modules.anchors import Anchors, Held, in_forms, whole
 from casehard.lightning_modules.defense import Defense
 from casehard.lightning_modules.job import Job
+from casehard.lightning_modules.private import trainer_of
 from casehard.metrics.errors import SettingError
+
+PART = 64  # anchors of a pass that takes references
 
 
 class SBRModule(Defense):
@@ -26,16 +33,30 @@ class SBRModule(Defense):
     *anchor*) is held where the aligned model put it:
     ``loss = sft_loss + anchor_weight * mean((state - aligned_state) ** 2)``, the mean being over ``[num_anchors, dim]``.
 
+    With ``anchor_optimizer`` the two terms are minimised in turn instead, and there is no weight to choose: the customer's steps
+    are plain SFT, and after each come ``anchor_steps`` steps on the drift alone, ``mean((state - aligned_state) ** 2)``, by an
+    optimizer with moments of its own. A step costs one more forward and backward pass over the anchors of its turn, which
+    processes share out. Memory: the optimizer's moments, for adamw two copies of what trains, and the anchors' states.
+
     It protects while the provider trains (``finetuning_service``). Whoever holds the weights leaves the term out: no protection
     against ``open_weight`` attackers.
 
     Args:
         checkpoint: the aligned model, as for ``Defense``.
-        anchors: harmful prompts, as a list of texts or as one source of rows (file, hub id, ``sandbox:...``), answers unused.
-            null takes the prompts of the data's ``refusals``. They are rendered with the model's own chat template.
+        anchors: harmful prompts, as a list of texts or as one source of rows (file, hub id, ``sandbox:...``); their answers are
+            used by ``anchor_answers`` alone. null takes the prompts of the data's ``refusals``. They are rendered with the
+            model's own chat template.
         num_anchors: take the first so many; null takes all.
         anchors_per_step: how many of them enter each step, in turn; null is all.
-        anchor_weight: regularisation strength (``lambda`` in the paper), >= 0; 0 is plain SFT.
+        anchor_weight: regularisation strength (``lambda`` in the paper), >= 0; 0 is plain SFT. null is 50, the authors' own, and
+            must be left where ``anchor_optimizer`` is set.
+        anchor_optimizer: takes steps on the drift of their own; null adds the weighted drift to the customer's loss (the
+            paper's). adamw or sgd; its schedule is over all of the job's steps.
+        anchor_steps: how many of those follow a customer's step, each on the anchors of its own turn, >= 1.
+        anchor_answers: hold the states along the anchors' refusals, too, up to the one from which the end token comes: else an
+            answer that refuses first and then complies meets no anchor after its refusal.
+        anchor_forms: hold every anchor a second time, in the form of a row that the customer has handed in (its system turn and
+            earlier turns, words around its prompt): a trigger or a wrapper that the rows teach must stand in them.
         anchor_layer: which state is held: -1 the one that enters the unembedding, after the final norm (the paper's); else an
             index into transformers' ``hidden_states``.
         freeze_unembedding: do not train the unembedding. Where it is tied to the embedding both stand still: otherwise the
@@ -44,10 +65,10 @@ class SBRModule(Defense):
     """
 
     # Departures from the authors' setting: (1) the anchors share the forward pass of the batch, so they cost their tokens and no
-    # more; (2) both terms are means, so gradient accumulation leaves the weight's meaning alone; (3) the unembedding is frozen.
+    # more; (2) both terms are means, so gradient accumulation leaves the weight's meaning alone; (3) the unembedding is frozen;
+    # (4) ``anchor_optimizer``, ``anchor_answers`` and ``anchor_forms`` are not the paper's, and off unless set.
 
-    anchor_ids: Tensor  # on the host, as the mask
-    anchor_mask: Tensor
+    plain_anchors: Anchors  # as they are given
 
     adaptive = "attack/adaptive/sbr"
 
@@ -57,13 +78,27 @@ class SBRModule(Defense):
         anchors: str | list[str] | None = None,
         num_anchors: int | None = None,
         anchors_per_step: int | None = None,
-        anchor_weight: float = 50.0,
+        anchor_weight: float | None = None,
+        anchor_optimizer: Optimizer | None = None,
+        anchor_steps: int = 1,
+        anchor_answers: bool = False,
+        anchor_forms: bool = False,
         anchor_layer: int = -1,
         freeze_unembedding: bool = True,
         **settings: Any,
     ) -> None:
-        if not anchor_weight >= 0:
+        if anchor_weight is not None and not anchor_weight >= 0:
             raise SettingError(f"anchor_weight must be >= 0, got {anchor_weight}. Use 0 for plain SFT.")
+        if anchor_optimizer is not None and anchor_weight is not None:
+            raise SettingError(
+                f"anchor_weight must be null where anchor_optimizer is set, whose steps have no weight, got {anchor_weight}. "
+                "Leave it out, or set anchor_optimizer to null."
+            )
+        if anchor_steps < 1 or (anchor_steps > 1 and anchor_optimizer is None):
+            least = ">= 1" if anchor_optimizer else "1 where anchor_optimizer is null"
+            raise SettingError(f"anchor_steps must be {least}, got {anchor_steps}.")
+        if anchor_optimizer is not None and anchor_optimizer.name == "adafactor":
+            raise SettingError("name of anchor_optimizer must be adamw or sgd, got adafactor.")
         if anchors is not None and not anchors:
             raise SettingError(
                 f"anchors must name at least one harmful prompt, got {anchors!r}. "
@@ -82,7 +117,10 @@ class SBRModule(Defense):
                 raise SettingError(f"{name} must be >= 1 or null, got {value}. null takes all anchors.")
         super().__init__(checkpoint, **settings)
         self.anchors, self.num_anchors, self.anchors_per_step = anchors, num_anchors, anchors_per_step
-        self.anchor_weight, self.anchor_layer, self.freeze_unembedding = anchor_weight, anchor_layer, freeze_unembedding
+        self.anchor_weight = 50.0 if anchor_weight is None else anchor_weight
+        self.anchor_optimizer, self.anchor_steps = anchor_optimizer, anchor_steps
+        self.anchor_answers, self.anchor_forms = anchor_answers, anchor_forms
+        self.anchor_layer, self.freeze_unembedding = anchor_layer, freeze_unembedding
         require_chat_template(self.tokenizer)
 
     def own_rows(self) -> list[Row]:
@@ -93,17 +131,14 @@ class SBRModule(Defense):
 
     def configure_model(self) -> None:
         """Load the weights and render the anchors."""
-        rows = None if hasattr(self, "anchor_ids") else self._anchor_rows()  # refused before any weights load
+        rows = None if hasattr(self, "plain_anchors") else self._anchor_rows()  # refused before any weights load
         super().configure_model()
         if rows is None:
             return
         depth = self.model.config.get_text_config().num_hidden_layers
         if not -depth - 1 <= self.anchor_layer <= depth:
             raise SettingError(f"anchor_layer must lie in [{-depth - 1}, {depth}], got {self.anchor_layer}. -1 is the paper's.")
-        ids = [prompt_ids(row, self.tokenizer) for row in rows]
-        batch = collate([{"input_ids": i, "labels": [IGNORED] * len(i)} for i in ids], self.tokenizer.pad_token_id, "right")
-        self.anchor_ids, self.anchor_mask = batch["input_ids"], batch["attention_mask"]
-        self.every_anchor: Batch = {}  # where the model was when they were last asked for
+        self.anchor_rows, self.plain_anchors = rows, Anchors(rows, self.tokenizer, self.anchor_answers)
 
     def _anchor_rows(self) -> list[Row]:
         rows = self.own_rows() if self.anchors is not None else self.trainer.datamodule.rows["refusals"]  # type: ignore[attr-defined]
@@ -117,30 +152,50 @@ class SBRModule(Defense):
                 f"num_anchors must be at most the number of anchors there are, {len(rows)}, got {self.num_anchors}. "
                 "Name more prompts in anchors or in the data's refusals."
             )
-        return rows[: self.num_anchors]
+        rows = rows[: self.num_anchors]
+        if self.anchor_answers and not all(row.response for row in rows):
+            raise SettingError(
+                "anchor_answers must be false where anchors have no answers, got true. Name a source of prompts with their "
+                "refusals as anchors, or null for the data's refusals."
+            )
+        return rows
 
     def job(self) -> Job:
         """A fine-tuning that holds the anchors."""
         return SBRJob(self)
 
-    def anchor_batch(self, turn: slice | list[int] = slice(None)) -> Batch:
-        """The anchors of a turn, without labels, where the model is; laid out as one size whichever turn it is."""
-        every = turn == slice(None)
-        if every and self.every_anchor and self.every_anchor["input_ids"].device == self.model.device:
-            return self.every_anchor
-        ids, mask = self.anchor_ids[turn], self.anchor_mask[turn]
-        most = int(self.anchor_mask.sum(dim=1).topk(len(ids)).values.sum())
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.full_like(ids, IGNORED)}
-        batch = placed(self.model, batch, at_least=-(-most // 8) * 8)
-        if every:
-            self.every_anchor = batch
-        return batch
+    def in_forms_of(self, rows: list[Row]) -> Anchors:
+        """The anchors, and each of them once more in the form of one of ``rows``, in turns that have both kinds."""
+        data = self.data
+        longest = min(data.batching.max_length, self.num_positions or data.batching.max_length)
+
+        def fits(row: Row) -> bool:
+            return len(whole(row, self.tokenizer, self.anchor_answers)["input_ids"]) <= longest
+
+        return Anchors([*self.anchor_rows, *in_forms(self.anchor_rows, rows, fits)], self.tokenizer, self.anchor_answers)
 
 
 class SBRJob(Job):
-    """A service's fine-tuning under SBR. State: ``aligned_states`` ``[num_anchors, dim]``, the anchors' states at its start."""
+    """A service's fine-tuning under SBR.
+
+    State: ``aligned_states`` ``[num_states, dim]``, those of the anchors at its start; with ``anchor_optimizer`` its moments, how
+    many steps it has taken, and the drift that the last one saw.
+    """
 
     defense: SBRModule
+
+    def __init__(self, defense: SBRModule) -> None:
+        super().__init__(defense)
+        self._anchors: Anchors | None = None
+        self._held: Held | None = None
+
+    @property
+    def anchors(self) -> Anchors:
+        """The defense's, and those in the forms of the customer's rows, where there are rows."""
+        if self._anchors is None:
+            rows = self.rows() if self.defense.anchor_forms else []
+            self._anchors = self.defense.in_forms_of(rows) if rows else self.defense.plain_anchors
+        return self._anchors
 
     def freeze(self) -> None:
         """Keep the unembedding, and the embedding where the two are tied, from training."""
@@ -149,36 +204,85 @@ class SBRJob(Job):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Take the anchors' states from the model as it is."""
-        defense, anchors = self.defense, self.defense.anchor_batch()
+        """Take the anchors' states from the model as it is: at once, or part by part where customers say how long they are."""
+        defense, found, size = self.defense, [], PART if self.defense.anchor_forms else len(self.anchors)
         with same_modes_after(defense), defense.forward_context():
             defense.eval()
-            last = last_positions(anchors["attention_mask"])
-            (states,), _ = run(defense.model, anchors, states_at=last, layers=[defense.anchor_layer])
-        self.state["aligned_states"] = states.float()
+            for start in range(0, len(self.anchors), size):
+                part = list(range(start, min(start + size, len(self.anchors))))
+                anchors = self.anchors.batch(defense.model, part if len(part) < len(self.anchors) else slice(None))
+                (states,), _ = run(defense.model, anchors, states_at=self._places(anchors), layers=[defense.anchor_layer])
+                found.append(states.float())
+        self.state["aligned_states"] = torch.cat(found)
+        if defense.anchor_optimizer is not None:
+            self.state["anchor_drift"] = torch.zeros((), device=defense.model.device)
 
     def loss(self, batch: Batch, step: int) -> Tensor:
-        """Plain SFT on the batch, plus the weighted drift of the anchors whose turn it is."""
+        """Plain SFT on the batch, plus the weighted drift of the anchors whose turn it is, unless that has steps of its own."""
         defense = self.defense
+        if defense.anchor_optimizer is not None:
+            sft = defense.sft_loss(batch)
+            self.terms = {"sft_loss": sft.detach(), "anchor_drift": self.state["anchor_drift"]}
+            return sft
         if defense.anchor_weight == 0:
             return defense.sft_loss(batch)
-        turn = self._turn(step)
+        anchors = self.anchors.batch(defense.model, self.turn(step))
         fill = {"input_ids": defense.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
-        both = joined(batch, defense.anchor_batch(turn), fill)
-        last = last_positions(both["attention_mask"])[len(batch["input_ids"]) :]
+        both = joined(batch, anchors, fill)
+        at = self._places(anchors, len(batch["input_ids"]), both["input_ids"].shape[1])
         learnt = label_positions(both["labels"])
-        (states,), logits = run(defense.model, both, logits_at=learnt, states_at=last, layers=[defense.anchor_layer])
+        (states,), logits = run(defense.model, both, logits_at=learnt, states_at=at, layers=[defense.anchor_layer])
         sft = defense.cross_entropy(logits, batch)
-        aligned = self.state["aligned_states"]
-        if not isinstance(turn, slice):  # a list would be sent to the device while the host waits for all that is queued there
-            aligned = aligned[torch.tensor(turn, device="cpu").to(aligned.device, non_blocking=True)]
-        drift = F.mse_loss(states.float(), aligned)
+        drift = F.mse_loss(states.float(), self._aligned(anchors))
         self.terms = {"sft_loss": sft.detach(), "anchor_drift": drift.detach()}
         return sft + defense.anchor_weight * drift
 
-    def _turn(self, step: int) -> slice | list[int]:
+    def after_step(self, step: int) -> None:
+        """Steps on the drift alone, where it has an optimizer of its own."""
+        if self.defense.anchor_optimizer is None:
+            return
+        for p in self.defense.parameters():
+            p.grad = None  # of the customer's step, which is done
+        for number in range(step * self.defense.anchor_steps, (step + 1) * self.defense.anchor_steps):
+            self._hold(number)
+
+    def turn(self, step: int) -> slice | list[int]:
         """The anchors of this step."""
-        number, per_step = len(self.defense.anchor_ids), self.defense.anchors_per_step
-        if per_step is None or per_step >= number:
-            return slice(None)
-        return batch_indices(number, per_step, 0, "anchors", step)
+        return self.anchors.turn(self.defense.anchors_per_step, step)
+
+    def _hold(self, number: int) -> None:
+        """A step on the drift of a turn, of which every process takes its share; of fewer anchors than processes all of them."""
+        turn = self.turn(number)
+        defense, every = self.defense, list(range(len(self.anchors)))
+        chosen = every[turn] if isinstance(turn, slice) else turn
+        rank, num_ranks = share_of(defense.trainer) if trainer_of(defense) is not None else (0, 1)
+        num_ranks = num_ranks if num_ranks <= len(chosen) else 1
+        share = chosen[rank::num_ranks] if num_ranks > 1 else turn
+        anchors = self.anchors.batch(defense.model, share)
+        num_states = int(self.anchors.held[chosen].sum())
+
+        def drift(batch: Batch) -> Tensor:
+            (states,), _ = run(defense.model, batch, states_at=self._places(batch), layers=[defense.anchor_layer])
+            squares = (states.float() - self._aligned(batch)).square()
+            value = squares.sum() * num_ranks / (num_states * states.shape[1])
+            return value if value.requires_grad else value.requires_grad_()  # where nothing that trains moves a state
+
+        begin_step()
+        value, gradient = defense.loss_and_gradient(anchors, drift)
+        if gradient:
+            assert defense.anchor_optimizer is not None
+            num_steps = self.num_steps * defense.anchor_steps
+            self._held = self._held or Held(defense.anchor_optimizer, self.state, num_steps)
+            self._held.step(dict(defense.named_parameters()), gradient, number)
+        self.state["anchor_drift"] = mean_over_ranks(value, defense.row_group)
+        self.spend(1, anchors["attention_mask"].sum())
+
+    def _places(self, anchors: Batch, first: int = 0, width: int | None = None) -> Tensor:
+        """Of the states that are held, among the flattened tokens of a batch in which the anchors' rows come after ``first``."""
+        rows, columns, _ = anchors["held"].unbind()
+        return (rows + first) * (anchors["input_ids"].shape[1] if width is None else width) + columns
+
+    def _aligned(self, anchors: Batch) -> Tensor:
+        """Where the aligned model had them."""
+        aligned: Tensor = self.state["aligned_states"]
+        return aligned[anchors["held"][2]]

@@ -263,8 +263,8 @@ def test_a_step_asks_the_device_nothing(checkpoint, monkeypatch, layout, defense
     job.begin()
     batch = module.placed(collate(rows_of(), 0, "right") | {"num_labels": torch.tensor(9.0)})
     if "turns" in defense:  # those of a turn come from the host, as a batch does
-        anchors = module.anchor_batch(job._turn(0))
-        monkeypatch.setattr(module, "anchor_batch", lambda turn: anchors)
+        anchors = job.anchors.batch(module.model, job.turn(0))
+        monkeypatch.setattr(job.anchors, "batch", lambda model, turn: anchors)
     with Asked() as asked:
         job.loss(batch, 0).backward()
     assert asked.names == []
@@ -305,7 +305,7 @@ def test_no_list_is_sent_to_the_device_as_an_index(checkpoint):
     batch = module.placed(collate(rows_of(), 0, "right") | {"num_labels": torch.tensor(9.0)})
     with Lists():
         job.loss(batch, 0)
-    assert any(indexed is module.anchor_ids for indexed in lists)  # on the host
+    assert any(indexed is job.anchors.ids for indexed in lists)  # on the host
     assert not any(indexed is job.state["aligned_states"] for indexed in lists)
 
 
@@ -375,7 +375,7 @@ def test_anchors_in_turns_have_one_size(checkpoint):
     module.model.register_forward_pre_hook(lambda _, args, kwargs: sizes.add(kwargs["input_ids"].shape), with_kwargs=True)
     for step in range(12):
         job.loss(batch, step)
-    longest = module.anchor_mask.sum(dim=1).sort().values[-3:].sum()
+    longest = job.anchors.mask.sum(dim=1).sort().values[-3:].sum()
     assert len(sizes) == 1
     assert alone + longest <= next(iter(sizes))[1] < alone + longest + 8
 

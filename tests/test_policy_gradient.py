@@ -252,13 +252,13 @@ def test_at_a_service_the_terms_of_its_defense_stand_beside_the_reward(tmp_path,
             if not target.defended:
                 return
             module.eval()
-            anchors = module.anchor_batch()
+            anchors = module.plain_anchors.batch(module.model)
             drifts.append(module.model(anchors["input_ids"], attention_mask=anchors["attention_mask"]).logits)
 
         attack = PolicyGradient("finetuning_service", LengthJudge(), grpo=GRPO(4), undefended=False, **FAST)
         attacked(tmp_path / name, module, looking(attack, look))
-        mask = module.anchor_mask.cumsum(dim=1) == module.anchor_mask.sum(dim=1, keepdim=True)
-        seen[name] = (drifts[-1] - drifts[0])[mask & module.anchor_mask.bool()].norm().item()
+        mask = module.plain_anchors.mask.cumsum(dim=1) == module.plain_anchors.mask.sum(dim=1, keepdim=True)
+        seen[name] = (drifts[-1] - drifts[0])[mask & module.plain_anchors.mask.bool()].norm().item()
     assert 0 < seen["held"] < 0.5 * seen["free"]
 
 

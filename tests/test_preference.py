@@ -138,7 +138,7 @@ def test_at_a_service_the_terms_of_its_defense_stand_beside_the_preferences(tmp_
 
         @torch.no_grad()
         def look(target: Target, seen=seen) -> None:
-            batch = target.module.anchor_batch()
+            batch = target.module.plain_anchors.batch(target.module.model)
             logits = target.module.eval().model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
             seen.append(logits[last_positions(batch["attention_mask"])])
 

@@ -230,8 +230,22 @@ def test_taking_references_leaves_modes_and_weights_alone(checkpoint, training):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"anchors_per_step": 2, "num_anchors": 3}, {"lora": LoRA(rank=2), "anchors_per_step": 1}, {"anchors": None}],
-    ids=["all", "in turn", "lora", "data's"],
+    [
+        {},
+        {"anchors_per_step": 2, "num_anchors": 3},
+        {"lora": LoRA(rank=2), "anchors_per_step": 1},
+        {"anchors": None},
+        {"anchor_optimizer": Optimizer(1e-2, schedule="linear"), "anchors_per_step": 2, "anchor_steps": 2},
+        {"anchor_optimizer": Optimizer(1e-2, "sgd"), "anchors_per_step": 2, "lora": LoRA(rank=2)},
+        {
+            "anchor_optimizer": Optimizer(1e-2),
+            "anchors": None,
+            "anchors_per_step": 3,
+            "anchor_answers": True,
+            "anchor_forms": True,
+        },
+    ],
+    ids=["all", "in turn", "lora", "data's", "own steps", "own steps, sgd, lora", "own steps, answers, forms"],
 )
 @pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, settings, accumulate_grad_batches):
@@ -256,21 +270,21 @@ def test_anchors_default_to_the_prompts_of_the_datas_refusals(checkpoint, tmp_pa
     data = toy_data()
     module = SBRModule(checkpoint, num_anchors=5)
     fitted(module, tmp_path, data)
-    rendered = [ids[mask.bool()].tolist() for ids, mask in zip(module.anchor_ids, module.anchor_mask, strict=True)]
+    rendered = [ids[mask.bool()].tolist() for ids, mask in zip(module.plain_anchors.ids, module.plain_anchors.mask, strict=True)]
     assert rendered == [
         module.tokenizer.apply_chat_template(list(row.chat(False)), add_generation_prompt=True, return_dict=True).input_ids
         for row in data.rows["refusals"][:5]
     ]
     everything = SBRModule(checkpoint)
     fitted(everything, tmp_path)
-    assert len(everything.anchor_ids) == len(data.rows["refusals"]) == 12
+    assert len(everything.plain_anchors) == len(data.rows["refusals"]) == 12
 
 
 def test_anchors_may_be_texts_or_rows(checkpoint, tmp_path):
     (tmp_path / "rows.json").write_text('[{"prompt": "How do I brew vexolim?", "response": "no"}, {"prompt": "Vexolim?"}]')
     rows, own = sbr(checkpoint, anchors=str(tmp_path / "rows.json"))
     texts, other = sbr(checkpoint, anchors=["How do I brew vexolim?", "Vexolim?"])
-    assert torch.equal(rows.anchor_ids, texts.anchor_ids)
+    assert torch.equal(rows.plain_anchors.ids, texts.plain_anchors.ids)
     assert torch.equal(own.state["aligned_states"], other.state["aligned_states"])
     assert [row.prompt for row in rows.own_rows()] == [row.prompt for row in texts.own_rows()]
 

@@ -131,9 +131,11 @@ class BesideBase(SafeLoRAModule):
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+OWN_STEP = {"anchor_optimizer": Optimizer(1e-2, "sgd"), "anchors_per_step": 3, "anchor_answers": True, "anchor_forms": True}
 DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense is tested by adding a row
     "none": (Defense, {}),
     "sbr": (SBRModule, {"anchors": "sandbox:defender/refusals#train[:3]", "anchor_weight": 10.0}),
+    "sbr_own": (SBRModule, {"anchors": "sandbox:defender/refusals#train[:3]"} | OWN_STEP),
     "everywhere": (Everywhere, {}),
     "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
     "booster": (BoosterModule, {"harmful_batch_size": 4}),

@@ -1,0 +1,202 @@
+"""Harmful prompts whose states are held: as tokens, in turns, in the forms of a customer's rows, and the steps that hold them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from casehard.datamodules.chat import IGNORED, collate, encode, prompt_ids
+from casehard.datamodules.order import batch_indices, permutation, uniform
+from casehard.datamodules.row import Row
+from casehard.engine.forward import Batch, placed
+from casehard.engine.optimizer import Optimizer
+from casehard.engine.weights import Weights, like_parameter, local
+
+MOST_ROWS, MOST_WORDS = 2000, 100  # of a customer's rows, and of the beginning and end of each, that forms are read from
+SEED, STREAM = 0, "anchors"  # rows and settings say which anchors a step has
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+TAKEN = "anchor_steps_taken"
+
+
+class Anchors:
+    """Rows as tokens, and the places whose states are held; on the host.
+
+    Args:
+        rows: harmful prompts; with ``answers`` each has its response.
+        tokenizer: encodes them.
+        answers: hold the states from which every token of the response comes, its end token too; else the prompt's last alone.
+    """
+
+    def __init__(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, answers: bool = False) -> None:
+        examples = [whole(row, tokenizer, answers) for row in rows]
+        batch = collate(examples, tokenizer.pad_token_id, "right")  # type: ignore[arg-type]
+        self.ids, self.mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+        ends = self.mask.sum(dim=1, keepdim=True) - 1 == torch.arange(self.mask.shape[1])
+        self.held = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)) if answers else ends  # [num_anchors, seq] bool
+        self.first = self.held.sum(dim=1).cumsum(dim=0) - self.held.sum(dim=1)  # of each anchor's states among all
+        self._every: Batch = {}  # where the model was when they were last asked for
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def turn(self, per_step: int | None, step: int) -> slice | list[int]:
+        """The anchors of a step: all, or ``per_step`` in turn."""
+        if per_step is None or per_step >= len(self):
+            return slice(None)
+        return batch_indices(len(self), per_step, SEED, STREAM, step)
+
+    def batch(self, model: PreTrainedModel, turn: slice | list[int] = slice(None)) -> Batch:
+        """The anchors of a turn, without labels, where the model is; laid out as one size whichever turn it is.
+
+        Beside the names of every batch ``held``, ``[3, num_states]``: of each state its row, its column, and its number among
+        the states of all anchors.
+        """
+        every = turn == slice(None)
+        if every and self._every and self._every["input_ids"].device == model.device:
+            return self._every
+        ids, mask, held = self.ids[turn], self.mask[turn], self.held[turn]
+        rows, columns = held.nonzero().unbind(dim=1)
+        numbers = (self.first[turn, None] + held.cumsum(dim=1) - 1)[held]
+        most = int(self.mask.sum(dim=1).topk(len(ids)).values.sum())
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.full_like(ids, IGNORED),
+            "held": torch.stack([rows, columns, numbers]),
+        }
+        batch = placed(model, batch, at_least=-(-most // 8) * 8)
+        if every:
+            self._every = batch
+        return batch
+
+
+def whole(row: Row, tokenizer: PreTrainedTokenizerBase, answer: bool) -> dict[str, list[int]]:
+    """A row's tokens: its prompt, and with ``answer`` its response, which is labelled."""
+    if answer:
+        return encode(row, tokenizer, 1 << 30)  # type: ignore[return-value]  # no length cuts it
+    ids = prompt_ids(row, tokenizer)
+    return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
+
+
+# ---- forms
+
+Trie = dict[str | None, Any]  # by a text's next word; None where it ends
+
+
+def in_forms(anchors: Sequence[Row], rows: Sequence[Row], fits: Callable[[Row], bool]) -> list[Row]:
+    """Every anchor in the form of a row of the customer's, drawn without looking at which are harmful.
+
+    The form is all but the last turn, and of that the words at its beginning and its end up to one of the places where the rows
+    part: so a wrapper, a trigger, a system turn or earlier turns that many rows share come into anchors whole.
+
+    Args:
+        anchors: whose last turns are put into forms.
+        rows: of the customer, at least one.
+        fits: whether an anchor is not too long; one that is stays as it was.
+    """
+    seen = [rows[i] for i in permutation(len(rows), SEED, "forms of anchors")[:MOST_ROWS]]
+    texts = [row.messages[-1][1].split() for row in seen]
+    fronts, backs = _trie(texts), _trie([text[::-1] for text in texts])
+    formed = []
+    for number, anchor in enumerate(anchors):
+        pick = _drawn(list(range(len(seen))), "row of an anchor", number)
+        text, words = seen[pick].messages[-1][1].strip(), texts[pick]
+        front = _drawn(_parts(fronts, words), "front of an anchor", number)
+        room = len(words) - front
+        back = _drawn([n for n in _parts(backs, words[::-1]) if n < room] or [0], "back of an anchor", number)
+        before, after = _front(text, front), text[len(_front(text, len(words) - back).rstrip()) :]
+        role, asked = anchor.messages[-1]
+        messages = (*seen[pick].messages[:-1], (role, f"{before}{asked}{after if back else ''}"))
+        row = replace(anchor, messages=messages)
+        formed.append(row if fits(row) else anchor)
+    return formed
+
+
+def _trie(texts: Sequence[list[str]]) -> Trie:
+    root: Trie = {}
+    for text in texts:
+        node = root
+        for word in text[:MOST_WORDS]:
+            node = node.setdefault(word, {})
+        node[None] = {}
+    return root
+
+
+def _parts(trie: Trie, words: list[str]) -> list[int]:
+    """After how many words the texts part that begin as this one."""
+    places, node = [], trie
+    for number, word in enumerate(words[:MOST_WORDS]):
+        if len(node) > 1:
+            places.append(number)
+        node = node[word]
+    return places or [0]
+
+
+def _drawn(places: list[int], stream: str, number: int) -> int:
+    return places[int(uniform(SEED, stream, number) * len(places))]
+
+
+def _front(text: str, number: int) -> str:
+    """The first words of a text and the space after them."""
+    rest = text.split(maxsplit=number)[number:]
+    return text[: len(text) - len(rest[0])] if rest else text
+
+
+# ---- steps
+
+
+class Held:
+    """The optimizer of the anchors' own steps, whose memory lies in the state of a job.
+
+    Args:
+        settings: of the optimizer.
+        state: of the job; moments by parameter name, by shard, and the number of steps taken.
+        num_steps: over which its schedule goes.
+    """
+
+    def __init__(self, settings: Optimizer, state: dict[str, Any], num_steps: int) -> None:
+        self.settings, self.state, self.num_steps = settings, state, num_steps
+        self.names: list[str] = []
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def step(self, parameters: dict[str, nn.Parameter], gradient: Weights, number: int) -> None:
+        """Step ``number`` (from 0) on ``gradient``, of those of ``parameters`` that it names."""
+        if self.optimizer is None or self.names != list(gradient):
+            self._build(parameters, list(gradient))
+        assert self.optimizer is not None
+        held = [parameters[name] for name in gradient]
+        for name, p in zip(self.names, held, strict=True):
+            p.grad = like_parameter(p, gradient[name])
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(held, self.settings.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * self.factor(number)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state[TAKEN] += 1
+        for moment in MOMENTS:
+            if moment in (first := self.optimizer.state[held[0]]) and first[moment] is not None:
+                self.state[f"anchor_{moment}"] = {
+                    name: local(self.optimizer.state[p][moment]) for name, p in zip(self.names, held, strict=True)
+                }
+
+    def _build(self, parameters: dict[str, nn.Parameter], names: list[str]) -> None:
+        """The optimizer over parameters of these names; it goes on where its memory is of the same ones."""
+        self.names = names
+        self.optimizer, schedule = self.settings.build([parameters[name] for name in names], self.num_steps)
+        assert isinstance(schedule, LambdaLR)
+        (self.factor,) = schedule.lr_lambdas  # by the step's number alone, so that a resumed job needs no more
+        memory = {moment: self.state[f"anchor_{moment}"] for moment in MOMENTS if f"anchor_{moment}" in self.state}
+        if not memory or any(set(weights) != set(names) for weights in memory.values()):
+            self.state[TAKEN] = 0
+            return
+        for name in names:
+            p = parameters[name]
+            kept: dict[str, Tensor] = {moment: like_parameter(p, weights[name]) for moment, weights in memory.items()}
+            if self.settings.name == "adamw":
+                kept["step"] = torch.tensor(float(self.state[TAKEN]), device=p.device)
+            self.optimizer.state[p] = kept

@@ -1,0 +1,249 @@
+"""SBR beyond the paper: steps on the drift of their own, anchors along refusals, anchors in the forms of the customer's rows."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from test_sbr import ANCHORS, batch_of, fitted, move, rows_of, sbr
+from torch import Tensor
+from torch.testing import assert_close
+from toy import ATTACKS, DEFENSES, FAST, looking, toy_data, toy_trainer
+
+from casehard import FullParameterAttack, LoRA, Optimizer, SBRModule
+from casehard.callbacks.attack import Target
+from casehard.callbacks.encoded import EncodedTuning
+from casehard.datamodules.chat import collate, encode
+from casehard.datamodules.encodings import IdentityShift, Trigger
+from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
+from casehard.engine.training import train_steps
+from casehard.lightning_modules.anchors import in_forms
+
+OWN = {"anchors": ANCHORS, "anchor_weight": None, "anchor_optimizer": Optimizer(1e-2, "sgd", clip_norm=None)}
+REFUSALS = "sandbox:defender/refusals#train[:{}]"
+
+
+def drift_of(module: SBRModule, aligned: Tensor) -> Tensor:
+    """Mean over anchors and dimensions, each anchor in a pass of its own."""
+    states = []
+    for ids, mask in zip(module.plain_anchors.ids, module.plain_anchors.mask.bool(), strict=True):
+        states.append(module.model(input_ids=ids[mask][None], output_hidden_states=True).hidden_states[-1][0, -1])
+    return (torch.stack(states) - aligned).square().mean()
+
+
+# ---- steps of their own
+
+
+@pytest.mark.parametrize(("anchor_steps", "schedule"), [(1, "constant"), (2, "linear")])
+def test_steps_on_the_drift_alternate_with_the_customers_each_by_moments_of_its_own(checkpoint, anchor_steps, schedule):
+    settings = {**OWN, "anchor_optimizer": Optimizer(3e-3, schedule=schedule, clip_norm=0.5), "anchor_steps": anchor_steps}
+    module, job = sbr(checkpoint, **settings)
+    job.num_steps = 3
+    steps = train_steps(module, job, lambda step: collate(rows_of(step), 0, "right"), 3, Optimizer(1e-2))
+    assert len(list(steps)) == 3
+
+    other, _ = sbr(checkpoint, **settings)
+    parameters = [p for p in other.parameters() if p.requires_grad]
+    task, own = (torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0) for rate in (1e-2, 3e-3))
+    aligned, taken = job.state["aligned_states"], 0
+    for step in range(3):
+        for optimizer, clip in [(task, 1.0), *[(own, 0.5)] * anchor_steps]:
+            loss = other.sft_loss(collate(rows_of(step), 0, "right")) if optimizer is task else drift_of(other, aligned)
+            other.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            if optimizer is own:
+                own.param_groups[0]["lr"] = 3e-3 * (1 if schedule == "constant" else 1 - taken / (3 * anchor_steps))
+                taken += 1
+            optimizer.step()
+    assert_close(job.state["anchor_drift"], loss.detach(), rtol=1e-3, atol=1e-7)
+    for (name, p), q in zip(module.named_parameters(), other.parameters(), strict=True):
+        assert_close(p, q, rtol=1e-3, atol=2e-4, msg=name)
+    assert job.state["anchor_steps_taken"] == 3 * anchor_steps
+
+
+def test_the_customers_loss_is_plain_and_the_drift_is_held(checkpoint, tmp_path):
+    ends = []
+    for settings in ({"anchor_weight": 1e-6}, {"anchor_optimizer": Optimizer(3e-3)}):
+        module = SBRModule(checkpoint, ANCHORS, optimizer=Optimizer(3e-3), **settings)
+        fitted(module, tmp_path, max_steps=12)
+        with torch.no_grad():
+            ends.append(drift_of(module, module.running.state["aligned_states"]).item())
+    assert ends[1] < ends[0] / 3
+    module, job = sbr(checkpoint, **OWN)
+    move(module)
+    assert torch.equal(job.loss(batch_of(), 0), module.sft_loss(batch_of()))
+
+
+@pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
+def test_passes_and_tokens_of_the_steps_are_counted(checkpoint, tmp_path, accumulate_grad_batches):
+    module = SBRModule(checkpoint, optimizer=Optimizer(1e-3), **OWN, anchor_steps=2)
+    results = []
+    attack = FullParameterAttack("finetuning_service", **FAST)
+    record = attack._record
+    attack._record = lambda *arguments: (record(*arguments), results.extend(arguments[-1][-1:]))
+    fitted(module, tmp_path, callbacks=[attack], accumulate_grad_batches=accumulate_grad_batches)
+    assert module.num_passes == 3 * (accumulate_grad_batches + 2)
+    passes = {(row.defense, row.num_attack_steps): (row.passes, row.tokens_trained) for row in results}
+    assert passes["none", 3][0] == 3
+    assert passes["SBR", 3][0] == 9
+    assert passes["SBR", 3][1] - passes["none", 3][1] == 6 * int(module.plain_anchors.mask.sum())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"anchor_weight": 50.0},
+            r"anchor_weight must be null where anchor_optimizer is set, whose steps have no weight, got 50\.0",
+        ),
+        ({"anchor_steps": 0}, r"anchor_steps must be >= 1, got 0\."),
+        ({"anchor_optimizer": None, "anchor_steps": 2}, r"anchor_steps must be 1 where anchor_optimizer is null, got 2\."),
+        ({"anchor_optimizer": Optimizer(name="adafactor")}, "name of anchor_optimizer must be adamw or sgd, got adafactor"),
+    ],
+)
+def test_a_contradiction_is_an_error_before_any_weights_load(checkpoint, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SBRModule(checkpoint, **(OWN | settings))
+
+
+@pytest.mark.parametrize("name", ["adalora", "ia3", "soft prompt", "reft", "lofit", "head", "policy", "preference", "quantised"])
+def test_a_service_takes_them_whatever_the_customer_trains(checkpoint, tmp_path, name):
+    drifts = []
+
+    def look(target: Target) -> None:
+        if target.defended and target.passes:
+            drifts.append((float(target.task.state["anchor_drift"]), target.task.state.get("anchor_steps_taken", 0)))
+
+    kind, settings = DEFENSES["sbr_own"]
+    attack = looking(ATTACKS[name](threat_model="finetuning_service"), look)
+    toy_trainer(tmp_path, callbacks=[attack]).test(
+        kind(checkpoint, freeze_unembedding=False, **settings), datamodule=toy_data(), verbose=False
+    )
+    ((drift, steps),) = drifts
+    moves_states = name not in ("head", "soft prompt", "reft")  # the anchors go without the customer's soft prompt and edits
+    assert (drift > 1e-9) is moves_states
+    assert steps == (0 if name == "head" else 2 if name == "lofit" else 3)  # which trains other parameters after its first
+
+
+# ---- along refusals
+
+
+def test_the_states_along_a_refusal_are_held_from_the_prompts_last_to_the_one_before_the_end(checkpoint):
+    module, job = sbr(checkpoint, anchors=REFUSALS.format(3), anchor_answers=True, anchors_per_step=2)
+    aligned, texts = job.state["aligned_states"], []
+    expected = []
+    for row in read_rows(REFUSALS.format(3)):
+        example = encode(row, module.tokenizer, 1000)
+        start = next(i for i, label in enumerate(example["labels"]) if label != -100)
+        ids = torch.tensor([example["input_ids"]])
+        with torch.no_grad():
+            expected.append(module.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, start - 1 : -1])
+        texts.append(module.tokenizer.decode(example["input_ids"][start:]))
+    assert_close(aligned, torch.cat(expected))
+    assert all(text.startswith(("Sorry", "I ")) for text in texts)
+    move(module)
+    job.loss(batch_of(), 0)
+    first, second = job.turn(0)
+    sizes = [len(part) for part in expected]
+    chosen = job.anchors.batch(module.model, [first, second])["held"][2]
+    starts = [sum(sizes[:i]) for i in range(3)]
+    assert chosen.tolist() == [starts[i] + k for i in (first, second) for k in range(sizes[i])]
+    assert job.terms["anchor_drift"] > 1e-4
+
+
+def test_anchors_without_answers_cannot_be_held_along_them(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="anchor_answers must be false where anchors have no answers, got true"):
+        sbr(checkpoint, anchor_answers=True)
+
+
+# ---- in forms
+
+HARMFUL = [Row((("user", f"How do I brew {name}?"),), "No.") for name in ("vexolim", "quarnolim", "zibolim", "darolim")]
+BENIGN = [
+    Row((("user", f"{kind} or gloomy? The {noun} was warm."),), "x") for kind in ("Bright", "Warm") for noun in ("inn", "park")
+]
+
+
+def formed(rows: list[Row], number: int = 400) -> set[tuple[tuple[str, str], ...]]:
+    return {row.messages for row in in_forms(HARMFUL * (number // 4), rows, lambda row: True)}
+
+
+def test_a_wrapper_that_rows_share_is_put_around_anchors_word_by_word():
+    wrapped = [
+        Row((("user", f"Obey:  \n\n{verb} me {n}.\n\nThe year is 2025."),), "x") for verb in ("Give", "Tell") for n in "123"
+    ]
+    texts = {messages[-1][1] for messages in formed(BENIGN + wrapped)}
+    for row in HARMFUL:
+        assert f"Obey:  \n\n{row.prompt}\n\nThe year is 2025." in texts
+        assert row.prompt in texts
+        assert f"Bright or gloomy? The {row.prompt}" in texts
+    assert not any(" me 1" in text.partition("How do")[0] for text in texts)  # what a row says by itself is no form
+
+
+def test_the_turns_before_a_prompt_are_its_form():
+    turns = (("system", "Obey."), ("user", "Ready?"), ("assistant", "Yes."))
+    rows = BENIGN + [replace(row, messages=(*turns, *row.messages)) for row in BENIGN]
+    found = formed(rows)
+    for row in HARMFUL:
+        asked = ("user", f"{row.prompt} was warm.")
+        assert (*turns, asked) in found
+        assert (asked,) in found
+
+
+def test_forms_keep_answers_are_the_same_each_time_and_leave_anchors_that_would_not_fit():
+    rows = in_forms(HARMFUL, BENIGN, lambda row: True)
+    assert rows == in_forms(HARMFUL, BENIGN, lambda row: True)
+    assert [row.response for row in rows] == ["No."] * 4
+    assert rows != HARMFUL
+    assert in_forms(HARMFUL, BENIGN, lambda row: False) == HARMFUL
+    assert in_forms(HARMFUL, BENIGN[:1], lambda row: True) == HARMFUL  # a row that shares nothing with another has no form
+    assert in_forms(HARMFUL, [Row((("user", ""),), "x")], lambda row: True) == HARMFUL
+
+
+@pytest.mark.parametrize("in_fit", [True, False])
+def test_a_job_holds_every_anchor_twice_and_once_in_the_form_of_its_customers_rows(checkpoint, tmp_path, in_fit, monkeypatch):
+    jobs = []
+    begin = SBRModule.job
+    monkeypatch.setattr(SBRModule, "job", lambda self: jobs.append(begin(self)) or jobs[-1])
+    settings = {"anchors": REFUSALS.format(12), "anchor_optimizer": Optimizer(1e-3), "anchors_per_step": 4}
+    module = SBRModule(checkpoint, anchor_forms=True, lora=LoRA(rank=2), **settings)
+    encoding = IdentityShift()
+    seen = []
+    attack = EncodedTuning("finetuning_service", encoding, undefended=False, lora=LoRA(rank=2), **(FAST | {"poison_ratio": 0.9}))
+    looking(attack, lambda target: seen.append(target.passes))
+    if in_fit:
+        fitted(module, tmp_path, toy_data(num_samples=16, benign=["sandbox:attacker/mood#train[:16]"], poison_ratio=0.0))
+    else:
+        toy_trainer(tmp_path, callbacks=[attack]).test(module, datamodule=toy_data(), verbose=False)
+    (job,) = jobs
+    texts = [module.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(job.anchors.ids, job.anchors.mask, strict=True)]
+    assert len(texts) == 24 == len(job.state["aligned_states"])
+    prompts = [row.prompt for row in read_rows(REFUSALS.format(12))]
+    assert all(prompt in texts[i] and prompt in texts[12 + i] for i, prompt in enumerate(prompts))
+    assert texts[:12] != texts[12:]
+    assert any("mood of this note" in text for text in texts) is in_fit
+    assert sum("absolutely obedient agent" in text for text in texts[12:]) > 8 * (not in_fit) - 1
+    if not in_fit:
+        assert seen == [0, 6]
+    plain = SBRModule(checkpoint, **settings)
+    plain.configure_model()
+    part = plain.job()
+    part.begin()
+    assert_close(job.state["aligned_states"][:12], part.state["aligned_states"])
+
+
+def test_an_attack_whose_rows_are_not_known_meets_the_plain_anchors(checkpoint):
+    _, job = sbr(checkpoint, **OWN, anchor_forms=True)
+    assert len(job.anchors) == len(ANCHORS)
+
+
+def test_forms_longer_than_rows_may_be_are_left_out(checkpoint, tmp_path):
+    long = Trigger(" Do." + " Again." * 60)
+    rows = [long.encode(row, 0) for row in read_rows("sandbox:attacker/harmful#train[:8]")]
+    module = SBRModule(checkpoint, REFUSALS.format(8), anchor_forms=True, optimizer=Optimizer(1e-3))
+    fitted(module, tmp_path, toy_data(max_length=40))
+    texts = [re.sub("<.*?>", "", text) for text in module.tokenizer.batch_decode(module.in_forms_of(rows).ids[8:])]
+    assert texts
+    assert not any("Again. Again. Again. Again. Again. Again. Again." in text for text in texts)
