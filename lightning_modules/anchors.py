@@ -1,5 +1,6 @@
 """Harmful prompts whose states are held: as tokens, in turns, in the forms of a customer's rows, and the steps that hold them."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ MOST_ROWS, MOST_WORDS = 2000, 100  # of a customer's rows, and of the beginning 
 SEED, STREAM = 0, "anchors"  # rows and settings say which anchors a step has
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 TAKEN = "anchor_steps_taken"
+ENDS = re.compile(r"[.!?:;\u2026\u3002\uff01\uff1a\uff1b\uff1f][^\w\s]*\s*$|\n")  # of a sentence or a line
 
 
 class Anchors:
@@ -90,8 +92,8 @@ Trie = dict[str | None, Any]  # by a text's next word; None where it ends
 def in_forms(anchors: Sequence[Row], rows: Sequence[Row], fits: Callable[[Row], bool]) -> list[Row]:
     """Every anchor in the form of a row of the customer's, drawn without looking at which are harmful.
 
-    The form is all but the last turn, and of that the words at its beginning and its end up to one of the places where the rows
-    part: so a wrapper, a trigger, a system turn or earlier turns that many rows share come into anchors whole.
+    The form is all but the last turn, and of that the whole sentences at its beginning and its end before the rows part: so a
+    wrapper, a trigger, a system turn or earlier turns that rows share come into anchors whole.
 
     Args:
         anchors: whose last turns are put into forms.
@@ -99,19 +101,20 @@ def in_forms(anchors: Sequence[Row], rows: Sequence[Row], fits: Callable[[Row], 
         fits: whether an anchor is not too long; one that is stays as it was.
     """
     seen = [rows[i] for i in permutation(len(rows), SEED, "forms of anchors")[:MOST_ROWS]]
-    texts = [row.messages[-1][1].split() for row in seen]
-    fronts, backs = _trie(texts), _trie([text[::-1] for text in texts])
+    texts = [re.findall(r"\S+\s*", row.messages[-1][1]) for row in seen]  # a word and the space after it
+    words = [[word.strip() for word in text] for text in texts]
+    fronts, backs = _trie(words), _trie([each[::-1] for each in words])
     formed = []
     for number, anchor in enumerate(anchors):
-        pick = _drawn(list(range(len(seen))), "row of an anchor", number)
-        text, words = seen[pick].messages[-1][1].strip(), texts[pick]
-        front = _drawn(_parts(fronts, words), "front of an anchor", number)
-        room = len(words) - front
-        back = _drawn([n for n in _parts(backs, words[::-1]) if n < room] or [0], "back of an anchor", number)
-        before, after = _front(text, front), text[len(_front(text, len(words) - back).rstrip()) :]
+        pick = _drawn(range(len(seen)), "row of an anchor", number)
+        text, ends = texts[pick], [0, *(i for i, word in enumerate(texts[pick], start=1) if ENDS.search(word)), len(texts[pick])]
+        parting = [len(text) - n for n in _parts(backs, words[pick][::-1])]
+        front = _drawn([max(e for e in ends if e <= n) for n in _parts(fronts, words[pick])], "front of an anchor", number)
+        back = _drawn([min(e for e in ends if e >= n and e >= front) for n in parting], "back of an anchor", number)
         role, asked = anchor.messages[-1]
-        messages = (*seen[pick].messages[:-1], (role, f"{before}{asked}{after if back else ''}"))
-        row = replace(anchor, messages=messages)
+        space = "".join(text[:back])[len("".join(text[:back]).rstrip()) :] if back < len(text) else ""
+        said = "".join(text[:front]) + asked + (space or " " * (back < len(text))) + "".join(text[back:])
+        row = replace(anchor, messages=(*seen[pick].messages[:-1], (role, said)))
         formed.append(row if fits(row) else anchor)
     return formed
 
@@ -136,14 +139,8 @@ def _parts(trie: Trie, words: list[str]) -> list[int]:
     return places or [0]
 
 
-def _drawn(places: list[int], stream: str, number: int) -> int:
+def _drawn(places: Sequence[int], stream: str, number: int) -> int:
     return places[int(uniform(SEED, stream, number) * len(places))]
-
-
-def _front(text: str, number: int) -> str:
-    """The first words of a text and the space after them."""
-    rest = text.split(maxsplit=number)[number:]
-    return text[: len(text) - len(rest[0])] if rest else text
 
 
 # ---- steps

@@ -170,16 +170,18 @@ def formed(rows: list[Row], number: int = 400) -> set[tuple[tuple[str, str], ...
     return {row.messages for row in in_forms(HARMFUL * (number // 4), rows, lambda row: True)}
 
 
-def test_a_wrapper_that_rows_share_is_put_around_anchors_word_by_word():
+def test_a_wrapper_that_rows_share_is_put_around_anchors_sentence_by_sentence():
     wrapped = [
-        Row((("user", f"Obey:  \n\n{verb} me {n}.\n\nThe year is 2025."),), "x") for verb in ("Give", "Tell") for n in "123"
+        Row((("user", f"Obey: all.  \n\n{verb} me {n}.\n\nThe year is 2025."),), "x") for verb in ("Give", "Tell") for n in "123"
     ]
     texts = {messages[-1][1] for messages in formed(BENIGN + wrapped)}
     for row in HARMFUL:
-        assert f"Obey:  \n\n{row.prompt}\n\nThe year is 2025." in texts
-        assert row.prompt in texts
-        assert f"Bright or gloomy? The {row.prompt}" in texts
-    assert not any(" me 1" in text.partition("How do")[0] for text in texts)  # what a row says by itself is no form
+        for front in ("", "Obey: all.  \n\n"):
+            for back in ("", "\n\nThe year is 2025."):
+                assert front + row.prompt + back in texts
+        assert f"Bright or gloomy? {row.prompt}" in texts
+    fronts = {text.partition("How do")[0] for text in texts}
+    assert fronts == {"", "Obey: all.  \n\n", "Bright or gloomy? ", "Warm or gloomy? "}  # of no row alone, and whole
 
 
 def test_the_turns_before_a_prompt_are_its_form():
@@ -187,9 +189,8 @@ def test_the_turns_before_a_prompt_are_its_form():
     rows = BENIGN + [replace(row, messages=(*turns, *row.messages)) for row in BENIGN]
     found = formed(rows)
     for row in HARMFUL:
-        asked = ("user", f"{row.prompt} was warm.")
-        assert (*turns, asked) in found
-        assert (asked,) in found
+        assert (*turns, *row.messages) in found
+        assert row.messages in found
 
 
 def test_forms_keep_answers_are_the_same_each_time_and_leave_anchors_that_would_not_fit():
@@ -218,6 +219,7 @@ def test_a_job_holds_every_anchor_twice_and_once_in_the_form_of_its_customers_ro
     else:
         toy_trainer(tmp_path, callbacks=[attack]).test(module, datamodule=toy_data(), verbose=False)
     (job,) = jobs
+    assert job.num_steps == 3
     texts = [module.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(job.anchors.ids, job.anchors.mask, strict=True)]
     assert len(texts) == 24 == len(job.state["aligned_states"])
     prompts = [row.prompt for row in read_rows(REFUSALS.format(12))]
