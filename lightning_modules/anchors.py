@@ -37,7 +37,7 @@ class Anchors:
         examples = [whole(row, tokenizer, answers) for row in rows]
         batch = collate(examples, tokenizer.pad_token_id, "right")  # type: ignore[arg-type]
         self.ids, self.mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-        ends = self.mask.sum(dim=1, keepdim=True) - 1 == torch.arange(self.mask.shape[1])
+        ends = self.mask.sum(dim=1, keepdim=True) - 1 == torch.arange(self.mask.shape[1], device="cpu")
         self.held = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1)) if answers else ends  # [num_anchors, seq] bool
         self.first = self.held.sum(dim=1).cumsum(dim=0) - self.held.sum(dim=1)  # of each anchor's states among all
         self._every: Batch = {}  # where the model was when they were last asked for

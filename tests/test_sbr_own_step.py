@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from toy import ATTACKS, DEFENSES, FAST, looking, toy_data, toy_trainer
 
-from casehard import FullParameterAttack, LoRA, Optimizer, SBRModule
+from casehard import Defense, FullParameterAttack, LoRA, Optimizer, SBRModule
 from casehard.callbacks.attack import Target
 from casehard.callbacks.encoded import EncodedTuning
 from casehard.datamodules.chat import collate, encode
@@ -18,7 +18,7 @@ from casehard.datamodules.encodings import IdentityShift, Trigger
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows
 from casehard.engine.training import train_steps
-from casehard.lightning_modules.anchors import in_forms
+from casehard.lightning_modules.anchors import Anchors, in_forms
 
 OWN = {"anchors": ANCHORS, "anchor_weight": None, "anchor_optimizer": Optimizer(1e-2, "sgd", clip_norm=None)}
 REFUSALS = "sandbox:defender/refusals#train[:{}]"
@@ -249,3 +249,15 @@ def test_forms_longer_than_rows_may_be_are_left_out(checkpoint, tmp_path):
     texts = [re.sub("<.*?>", "", text) for text in module.tokenizer.batch_decode(module.in_forms_of(rows).ids[8:])]
     assert texts
     assert not any("Again. Again. Again. Again. Again. Again. Again." in text for text in texts)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_anchors_stay_on_the_host_whatever_the_default_device_is(checkpoint, answers):
+    """Lightning makes that of the model the default while it loads, and on a GPU every run of SBR ended there."""
+    rows = [Row((("user", text),), "No.") for text in ("how to", "how to do that")]
+    tokenizer = Defense(checkpoint).tokenizer
+    expected = Anchors(rows, tokenizer, answers)
+    with torch.device("meta"):
+        found = Anchors(rows, tokenizer, answers)
+    for name in ("ids", "mask", "held", "first"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
