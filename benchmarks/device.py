@@ -6,6 +6,7 @@ transformers, lightning, peft and pytest, and a folder of the pure-Python wheels
 """
 
 import argparse
+import faulthandler
 import json
 import multiprocessing as mp
 import os
@@ -29,6 +30,7 @@ from device_plan import LIMIT, ROOT, STAGES, Part, judged
 from device_table import table
 
 HERE = Path(__file__).resolve().parent
+SAY_WHERE = 0.95  # of its cap: when a part says what it is at
 LACKING = ["jsonargparse", "docstring_parser", "typeshed_client", "datasets", "dill", "multiprocess", "gguf", "liger_kernel"]
 PRELOADED = [
     "torch",
@@ -41,12 +43,13 @@ PRELOADED = [
 # ---- processes
 
 
-def run_part(call: str, settings: dict[str, Any], log: str, path: list[str]) -> None:
-    """In a process of its own: call the part, all that it prints in a file."""
+def run_part(call: str, settings: dict[str, Any], log: str, path: list[str], cap: float) -> None:
+    """In a process of its own: call the part, all that it prints in a file, and where it stands shortly before its cap."""
     os.setsid()  # a group, to be killed with all that it starts
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.dump_traceback_later(cap * SAY_WHERE, file=2)
     os.chdir(ROOT)
     sys.path[:0] = [entry for entry in path if entry not in sys.path]
     script, _, function = call.partition(":")
@@ -68,7 +71,7 @@ class Running:
         self.log, self.figures = scratch / f"{part.name}.log", scratch / f"{part.name}.json"
         self.figures.unlink(missing_ok=True)
         self.looked_at = 0
-        args = (part.call, {**settings, "figures": str(self.figures)}, str(self.log), sys.path)
+        args = (part.call, {**settings, "figures": str(self.figures)}, str(self.log), sys.path, part.cap)
         self.process = mp.get_context(how).Process(target=run_part, args=args)  # type: ignore[attr-defined]
         self.process.start()  # the first one waits for the server's imports
         self.begun = time.monotonic()

@@ -19,6 +19,7 @@ from casehard.records.files import write_whole
 from casehard.version import revision
 
 ROOT = Path(__file__).parent.parent
+SLOW = 40  # seconds after which a test says where it stands
 
 
 def machine(device: str, figures: str) -> None:
@@ -74,7 +75,7 @@ def tests(files: list[str], workers: int, figures: str) -> None:
         str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")
     ]
     shared = ["-n", str(workers), "--dist", "load", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
-    settings = ["-m", "gpu", "-W", "default", "-rfE", "-c", str(ROOT / "pyproject.toml")]
+    settings = ["-m", "gpu", "-W", "default", "-rfE", "-c", str(ROOT / "pyproject.toml"), "-o", f"faulthandler_timeout={SLOW}"]
     sys.exit(pytest.main([*settings, *shared, *named], plugins=[Outcomes(figures)]))
 
 

@@ -62,30 +62,31 @@ def _steps(name: str, cap: int, **settings: Any) -> Part:
     return Part(name, cap, "training_step:main", {**REAL, **settings}, {**FEW, **dict.fromkeys(settings)})
 
 
-def _answers(name: str, cap: int, **settings: Any) -> Part:
+def _answers(name: str, cap: int, package: str | None = None, **settings: Any) -> Part:
     full = {"device": "cuda", "batch_size": 100, "num_pairs": 2, "num_alone": 1, **settings}
     few = {**SMALL, "prompts": "sandbox:test/harmful#train[:3]", "max_new_tokens": 3, "num_pairs": 1, "num_warmup": 0}
-    return Part(name, cap, "scoring:main", full, {**few, "precision": "float32", "random_weights": False})
+    tiny = {**few, "precision": "float32", "random_weights": False, "kernels": None}
+    return Part(name, cap, "scoring:main", full, tiny, package)
 
 
 STAGES = [  # most important first. Parts of a stage run side by side; what is timed has a stage to itself
     [Part("machine", 45, "device_parts:machine", {"device": "cuda"}, {"device": "cpu"})],
     [
         Part(
-            "tests", 70, "device_parts:tests", {"files": [], "workers": 6}, {"files": ["tests/test_benchmarks.py"], "workers": 0}
+            "tests", 75, "device_parts:tests", {"files": [], "workers": 12}, {"files": ["tests/test_benchmarks.py"], "workers": 0}
         ),
         Part("main_job", 70, "device_parts:main_job", {"devices": ["cuda", "cpu"], "settings": []}, ONE_STEP),
         Part("smollm2", 60, "device_parts:smollm2", {"checkpoint": "{gguf}", "folder": "{smollm2}"}),
     ],
-    [_scale("scale", 50, {"profile": True})],
+    [_scale("scale", 38, {"profile": True})],
     [_scale("scale_compiled", 50, {"compile_backend": None}, compile_backend="inductor")],
-    [_scale("scale_liger", 30, {"kernels": None}, "liger_kernel", kernels="liger")],
-    [_scale("scale_fsdp2", 30, {}, strategy=str(ROOT / "experiments/cluster/one_gpu.yaml"))],
-    [_scale("scale_padded", 20, {}, layout="padded", beside=["SBR"], profile=False)],
-    [_steps("training_step", 35)],
+    [_scale("scale_liger", 36, {"kernels": None}, "liger_kernel", kernels="liger")],
+    [_scale("scale_fsdp2", 35, {}, strategy=str(ROOT / "experiments/cluster/one_gpu.yaml"), profile=False)],
+    [_steps("training_step", 40)],
     [_steps("training_step_graphs", 40, compile_backend="inductor", compile_mode="reduce-overhead")],
-    [_answers("generation", 25, checkpoint="{smollm2}", precision="bf16-mixed")],
-    [_answers("generation_1_5b", 25, checkpoint=RANDOM["checkpoint"], precision="bf16", random_weights=True)],
+    [_answers("generation", 20, checkpoint="{smollm2}", precision="bf16-mixed")],
+    [_answers("generation_liger", 20, "liger_kernel", checkpoint="{smollm2}", precision="bf16-mixed", kernels="liger")],
+    [_answers("generation_1_5b", 20, checkpoint=RANDOM["checkpoint"], precision="bf16", random_weights=True)],
     [
         Part(
             "patcher",
@@ -146,6 +147,13 @@ def _ratios(figures: dict[str, Any]) -> list[list[float]]:
     return min(ratios, key=lambda variant: max(map(median, variant)))
 
 
+def _answered(figures: dict[str, Any]) -> float:
+    """Under the variant that writes SmolLM2's answers fastest."""
+    return min(
+        float(found["over_bound"]) for name, found in figures.items() if name in ("generation", "generation_liger") and found
+    )
+
+
 GOALS = [
     Goal("tests marked gpu that fail", lambda f: len(f["tests"]["failed"]) if f["tests"]["passed"] else math.nan, most=0),
     Goal("SFT of Qwen2.5-1.5B, share of peak", lambda f: _scaled(f, "SFT")["share_of_peak"], least=0.5),
@@ -157,7 +165,7 @@ GOALS = [
     ),
     Goal("SmolLM2 on real rows over plain, median", lambda f: max(median(ratios) for ratios in _ratios(f)), most=0.6),
     Goal("SmolLM2 on real rows over plain, worst step", lambda f: max(max(ratios) for ratios in _ratios(f)), most=1.0),
-    Goal("SmolLM2, a token over the memory bound", lambda f: f["generation"]["over_bound"], most=4.0),
+    Goal("SmolLM2, a token over the memory bound", _answered, most=4.0),
     Goal("Qwen2.5-1.5B, a token over the memory bound", lambda f: f["generation_1_5b"]["over_bound"], most=4.0),
 ]
 

@@ -54,6 +54,7 @@ def main(
     precision: Literal["float32", "bf16-mixed", "bf16"] = "float32",
     layout: Layout | None = None,
     graphs: bool = True,
+    kernels: Literal["liger"] | None = None,
     random_weights: bool = False,
     figures: str | None = None,
 ) -> None:
@@ -71,6 +72,7 @@ def main(
         precision: float32; bf16-mixed: float32 weights, bfloat16 passes; bf16: bfloat16 throughout.
         layout: of the passes; null takes the one for the device.
         graphs: on a CUDA device, replay steps as graphs.
+        kernels: of the model, as ``backbone.kernels``.
         random_weights: take only the sizes from the checkpoint, and the sandbox's tokenizer.
         figures: file that gets what the last lines say, as JSON.
     """
@@ -80,6 +82,7 @@ def main(
     backbone = Backbone(
         random_weights=random_weights,
         tokenizer=str(SANDBOX) if random_weights else None,
+        kernels=kernels,
         weights_dtype="bfloat16" if precision == "bf16" else "float32",
     )
     module = Defense(checkpoint, backbone=backbone)

@@ -128,15 +128,18 @@ class Target:
         reshard(self.module)
         return {name: local(p) for name, p in self.module.named_parameters()}
 
-    def spend(self, passes: float = 0.0, trained: Tensor | int = 0, forward: Tensor | int = 0) -> None:
+    def spend(self, passes: float = 0.0, trained: Tensor | int = 0, forward: Tensor | int = 0, by_all: bool = False) -> None:
         """Count what the attack costs. ``train`` counts its own steps; whoever makes other passes says so here.
 
         Args:
             passes: forward and backward passes over a (global) batch; a forward pass alone is a third of one.
             trained: tokens of this process's share that went forward and backward, without padding.
             forward: those that went forward alone: read, or generated.
+            by_all: every process made these passes, and they count once.
         """
         self.passes += passes
+        if by_all and share_of(self.trainer)[0]:
+            return
         parts = [torch.as_tensor(part, dtype=torch.int64, device=self.module.device) for part in (trained, forward)]
         self.tokens = self.tokens.to(self.module.device) + torch.stack(parts)
 

@@ -91,9 +91,8 @@ class SelectedBenign(LoRAAttack):
                 matched = summed(matched, unit(module, self.gradient(target, anchor)))
             scores = [self.score(target, candidate, matched) for candidate in data.encode(candidates, "candidates")]
         everything = anchors + candidates
-        own = [row for _, row in target.share(everything, len(everything), "ranked")(0)]  # so that no row is counted twice
-        num_tokens = sum(len(example["input_ids"]) for example in data.encode(own, "ranked"))
-        target.spend(passes=len(everything) / self.batch_size, trained=num_tokens)
+        num_tokens = sum(len(example["input_ids"]) for example in data.encode(everything, "ranked"))
+        target.spend(passes=len(everything) / self.batch_size, trained=num_tokens, by_all=True)
         ranking = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
         target.state["selected"] = [candidates[i] for i in ranking[: self.num_samples]]
         yield from self.trained(target, [data.batches(target.state["selected"], self.batch_size, target.seed, "attack")])

@@ -17,6 +17,7 @@ from casehard.callbacks.policy_gradient import PolicyGradient as PolicyGradient
 from casehard.callbacks.preference import PreferenceAttack as PreferenceAttack
 from casehard.callbacks.relearning import Relearning as Relearning
 from casehard.callbacks.selected_benign import SelectedBenign as SelectedBenign
+from casehard.callbacks.virus import Virus as Virus
 from casehard.callbacks.results import Results as Results
 from casehard.callbacks.round_trip import RoundTrip as RoundTrip
 from casehard.callbacks.scoring import Evaluate as Evaluate

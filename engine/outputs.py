@@ -18,7 +18,25 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def changed_outputs(model: nn.Module, modules: Sequence[nn.Module], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+def changed_maps(
+    model: nn.Module, modules: Sequence[nn.Module], change: Callable[[int, Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """For a block, let ``change(number, input, output)`` stand in for what a module puts out; see ``changed_outputs``."""
+
+    def hook(_: nn.Module, args: Any, output: Any, *, number: int) -> Any:
+        entered: Any = args[0] if args else None  # of a module that is called with names
+        return (change(number, entered, output[0]), *output[1:]) if isinstance(output, tuple) else change(number, entered, output)
+
+    with ExitStack() as stack:
+        stack.enter_context(uncompiled(model))
+        for number, module in enumerate(modules):
+            stack.callback(module.register_forward_hook(partial(hook, number=number)).remove)
+        yield
+
+
+def changed_outputs(
+    model: nn.Module, modules: Sequence[nn.Module], change: Callable[[int, Tensor], Tensor]
+) -> AbstractContextManager[None]:
     """For a block, let ``change(number, output)`` stand in for what module ``number`` puts out; the first of several outputs.
 
     A layer that is computed again in the backward pass calls ``change`` again, as long as the block lasts. Inside the block
@@ -29,12 +47,4 @@ def changed_outputs(model: nn.Module, modules: Sequence[nn.Module], change: Call
         modules: such as the attention of every layer (``anatomy.blocks``).
         change: returns a tensor of the output's shape, or the output itself.
     """
-
-    def hook(_: nn.Module, __: Any, output: Any, *, number: int) -> Any:
-        return (change(number, output[0]), *output[1:]) if isinstance(output, tuple) else change(number, output)
-
-    with ExitStack() as stack:
-        stack.enter_context(uncompiled(model))
-        for number, module in enumerate(modules):
-            stack.callback(module.register_forward_hook(partial(hook, number=number)).remove)
-        yield
+    return changed_maps(model, modules, lambda number, _, output: change(number, output))

@@ -723,7 +723,7 @@ def test_an_attack_without_training_has_steps_to_break_and_benign_fine_tuning_ha
     assert len(read_run(tmp_path / "run").rows) == 4
 
 
-@pytest.mark.parametrize("name", ["ten_benign_rows", "selected_benign", "identity_shift", "noice", "customers"])
+@pytest.mark.parametrize("name", ["ten_benign_rows", "selected_benign", "identity_shift", "noice", "customers", "virus"])
 def test_benign_rows_that_are_to_break_count_as_an_attack_and_so_do_their_controls(name):
     parser = ArgumentParser()
     parser.add_argument("--callbacks", type=list[Attack])

@@ -119,6 +119,7 @@ def test_a_part_that_fails_or_outstays_its_cap_is_said_so_and_the_rest_goes_on(f
     assert found["last"]["figures"]["wheel"] == "wheel"
     assert found["endless"]["figures"] == {"so_far": 1}
     assert 1 <= found["endless"]["seconds"] < 3
+    assert any(", line " in line and " in endless" in line for line in found["endless"]["printed"])  # where it stood
     assert not is_alive(int(found["endless"]["printed"][0]))  # its child, killed with it
     assert found["bad"]["printed"][0] == " 99%"
     assert found["bad"]["printed"][-1] == "ValueError: no such thing"
@@ -223,7 +224,7 @@ def test_a_goal_is_judged_by_the_fastest_variant_that_has_its_figure(device):
         return {"figures": {"kinds": kinds}}
 
     parts = {"machine": {"figures": {"gib": 80}}, "scale": scale(0.4, SBR=1.1, Patcher=2.8), "scale_liger": scale(0.45, SBR=1.02)}
-    parts |= {"scale_padded": scale(0.51), "scale_compiled": {"status": "left out: needs --x"}}
+    parts |= {"scale_fsdp2": scale(0.51), "scale_compiled": {"status": "left out: needs --x"}}
     parts["training_step"] = {
         "figures": {"precisions": {"float32": {"ratios": [0.5, 0.6, 0.7]}, "bfloat16": {"ratios": [0.4, 0.3, 2.0]}}}
     }
@@ -285,16 +286,17 @@ def test_every_part_runs_on_the_cpu_and_its_figures_are_there(device, tmp_path, 
 
     assert len(figures["tests"]["skipped"]) == 2
     assert [row["step"] for row in figures["main_job"]["cpu"]["scores"]] == [0, 1]
-    for name in ("scale", "scale_compiled", "scale_liger", "scale_fsdp2", "scale_padded"):
-        assert list(figures[name]["kinds"]) == ["SFT", "SBR"] + ["Patcher"] * (name != "scale_padded")
+    for name in ("scale", "scale_compiled", "scale_liger", "scale_fsdp2"):
+        assert list(figures[name]["kinds"]) == ["SFT", "SBR", "Patcher"]
+    kernels = figures["scale"]["kinds"]["SFT"]["kernels"]
+    assert len(kernels) == 10
+    assert kernels == sorted(kernels, key=lambda kernel: -kernel["ms"])
+    assert sum(kernel["share"] for kernel in kernels) < 1
     for kind, says in figures["scale"]["kinds"].items():
-        assert len(says["kernels"]) == 10
-        assert says["kernels"] == sorted(says["kernels"], key=lambda kernel: -kernel["ms"])
-        assert sum(kernel["share"] for kernel in says["kernels"]) < 1
         assert f"\n    {kind:8} {says['seconds'][0]:.4f} s a step, over SFT {says['over_sft'][0]:.2f}" in shown
     for name in ("training_step", "training_step_graphs"):
         assert {key: len(says["ratios"]) for key, says in figures[name]["precisions"].items()} == {"float32": 2, "bfloat16": 2}
-    for name in ("generation", "generation_1_5b"):
+    for name in ("generation", "generation_liger", "generation_1_5b"):
         assert figures[name]["over_bound"] > 1
     assert [(run["kind"], [each["step"] for each in run["scores"]]) for run in figures["patcher"]["runs"]] == [
         ("SFT", [0, 1, 2]),

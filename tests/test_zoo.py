@@ -22,7 +22,7 @@ ZOO = [
     "callbacks/capability.py",
     "callbacks/latent.py",
     "callbacks/relearning.py",
-    "callbacks/policy_gradient.py", "callbacks/kernel_ablation.py", "callbacks/delta.py", "callbacks/round_trip.py",
+    "callbacks/policy_gradient.py", "callbacks/kernel_ablation.py", "callbacks/delta.py", "callbacks/round_trip.py", "callbacks/virus.py",
 ]  # fmt: skip
 MOST_LINES = 60
 OUT_OF_REACH = {"trainer", "dist", "DTensor"}  # the framework's to know

@@ -66,6 +66,7 @@ from casehard.callbacks.relearning import Relearning
 from casehard.callbacks.search import Search
 from casehard.callbacks.search_space import Range
 from casehard.callbacks.selected_benign import SelectedBenign
+from casehard.callbacks.virus import Virus
 from casehard.datamodules.encodings import WordsReversed
 from casehard.datamodules.row import Row
 from casehard.datamodules.settings import Batching, EvaluationSettings, Sources
@@ -222,6 +223,8 @@ ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by addin
 ATTACKS["selected"] = lambda **s: SelectedBenign(
     **(FAST | {"by": "gradient_match", "num_candidates": 20, "num_anchors": 2, "lora": LoRA(rank=2)} | s)
 )
+HIDING: dict[str, Any] = {"num_samples": 8, "num_iterations": 1, "num_swaps": 2, "max_suspicion": 1.0}
+ATTACKS["virus"] = lambda **s: Virus(lora=LoRA(rank=2), **(FAST | HIDING | s))
 if find_spec("optuna"):
     ATTACKS["search"] = lambda **s: Search(
         LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
