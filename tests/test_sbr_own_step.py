@@ -8,7 +8,7 @@ import torch
 from test_sbr import ANCHORS, batch_of, fitted, move, rows_of, sbr
 from torch import Tensor
 from torch.testing import assert_close
-from toy import ATTACKS, DEFENSES, FAST, looking, toy_data, toy_trainer
+from toy import ATTACKS, DEFENSES, FAST, bits, looking, same_bits, toy_data, toy_trainer
 
 from casehard import FullParameterAttack, LoRA, Optimizer, SBRModule
 from casehard.callbacks.attack import Target
@@ -76,6 +76,20 @@ def test_the_customers_loss_is_plain_and_the_drift_is_held(checkpoint, tmp_path)
     assert torch.equal(job.loss(batch_of(), 0), module.sft_loss(batch_of()))
 
 
+@pytest.mark.parametrize(("slack", "moves"), [(0.99, True), (1.01, False)])
+def test_no_step_is_taken_on_a_drift_below_the_slack(checkpoint, slack, moves):
+    module, job = sbr(checkpoint, **OWN)
+    move(module)
+    aligned = job.state["aligned_states"]
+    with torch.no_grad():
+        relative = drift_of(module, aligned).item() / aligned.square().mean().item()
+    module.anchor_slack = slack * relative
+    before = bits(module)
+    job.after_step(0)
+    assert same_bits(bits(module), before) is not moves
+    assert_close(job.state["anchor_drift"].item() / aligned.square().mean().item(), relative, rtol=1e-4, atol=0.0)
+
+
 @pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
 def test_passes_and_tokens_of_the_steps_are_counted(checkpoint, tmp_path, accumulate_grad_batches):
     module = SBRModule(checkpoint, optimizer=Optimizer(1e-3), **OWN, anchor_steps=2)
@@ -98,6 +112,8 @@ def test_passes_and_tokens_of_the_steps_are_counted(checkpoint, tmp_path, accumu
             {"anchor_weight": 50.0},
             r"anchor_weight must be null where anchor_optimizer is set, whose steps have no weight, got 50\.0",
         ),
+        ({"anchor_slack": -0.1}, r"anchor_slack must be >= 0, got -0\.1\."),
+        ({"anchor_optimizer": None, "anchor_slack": 0.1}, r"anchor_slack must be 0 where anchor_optimizer is null, got 0\.1\."),
         ({"anchor_steps": 0}, r"anchor_steps must be >= 1, got 0\."),
         ({"anchor_optimizer": None, "anchor_steps": 2}, r"anchor_steps must be 1 where anchor_optimizer is null, got 2\."),
         ({"anchor_optimizer": Optimizer(name="adafactor")}, "name of anchor_optimizer must be adamw or sgd, got adafactor"),
