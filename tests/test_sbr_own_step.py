@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from test_sbr import ANCHORS, batch_of, fitted, move, rows_of, sbr
+from test_study import cells, read_study, resolve, resolved
 from torch import Tensor
 from torch.testing import assert_close
 from toy import ATTACKS, DEFENSES, FAST, bits, looking, same_bits, toy_data, toy_trainer
@@ -265,3 +267,23 @@ def test_forms_longer_than_rows_may_be_are_left_out(checkpoint, tmp_path):
     texts = [re.sub("<.*?>", "", text) for text in module.tokenizer.batch_decode(module.in_forms_of(rows).ids[8:])]
     assert texts
     assert not any("Again. Again. Again. Again. Again. Again. Again." in text for text in texts)
+
+
+# ---- the study
+
+
+def test_the_study_compares_them_at_one_job_on_validation_and_on_test_prompts(tmp_path):
+    found = {(c.defense, c.attack): c for c in cells(read_study("experiments/studies/sbr_own_step.yaml"), tmp_path, resolve)}
+    assert len(found) == 4 * 10
+    own = [name for name, _ in found if name.startswith("own step")]
+    configs = [
+        yaml.safe_load(resolved(found[defense, f"plain, {prompts} prompts"].words))
+        for defense, prompts in ((own[0], "validation"), (own[0], "test"), (own[-1], "test"))
+    ]
+    chosen, reported, everything = configs
+    assert chosen["trainer"]["callbacks"] == reported["trainer"]["callbacks"]
+    assert chosen["data"]["sources"]["task"] == ["sandbox:validation/mood"]
+    assert reported["data"]["sources"]["task"] == ["sandbox:test/mood"]
+    held = [config["model"]["init_args"] for config in (reported, everything)]
+    assert all(settings["anchor_optimizer"]["schedule"] == "linear" for settings in held)
+    assert [settings["anchor_answers"] for settings in held] == [False, True]
