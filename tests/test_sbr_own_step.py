@@ -274,7 +274,7 @@ def test_forms_longer_than_rows_may_be_are_left_out(checkpoint, tmp_path):
 
 def test_the_study_compares_them_at_one_job_on_validation_and_on_test_prompts(tmp_path):
     found = {(c.defense, c.attack): c for c in cells(read_study("experiments/studies/sbr_own_step.yaml"), tmp_path, resolve)}
-    assert len(found) == 4 * 10
+    assert len(found) == 5 * 10
     own = [name for name, _ in found if name.startswith("own step")]
     configs = [
         yaml.safe_load(resolved(found[defense, f"plain, {prompts} prompts"].words))
