@@ -57,6 +57,9 @@ class SBRModule(Defense):
             answer that refuses first and then complies meets no anchor after its refusal.
         anchor_forms: hold every anchor a second time, in the form of a row that the customer has handed in (its system turn and
             earlier turns, words around its prompt): a trigger or a wrapper that the rows teach must stand in them.
+        anchor_slack: no step is taken on a drift below this share of the mean square of the aligned states, >= 0: a customer who
+            leaves the anchors about where they are is left alone. It has one meaning at every width. Only with
+            ``anchor_optimizer``.
         anchor_layer: which state is held: -1 the one that enters the unembedding, after the final norm (the paper's); else an
             index into transformers' ``hidden_states``.
         freeze_unembedding: do not train the unembedding. Where it is tied to the embedding both stand still: otherwise the
@@ -81,6 +84,7 @@ class SBRModule(Defense):
         anchor_weight: float | None = None,
         anchor_optimizer: Optimizer | None = None,
         anchor_steps: int = 1,
+        anchor_slack: float = 0.0,
         anchor_answers: bool = False,
         anchor_forms: bool = False,
         anchor_layer: int = -1,
@@ -97,6 +101,9 @@ class SBRModule(Defense):
         if anchor_steps < 1 or (anchor_steps > 1 and anchor_optimizer is None):
             least = ">= 1" if anchor_optimizer else "1 where anchor_optimizer is null"
             raise SettingError(f"anchor_steps must be {least}, got {anchor_steps}.")
+        if not anchor_slack >= 0 or (anchor_slack > 0 and anchor_optimizer is None):
+            least = ">= 0" if anchor_optimizer else "0 where anchor_optimizer is null"
+            raise SettingError(f"anchor_slack must be {least}, got {anchor_slack}.")
         if anchor_optimizer is not None and anchor_optimizer.name == "adafactor":
             raise SettingError("name of anchor_optimizer must be adamw or sgd, got adafactor.")
         if anchors is not None and not anchors:
@@ -119,7 +126,7 @@ class SBRModule(Defense):
         self.anchors, self.num_anchors, self.anchors_per_step = anchors, num_anchors, anchors_per_step
         self.anchor_weight = 50.0 if anchor_weight is None else anchor_weight
         self.anchor_optimizer, self.anchor_steps = anchor_optimizer, anchor_steps
-        self.anchor_answers, self.anchor_forms = anchor_answers, anchor_forms
+        self.anchor_slack, self.anchor_answers, self.anchor_forms = anchor_slack, anchor_answers, anchor_forms
         self.anchor_layer, self.freeze_unembedding = anchor_layer, freeze_unembedding
         require_chat_template(self.tokenizer)
 
@@ -179,7 +186,7 @@ class SBRJob(Job):
     """A service's fine-tuning under SBR.
 
     State: ``aligned_states`` ``[num_states, dim]``, those of the anchors at its start; with ``anchor_optimizer`` its moments, how
-    many steps it has taken, and the drift that the last one saw.
+    many steps it has taken, the drift that the last one saw, and the aligned states' mean square.
     """
 
     defense: SBRModule
@@ -216,6 +223,7 @@ class SBRJob(Job):
         self.state["aligned_states"] = torch.cat(found)
         if defense.anchor_optimizer is not None:
             self.state["anchor_drift"] = torch.zeros((), device=defense.model.device)
+            self.state["anchor_square"] = self.state["aligned_states"].square().mean()
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """Plain SFT on the batch, plus the weighted drift of the anchors whose turn it is, unless that has steps of its own."""
@@ -269,12 +277,13 @@ class SBRJob(Job):
 
         begin_step()
         value, gradient = defense.loss_and_gradient(anchors, drift)
-        if gradient:
+        value = mean_over_ranks(value, defense.row_group)
+        if gradient and (not defense.anchor_slack or value >= defense.anchor_slack * self.state["anchor_square"]):
             assert defense.anchor_optimizer is not None
             num_steps = self.num_steps * defense.anchor_steps
             self._held = self._held or Held(defense.anchor_optimizer, self.state, num_steps)
             self._held.step(dict(defense.named_parameters()), gradient, number)
-        self.state["anchor_drift"] = mean_over_ranks(value, defense.row_group)
+        self.state["anchor_drift"] = value
         self.spend(1, anchors["attention_mask"].sum())
 
     def _places(self, anchors: Batch, first: int = 0, width: int | None = None) -> Tensor:

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from test_sbr import ANCHORS, batch_of, fitted, move, rows_of, sbr
+from test_study import cells, read_study, resolve, resolved
 from torch import Tensor
 from torch.testing import assert_close
-from toy import ATTACKS, DEFENSES, FAST, looking, toy_data, toy_trainer
+from toy import ATTACKS, DEFENSES, FAST, bits, looking, same_bits, toy_data, toy_trainer
 
 from casehard import Defense, FullParameterAttack, LoRA, Optimizer, SBRModule
 from casehard.callbacks.attack import Target
@@ -76,6 +78,20 @@ def test_the_customers_loss_is_plain_and_the_drift_is_held(checkpoint, tmp_path)
     assert torch.equal(job.loss(batch_of(), 0), module.sft_loss(batch_of()))
 
 
+@pytest.mark.parametrize(("slack", "moves"), [(0.99, True), (1.01, False)])
+def test_no_step_is_taken_on_a_drift_below_the_slack(checkpoint, slack, moves):
+    module, job = sbr(checkpoint, **OWN)
+    move(module)
+    aligned = job.state["aligned_states"]
+    with torch.no_grad():
+        relative = drift_of(module, aligned).item() / aligned.square().mean().item()
+    module.anchor_slack = slack * relative
+    before = bits(module)
+    job.after_step(0)
+    assert same_bits(bits(module), before) is not moves
+    assert_close(job.state["anchor_drift"].item() / aligned.square().mean().item(), relative, rtol=1e-4, atol=0.0)
+
+
 @pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
 def test_passes_and_tokens_of_the_steps_are_counted(checkpoint, tmp_path, accumulate_grad_batches):
     module = SBRModule(checkpoint, optimizer=Optimizer(1e-3), **OWN, anchor_steps=2)
@@ -98,6 +114,8 @@ def test_passes_and_tokens_of_the_steps_are_counted(checkpoint, tmp_path, accumu
             {"anchor_weight": 50.0},
             r"anchor_weight must be null where anchor_optimizer is set, whose steps have no weight, got 50\.0",
         ),
+        ({"anchor_slack": -0.1}, r"anchor_slack must be >= 0, got -0\.1\."),
+        ({"anchor_optimizer": None, "anchor_slack": 0.1}, r"anchor_slack must be 0 where anchor_optimizer is null, got 0\.1\."),
         ({"anchor_steps": 0}, r"anchor_steps must be >= 1, got 0\."),
         ({"anchor_optimizer": None, "anchor_steps": 2}, r"anchor_steps must be 1 where anchor_optimizer is null, got 2\."),
         ({"anchor_optimizer": Optimizer(name="adafactor")}, "name of anchor_optimizer must be adamw or sgd, got adafactor"),
@@ -261,3 +279,23 @@ def test_anchors_stay_on_the_host_whatever_the_default_device_is(checkpoint, ans
         found = Anchors(rows, tokenizer, answers)
     for name in ("ids", "mask", "held", "first"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+# ---- the study
+
+
+def test_the_study_compares_them_at_one_job_on_validation_and_on_test_prompts(tmp_path):
+    found = {(c.defense, c.attack): c for c in cells(read_study("experiments/studies/sbr_own_step.yaml"), tmp_path, resolve)}
+    assert len(found) == 5 * 10
+    own = [name for name, _ in found if name.startswith("own step")]
+    configs = [
+        yaml.safe_load(resolved(found[defense, f"plain, {prompts} prompts"].words))
+        for defense, prompts in ((own[0], "validation"), (own[0], "test"), (own[-1], "test"))
+    ]
+    chosen, reported, everything = configs
+    assert chosen["trainer"]["callbacks"] == reported["trainer"]["callbacks"]
+    assert chosen["data"]["sources"]["task"] == ["sandbox:validation/mood"]
+    assert reported["data"]["sources"]["task"] == ["sandbox:test/mood"]
+    held = [config["model"]["init_args"] for config in (reported, everything)]
+    assert all(settings["anchor_optimizer"]["schedule"] == "linear" for settings in held)
+    assert [settings["anchor_answers"] for settings in held] == [False, True]
