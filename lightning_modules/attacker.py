@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from casehard.datamodules.mixing import mix
+from casehard.datamodules.order import uniform
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows
 from casehard.engine.adapters import LoRA, adapter_vector, targets, trainable
@@ -45,6 +46,8 @@ class InnerAttacker:
         poison_ratio: harmful share of the attacker's rows, in (0, 1]; the others are the data's ``alignment_benign``.
         num_samples: rows of the attacker; null takes all harmful rows, and then poison_ratio must be 1.
         harmful: sources of this attacker's own harmful rows; null takes the data's ``alignment_harmful``.
+        learning_rates: lowest and highest, both > 0, between which every attack draws its own, evenly by its logarithm; null
+            takes the optimizer's.
     """
 
     num_inner_steps: int = 300
@@ -54,6 +57,7 @@ class InnerAttacker:
     poison_ratio: float = 1.0
     num_samples: int | None = None
     harmful: list[str] | None = None
+    learning_rates: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.num_inner_steps < 0:
@@ -65,6 +69,11 @@ class InnerAttacker:
             raise SettingError(f"poison_ratio of an inner attacker must lie in (0, 1], got {self.poison_ratio}. It is a share.")
         if self.poison_ratio != 1 and self.num_samples is None:
             raise SettingError(f"num_samples must be set where poison_ratio is not 1, got poison_ratio {self.poison_ratio}.")
+        if self.learning_rates is not None and not 0 < self.learning_rates[0] <= self.learning_rates[1]:
+            raise SettingError(
+                f"learning_rates of an inner attacker must be two numbers, 0 < lowest <= highest, got {self.learning_rates}. "
+                "null takes the optimizer's."
+            )
 
     def own_rows(self) -> list[Row]:
         """Harmful rows of this attacker's own sources."""
@@ -106,7 +115,7 @@ class InnerAttacker:
         Args:
             module: what is attacked.
             batches: by step, see ``stream``.
-            seed: of its adapters and dropout.
+            seed: of its adapters and dropout, and of its learning rate where that is drawn.
             first_step: of ``batches``.
             name: on the progress bar, and in front of what goes wrong.
             device: where the copy of the weights waits, such as cpu; None keeps it beside them.
@@ -127,12 +136,22 @@ class InnerAttacker:
 
                 torch.manual_seed(seed)
                 with trainable(module, module.model, self.lora):
-                    yield InnerAttack(self._steps(module, lambda step: batches(first_step + step), name), vector)
+                    steps = self._steps(module, lambda step: batches(first_step + step), name, self.optimizer_of(seed))
+                    yield InnerAttack(steps, vector)
         finally:
             module.under_attack = False
 
-    def _steps(self, module: Defense, batches: Callable[[int], dict[str, Tensor]], name: str) -> Iterator[int]:
-        settings = (self.num_inner_steps, self.optimizer, module.forward_context, module.row_group)
+    def optimizer_of(self, seed: int) -> Optimizer:
+        """The optimizer of the attack with this seed: its learning rate is drawn where there are ``learning_rates``."""
+        if self.learning_rates is None:
+            return self.optimizer
+        low, high = self.learning_rates
+        return replace(self.optimizer, learning_rate=low * (high / low) ** uniform(seed, "learning rate", 0))
+
+    def _steps(
+        self, module: Defense, batches: Callable[[int], dict[str, Tensor]], name: str, optimizer: Optimizer
+    ) -> Iterator[int]:
+        settings = (self.num_inner_steps, optimizer, module.forward_context, module.row_group)
         steps = train_steps(module, Plain(module.sft_loss), batches, *settings)
         for step, _ in with_progress_bar(steps, self.num_inner_steps, name, module.trainer, leave=False):
             yield step

@@ -1,20 +1,24 @@
 """Patcher: adversarial training against malicious fine-tuning."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from casehard.datamodules.order import counter_seed, uniform
 from casehard.datamodules.row import Row
+from casehard.datamodules.sources import read_rows
 from casehard.engine.forward import Batch
-from casehard.engine.gradients import norm
+from casehard.engine.gradients import mean_over_ranks, norm
 from casehard.engine.optimizer import offloaded
 from casehard.engine.weights import Weights, check_device, parked
 from casehard.lightning_modules.attacker import InnerAttacker
 from casehard.lightning_modules.patcher_parallel import TwoRoles
 from casehard.lightning_modules.roles import ATTACKERS, DEFENDERS
 from casehard.metrics.errors import SettingError
+
+Choose = Literal["turn", "draw", "strongest"]
 
 
 class PatcherModule(TwoRoles):
@@ -37,14 +41,18 @@ class PatcherModule(TwoRoles):
     Args:
         checkpoint: the model to start from, as for ``Defense``.
         attacker: the inner attacker.
-        more_attackers: others, which take turns with it: the steps of a round are shared out among all of them.
+        more_attackers: others beside it: the steps of a round are shared out among all of them.
+        choose: who of them attacks next: turn, one after the other; draw, one at random; strongest, all of them one by one, and
+            the vector of the one with the lowest loss on ``held_out_harmful`` is used (a round then has one such attack).
+        held_out_harmful: sources of harmful rows that no attacker trains on, for strongest alone. Each attacker is looked at on
+            one batch of them, of ``attacker.batch_size`` rows, which counts as a pass.
         num_outer_steps: defender steps of a round (``GA_STEPS`` in the authors' scripts), >= 1.
         num_sft_steps: defender steps of plain SFT before the first attack, >= 0; null is one round, as in the paper.
         attack_weight: share of the loss taken at the attacked weights (``alpha`` in the paper), in [0, 1]; 0 is plain SFT.
         attack_every: defender steps between attacks, >= 1; null shares a round out evenly among the attackers.
         fresh_optimizer: begin a new optimizer with every attack, as the authors do: its moments are then not held meanwhile.
-        random_scale: scale the attack vector by a factor drawn from [0, 1] at every step, so that the attacker's whole path is
-            hardened and not its end alone.
+        vector_scale: lowest and highest factor of the attack vector, both >= 0, drawn evenly at every step: [0, 1] hardens the
+            attacker's whole path and not its end alone, [0.5, 4] also what a longer attack may reach.
         one_pass_per_row: send every row of a batch through one of the two passes instead of both, a share ``attack_weight`` of
             them through the attacked one: the same expected gradient at half the cost.
         vector_age: how many attacks ago the vector in use was found, >= 0; before that many there is none, and training is SFT.
@@ -71,18 +79,32 @@ class PatcherModule(TwoRoles):
         attack_weight: float = 0.5,
         attack_every: int | None = None,
         fresh_optimizer: bool = False,
-        random_scale: bool = False,
+        vector_scale: tuple[float, float] = (1.0, 1.0),
         one_pass_per_row: bool = False,
         vector_age: int = 0,
         parallel: bool = False,
         copy_device: str | None = None,
+        choose: Choose = "turn",
+        held_out_harmful: list[str] | None = None,
         **settings: Any,
     ) -> None:
         if not 0 <= attack_weight <= 1:
             raise SettingError(f"attack_weight must lie in [0, 1], got {attack_weight}. 0 is plain SFT, the paper's is 0.5.")
+        if choose not in get_args(Choose):
+            raise SettingError(f"choose must be one of {', '.join(get_args(Choose))}, got {choose!r}.")
+        if (choose == "strongest") != bool(held_out_harmful):
+            raise SettingError(
+                f"held_out_harmful must name rows where choose is strongest and nowhere else, got {held_out_harmful}. "
+                "Name harmful rows that no attacker trains on, or leave it out."
+            )
+        if not 0 <= vector_scale[0] <= vector_scale[1]:
+            raise SettingError(
+                f"vector_scale must be two numbers, 0 <= lowest <= highest, got {vector_scale}. [1, 1] is the paper's."
+            )
         attackers = [attacker, *(more_attackers or [])]
+        in_turn = 1 if choose == "strongest" else len(attackers)
         for name, value, least in (
-            ("num_outer_steps", num_outer_steps, len(attackers)),
+            ("num_outer_steps", num_outer_steps, in_turn),
             ("num_sft_steps", num_sft_steps, 0),
             ("attack_every", attack_every, 1),
             ("vector_age", vector_age, 0),
@@ -91,17 +113,23 @@ class PatcherModule(TwoRoles):
                 raise SettingError(f"{name} must be >= {least}, got {value}.")
         if parallel and vector_age != 1:
             raise SettingError(f"vector_age must be 1 in the parallel form, got {vector_age}: attackers need an interval.")
+        if parallel and choose == "strongest":
+            raise SettingError("choose must be turn or draw in the parallel form, got strongest: defenders would wait for all.")
         super().__init__(checkpoint, **settings)
         self.attackers, self.num_outer_steps, self.attack_weight = attackers, num_outer_steps, attack_weight
         self.num_sft_steps = num_outer_steps if num_sft_steps is None else num_sft_steps
-        self.attack_every = attack_every or num_outer_steps // len(attackers)
-        self.fresh_optimizer, self.random_scale, self.one_pass_per_row = fresh_optimizer, random_scale, one_pass_per_row
+        self.attack_every = attack_every or num_outer_steps // in_turn
+        self.fresh_optimizer, self.vector_scale, self.one_pass_per_row = fresh_optimizer, vector_scale, one_pass_per_row
+        self.choose, self.held_out_harmful = choose, held_out_harmful or []
         self.vector_age, self.parallel, self.copy_device = vector_age, parallel, copy_device
         self.num_attacks = 0  # so far; vector n of them is kept as "vector_n" until it has been used
 
     def own_rows(self) -> list[Row]:
-        """Harmful rows of the attackers' own."""
-        return [row for attacker in self.attackers for row in attacker.own_rows()]
+        """Harmful rows of the attackers' own, and those on which they are compared."""
+        return [row for attacker in self.attackers for row in attacker.own_rows()] + self._held_out()
+
+    def _held_out(self) -> list[Row]:
+        return [row for source in self.held_out_harmful for row in read_rows(source)]
 
     # ---- the attack vector
 
@@ -111,6 +139,8 @@ class PatcherModule(TwoRoles):
         self.streams: list[Callable[[int], Batch]] = []
         if self.attack_weight:
             self.streams = [a.stream(self, f"inner attacker {which}") for which, a in enumerate(self.attackers)]
+            if self.held_out_harmful:
+                self.held_out = self.stream(self._held_out(), self.attackers[0].batch_size, "held-out harmful rows")
             super().on_fit_start()
 
     def exchange_is_due(self) -> bool:
@@ -142,20 +172,41 @@ class PatcherModule(TwoRoles):
         if self.plays(ATTACKERS):
             with offloaded(optimizer, self.copy_device):
                 self._keep(self.num_attacks, self.attack(self.num_attacks))
-        self.num_passes += self.attackers[self.num_attacks % len(self.attackers)].num_inner_steps
+        looks = 1 if self.choose == "strongest" else 0
+        self.num_passes += sum(self.attackers[which].num_inner_steps + looks for which in self.who_attacks(self.num_attacks))
         self.num_attacks += 1
+
+    def who_attacks(self, number: int) -> list[int]:
+        """Which of the attackers run for attack ``number`` (from 0)."""
+        if self.choose == "strongest":
+            return list(range(len(self.attackers)))
+        if self.choose == "draw":
+            return [int(uniform(self.data.seed, "inner attacker", number) * len(self.attackers))]
+        return [number % len(self.attackers)]
 
     def attack(self, number: int) -> Weights:
         """What attack ``number`` (from 0) adds to the weights, by name; they themselves come back bit for bit."""
-        turn, which = divmod(number, len(self.attackers))
-        attacker = self.attackers[which]
-        seed = counter_seed(self.data.seed, "inner attack", number)
-        first_step = turn * attacker.num_inner_steps  # its rows go on where its last attack left them
+        turn = number // len(self.attackers) if self.choose == "turn" else number
+        seed, best, vector = counter_seed(self.data.seed, "inner attack", number), 0.0, Weights()
         name = f"Round {self.progress['round']}, inner attack"
-        with attacker.attack(self, self.streams[which], seed, first_step, name, self.copy_device) as attack:
-            for _ in attack.steps:
-                pass
-            return parked(attack.vector(), self.copy_device)
+        for which in self.who_attacks(number):
+            attacker = self.attackers[which]
+            first_step = turn * attacker.num_inner_steps  # its rows go on where its last attack left them
+            with attacker.attack(self, self.streams[which], seed, first_step, name, self.copy_device) as attack:
+                for _ in attack.steps:
+                    pass
+                loss = self._held_out_loss(number) if self.choose == "strongest" else 0.0
+                if not vector or loss < best:
+                    best, vector = loss, parked(attack.vector(), self.copy_device)
+        return vector
+
+    @torch.no_grad()
+    def _held_out_loss(self, number: int) -> float:
+        """Loss of one batch of ``held_out_harmful`` on the model as it is, the same on every rank."""
+        self.eval()
+        with self.forward_context():
+            loss = self.sft_loss(self.held_out(number))
+        return mean_over_ranks(loss, self.row_group).item()
 
     @property
     def vector(self) -> Weights:
@@ -183,8 +234,7 @@ class PatcherModule(TwoRoles):
         if not self.vector:
             return self.sft_loss(batch)
         attacked_rows, clean_rows = shared_out(batch, self.attack_weight) if self.one_pass_per_row else (batch, batch)
-        scale = self._scale(step) if self.random_scale else 1.0
-        attacked, gradient = self.loss_and_gradient(attacked_rows, at=self.vector, scale=scale)
+        attacked, gradient = self.loss_and_gradient(attacked_rows, at=self.vector, scale=self._scale(step))
         self.add_gradient(gradient, self.attack_weight)
         clean = self.sft_loss(clean_rows)
         if self.one_pass_per_row and self.num_accumulated:
@@ -193,7 +243,8 @@ class PatcherModule(TwoRoles):
         return (1 - self.attack_weight) * clean + self.attack_weight * attacked
 
     def _scale(self, step: int) -> float:
-        return uniform(self.data.seed, "attack vector", step)
+        low, high = self.vector_scale
+        return low + (high - low) * uniform(self.data.seed, "attack vector", step)
 
     # ---- what a resume needs
 

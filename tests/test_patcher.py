@@ -19,6 +19,7 @@ from casehard import Backbone, Defense, InnerAttacker, LoRA, Optimizer, PatcherM
 from casehard.cli.lightning_cli import AtomicCheckpointIO
 from casehard.datamodules.batches import Batches, StepLoader
 from casehard.datamodules.chat import collate
+from casehard.datamodules.order import counter_seed
 from casehard.engine.forward import Batch
 from casehard.engine.weights import shifted
 from casehard.lightning_modules.patcher import shared_out
@@ -26,6 +27,8 @@ from casehard.lightning_modules.patcher import shared_out
 ADAMW = Optimizer(1e-2)
 ATTACKER = InnerAttacker(num_inner_steps=3, optimizer=Optimizer(1e-2), batch_size=4)
 LORA_ATTACKER = InnerAttacker(num_inner_steps=3, optimizer=Optimizer(1e-2), batch_size=4, lora=LoRA(rank=2))
+SECOND = InnerAttacker(num_inner_steps=2, optimizer=Optimizer(1e-2), batch_size=4)
+STRONGEST = {"more_attackers": [SECOND], "choose": "strongest", "held_out_harmful": ["sandbox:defender/harmful#train[20:40]"]}
 
 
 def data(**settings) -> SFTDataModule:
@@ -217,9 +220,6 @@ def test_a_fresh_optimizer_has_no_moments_when_an_attack_begins(checkpoint, tmp_
         assert held == expected
 
 
-SECOND = InnerAttacker(num_inner_steps=2, optimizer=Optimizer(1e-2), batch_size=4)
-
-
 @pytest.mark.parametrize(
     ("settings", "accumulated", "by_hand"),
     [
@@ -227,6 +227,7 @@ SECOND = InnerAttacker(num_inner_steps=2, optimizer=Optimizer(1e-2), batch_size=
         ({"one_pass_per_row": True}, 1, 3 * 3 + 6),
         ({"vector_age": 1}, 1, 3 * 3 + 3 + 3 * 2),  # the first vector comes into use at step 3
         ({"more_attackers": [SECOND]}, 1, 3 + 2 + 3 + 2 + 3 + 1 + 5 * 2),  # an attack a step, in turns
+        (STRONGEST, 1, 3 * (3 + 1 + 2 + 1) + 1 + 5 * 2),  # every attacker each time, with a look at either
         ({"attack_weight": 0.0}, 1, 6),
         ({}, 2, 3 * 3 + 2 + 5 * 2 * 2),  # 20 rows are 5 batches: an epoch takes 4, so that every step has two
     ],
@@ -276,8 +277,8 @@ def test_a_lora_attackers_vector_is_what_its_adapter_adds(checkpoint, tmp_path, 
 # ---- settings beyond the paper
 
 
-def test_a_random_scale_needs_its_step_number_and_nothing_else(checkpoint, tmp_path):
-    module = patcher(checkpoint, random_scale=True)
+def test_a_drawn_scale_needs_its_step_number_and_nothing_else(checkpoint, tmp_path):
+    module = patcher(checkpoint, vector_scale=(0.0, 1.0))
     fitted(module, tmp_path, max_steps=3)
     here = module._scale(3)
     assert 0 <= here < 1
@@ -285,9 +286,83 @@ def test_a_random_scale_needs_its_step_number_and_nothing_else(checkpoint, tmp_p
     assert module._scale(3) == here
     assert module._scale(4) != here
     scales, steady = Watch(), Watch()
-    fitted(patcher(checkpoint, random_scale=True), tmp_path, max_steps=3, callbacks=[scales])
+    fitted(patcher(checkpoint, vector_scale=(0.0, 1.0)), tmp_path, max_steps=3, callbacks=[scales])
     fitted(patcher(checkpoint), tmp_path, max_steps=3, callbacks=[steady])
     assert abs(scales.terms[1]["loss_gap"]) < abs(steady.terms[1]["loss_gap"])
+
+
+def test_scales_are_drawn_evenly_between_their_ends(checkpoint, tmp_path):
+    module = patcher(checkpoint, vector_scale=(0.5, 4.0))
+    fitted(module, tmp_path, max_steps=2)
+    drawn = [module._scale(step) for step in range(300)]
+    assert 0.5 <= min(drawn) < 0.6
+    assert 3.9 < max(drawn) < 4
+    assert sum(drawn) / 300 == pytest.approx(2.25, abs=0.2)
+
+
+def test_a_drawn_learning_rate_is_even_by_its_logarithm_and_follows_from_the_seed():
+    attacker = InnerAttacker(2, Optimizer(9.0, "sgd"), learning_rates=(1e-4, 1.0))
+    drawn = [attacker.optimizer_of(seed) for seed in range(400)]
+    assert {optimizer.name for optimizer in drawn} == {"sgd"}
+    rates = sorted(optimizer.learning_rate for optimizer in drawn)
+    assert 1e-4 <= rates[0] < 2e-4 < 0.5 < rates[-1] < 1
+    assert 5e-3 < rates[200] < 2e-2
+    assert attacker.optimizer_of(7) == drawn[7]
+    assert InnerAttacker(2, ADAMW).optimizer_of(7) == ADAMW
+
+
+def test_an_attack_trains_at_the_rate_that_was_drawn(checkpoint, tmp_path):
+    vectors = []
+    for attacker in (
+        InnerAttacker(1, Optimizer(1.0, "sgd"), 4, learning_rates=(0.1, 0.3)),
+        InnerAttacker(1, Optimizer(1.0, "sgd"), 4),
+    ):
+        watch, module = Watch(), patcher(checkpoint, attacker=attacker)
+        fitted(module, tmp_path, max_steps=2, callbacks=[watch])
+        vectors.append(watch.vectors[-1])
+    norms = [torch.stack([v.norm() for v in vector.values()]).norm().item() for vector in vectors]
+    rate = InnerAttacker(1, learning_rates=(0.1, 0.3)).optimizer_of(counter_seed(module.data.seed, "inner attack", 0))
+    assert norms[0] == pytest.approx(rate.learning_rate * norms[1], rel=1e-3)
+
+
+def test_attackers_are_drawn_by_the_attacks_number(checkpoint, tmp_path):
+    module = patcher(checkpoint, more_attackers=[SECOND, LORA_ATTACKER], choose="draw", num_outer_steps=3)
+    fitted(module, tmp_path, max_steps=4)
+    drawn = [module.who_attacks(number) for number in range(60)]
+    assert {tuple(which) for which in drawn} == {(0,), (1,), (2,)}
+    assert drawn[:6] != [[0], [1], [2]] * 2
+    inner = [module.attackers[which].num_inner_steps for (which,) in drawn[:3]]
+    assert module.num_passes == sum(inner) + 1 + 3 * 2
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_strongest_attacker_is_the_one_with_the_lowest_loss_on_held_out_rows(checkpoint, tmp_path, order):
+    both = [InnerAttacker(1, Optimizer(1e-5), 4), InnerAttacker(4, ADAMW, 4)]
+    attackers = [both[which] for which in order]
+    held_out = ["sandbox:defender/harmful#train[20:40]"]
+
+    def vector(**settings):
+        watch = Watch()
+        module = patcher(checkpoint, **settings)
+        fitted(module, tmp_path, max_steps=2, callbacks=[watch])
+        return module, watch.vectors[-1]
+
+    module, chosen = vector(attacker=attackers[0], more_attackers=attackers[1:], choose="strongest", held_out_harmful=held_out)
+    loss = {}
+    for attacker, name in zip(attackers, ("inner attacker 0", "inner attacker 1"), strict=True):
+
+        class Renamed(InnerAttacker):
+            def stream(self, module, _, name=name):
+                return super().stream(module, name)
+
+        own = Renamed(attacker.num_inner_steps, attacker.optimizer, attacker.batch_size)
+        alone, found = vector(attacker=own)
+        with shifted(alone, found), torch.no_grad():
+            loss[attacker.num_inner_steps] = alone.sft_loss(module.held_out(0)).item()
+        if attacker == both[1]:
+            assert all(torch.equal(found[n], chosen[n]) for n in found)
+    assert loss[4] < loss[1]
+    assert {row.prompt for row in module.own_rows()} >= {row.prompt for row in module._held_out()} != set()
 
 
 def test_one_pass_per_row_expects_the_gradient_of_two(checkpoint):
@@ -358,12 +433,14 @@ def test_the_gradient_is_clipped_over_both_passes(checkpoint, tmp_path):
 RESUMED = [
     {},
     {"attacker": LORA_ATTACKER, "lora": LoRA(rank=2, dropout=0.2)},
-    {"more_attackers": [LORA_ATTACKER], "random_scale": True, "one_pass_per_row": True, "fresh_optimizer": True},
+    {"more_attackers": [LORA_ATTACKER], "vector_scale": (0.0, 1.0), "one_pass_per_row": True, "fresh_optimizer": True},
     {"vector_age": 1},
+    {"attacker": InnerAttacker(2, ADAMW, 4, learning_rates=(1e-4, 1e-1)), "more_attackers": [SECOND], "choose": "draw"},
+    STRONGEST,
 ]
 
 
-@pytest.mark.parametrize("settings", RESUMED, ids=["plain", "lora", "everything", "age"])
+@pytest.mark.parametrize("settings", RESUMED, ids=["plain", "lora", "everything", "age", "drawn", "strongest"])
 @pytest.mark.parametrize("saved_at", [2, 3, 4])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, settings, saved_at):
     def run(**more):
@@ -445,6 +522,11 @@ def test_a_run_that_was_killed_in_an_inner_attack_ends_as_the_uninterrupted_one(
         ({"num_sft_steps": -1}, "num_sft_steps must be >= 0, got -1"),
         ({"attack_every": 0}, "attack_every must be >= 1, got 0"),
         ({"vector_age": -1}, "vector_age must be >= 0, got -1"),
+        ({"vector_scale": (2.0, 1.0)}, r"vector_scale must be two numbers, 0 <= lowest <= highest, got \(2.0, 1.0\)"),
+        ({"choose": "best"}, "choose must be one of turn, draw, strongest, got 'best'"),
+        ({"choose": "strongest"}, "held_out_harmful must name rows where choose is strongest and nowhere else, got None"),
+        ({"held_out_harmful": ["a.json"]}, "held_out_harmful must name rows where choose is strongest and nowhere else, got"),
+        (STRONGEST | {"parallel": True, "vector_age": 1}, "choose must be turn or draw in the parallel form, got strongest"),
         ({"parallel": True}, "vector_age must be 1 in the parallel form, got 0"),
     ],
 )
@@ -460,6 +542,7 @@ def test_a_wrong_setting_is_an_error(checkpoint, settings, message):
         ({"batch_size": 0}, "batch_size of an inner attacker must be >= 1, got 0"),
         ({"num_samples": 0}, "num_samples of an inner attacker must be >= 1, got 0"),
         ({"poison_ratio": 0.0, "num_samples": 5}, r"poison_ratio of an inner attacker must lie in \(0, 1\], got 0.0"),
+        ({"learning_rates": (0.0, 1.0)}, "learning_rates of an inner attacker must be two numbers, 0 < lowest <= highest, got"),
         ({"poison_ratio": 0.5}, "num_samples must be set where poison_ratio is not 1, got poison_ratio 0.5"),
     ],
 )

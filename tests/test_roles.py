@@ -25,7 +25,7 @@ from casehard.lightning_modules.roles import DEFENDERS, RolesStrategy
 
 FORMS = {
     "full": {"attacker": ATTACKER},
-    "lora": {"attacker": LORA_ATTACKER, "more_attackers": [ATTACKER], "random_scale": True},
+    "lora": {"attacker": LORA_ATTACKER, "more_attackers": [ATTACKER], "vector_scale": (0.0, 1.0), "choose": "draw"},
     "all lora": {"attacker": LORA_ATTACKER, "lora": LoRA(rank=2, dropout=0.2)},
     "fresh": {"attacker": ATTACKER, "fresh_optimizer": True},
 }
