@@ -9,6 +9,7 @@ from casehard.datamodules.batches import Batches
 from casehard.datamodules.row import Row
 from casehard.datamodules.sft import SFTDataModule
 from casehard.engine.adapters import Adapter, LoRA, coverage, named, trainable, what_trains
+from casehard.engine.at_distance import AtDistance
 from casehard.engine.optimizer import Optimizer
 from casehard.engine.training import Task
 from casehard.engine.weights import NOTHING, Changes
@@ -239,14 +240,30 @@ class FullParameterAttack(FineTuning):
     Args:
         threat_model: finetuning_service or open_weight.
         train_only: patterns of the only parameters that train, such as ``*.layers.5.*`` or ``*.mlp.*``; null trains all.
+        distance: where the weights are put after every step, measured from the start and as a share of its norm, > 0: all that
+            training then chooses is a direction (SBR, arXiv:2605.05995, on redundant weights); null lets them go where they go.
         settings: the rest of ``FineTuning``'s.
     """
 
-    def __init__(self, threat_model: ThreatModel, train_only: list[str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, threat_model: ThreatModel, train_only: list[str] | None = None, distance: float | None = None, **settings: Any
+    ) -> None:
         if train_only is not None and not train_only:
             raise SettingError("train_only must hold patterns of parameters or be null, got an empty list. null trains all.")
+        if distance is not None and not distance > 0:
+            raise SettingError(f"distance must be > 0 or null, got {distance}. null lets the weights go where they go.")
         super().__init__(threat_model, **settings)
-        self.train_only = train_only
+        self.train_only, self.distance = train_only, distance
+
+    def settings(self) -> dict[str, Any]:
+        """Also the distance."""
+        return super().settings() | ({} if self.distance is None else {"distance": self.distance})
+
+    def task(self, target: Target) -> Task | None:
+        """The target's, at the distance."""
+        if self.distance is None:
+            return None
+        return AtDistance(target.begin_job() or target.task, target.module, target.start, self.distance)
 
 
 class LoRAAttack(FineTuning):

@@ -40,7 +40,7 @@ from toy import (
 )
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer
+from casehard import Backbone, Defense, FullParameterAttack, LoRA, LoRAAttack, ModerationJudge, Optimizer, SBRModule
 from casehard.callbacks.attack import Attack, Target
 from casehard.callbacks.fine_tuning import Phase
 from casehard.callbacks.quantised import QuantisedAttack
@@ -50,8 +50,9 @@ from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows
 from casehard.engine import training
 from casehard.engine.compression import quantised
+from casehard.engine.gradients import norm
 from casehard.engine.training import DivergedError, Plain, StepLoss
-from casehard.engine.weights import NOTHING, Changes, local
+from casehard.engine.weights import NOTHING, Changes, attack_vector, local
 from casehard.lightning_modules.job import Job
 from casehard.lightning_modules.other_models import as_aligned
 from casehard.metrics.errors import SettingError
@@ -949,3 +950,44 @@ def test_a_variant_of_fine_tuning_says_its_own_loss(checkpoint, tmp_path, kind, 
     attack = looking(kind(threat_model=threat_model, **FAST), lambda target: seen.append(bits(target.module)))
     toy_trainer(tmp_path, callbacks=[attack]).test(Defense(checkpoint), datamodule=toy_data())
     assert same_bits(seen[0], seen[-1]) != moves
+
+
+@pytest.mark.parametrize("threat_model", ["open_weight", "finetuning_service"])
+def test_weights_stay_at_one_distance_and_defenses_act(tmp_path, checkpoint, threat_model):
+    found, ends = [], {}
+
+    def look(target):
+        if target.num_done:
+            moved, start = (norm(target.module, w) for w in (attack_vector(target.module, target.start), target.start))
+            found.append(float(moved / start))
+            ends[weight, target.undefended] = logits_of(target.module)
+
+    how = {"distance": 0.07, "score_steps": [1, 2, 3], "threat_model": threat_model}
+    for weight in (10.0, 0.0):
+        attack = looking(ATTACKS["full"](**how), look)
+        module = SBRModule(checkpoint, anchors="sandbox:defender/refusals#train[:3]", anchor_weight=weight)
+        toy_trainer(tmp_path, callbacks=[attack]).test(module, datamodule=toy_data(), verbose=False)
+    assert found == pytest.approx([0.07] * len(found), rel=1e-4)
+    service = threat_model == "finetuning_service"
+    assert len(found) == 2 * 3 * (1 + service)
+    assert torch.equal(ends[10.0, False], ends[0.0, False]) != service
+    with pytest.raises(ValueError, match=r"distance must be > 0 or null, got 0\.0"):
+        ATTACKS["full"](threat_model=threat_model, distance=0.0)
+
+
+def test_at_the_distance_of_a_single_step_it_is_that_step(tmp_path, checkpoint):
+    ends, share = [], []
+
+    def look(target):
+        if target.num_done:
+            share.append(
+                float(norm(target.module, attack_vector(target.module, target.start)) / norm(target.module, target.start))
+            )
+            ends.append(logits_of(target.module))
+
+    how = {"threat_model": "open_weight", "num_attack_steps": 1}
+    attacked(tmp_path / "free", checkpoint, looking(ATTACKS["full"](**how), look))
+    attacked(tmp_path / "held", checkpoint, looking(ATTACKS["full"](**how, distance=share[0]), look))
+    attacked(tmp_path / "far", checkpoint, looking(ATTACKS["full"](**how, distance=2 * share[0]), look))
+    assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ends[0], ends[2], rtol=1e-2)
