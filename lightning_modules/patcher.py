@@ -244,7 +244,7 @@ class PatcherModule(TwoRoles):
 
     def _scale(self, step: int) -> float:
         low, high = self.vector_scale
-        return low + (high - low) * uniform(self.data.seed, "attack vector", step)
+        return low if low == high else low + (high - low) * uniform(self.data.seed, "attack vector", step)
 
     # ---- what a resume needs
 
