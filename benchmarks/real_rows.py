@@ -75,4 +75,4 @@ def main(data: str, out: str = "data") -> None:
 
 
 if __name__ == "__main__":
-    CLI(main)
+    CLI(main, as_positional=False)
