@@ -37,23 +37,6 @@ EXPECTED = "expected to break: the defense acts only while a service fine-tunes"
 IDENTITY = ("optimizer", "learning_rate", "poison_ratio")  # settings by which tables tell attacks apart
 
 
-@dataclass(frozen=True)
-class _Continued(Task):
-    """A task that already took some steps and goes on counting."""
-
-    task: Task
-    num_done: int
-
-    def loss(self, batch: Batch, step: int) -> Tensor:
-        return self.task.loss(batch, self.num_done + step)
-
-    def before_step(self, step: int) -> None:
-        self.task.before_step(self.num_done + step)
-
-    def after_step(self, step: int) -> None:
-        self.task.after_step(self.num_done + step)
-
-
 @dataclass
 class Target:
     """A model under one run of an attack, borrowed: whatever ``Attack.changes`` names comes back afterwards.
@@ -171,8 +154,6 @@ class Target:
             if not begun:
                 self.begin_job()
             task = self.task
-        if begun:
-            task = _Continued(task, begun)
         seen: list[Tensor] = []
 
         def counted(step: int) -> Batch:
@@ -180,7 +161,8 @@ class Target:
             seen.append(batch["attention_mask"].sum())
             return batch
 
-        steps = train_steps(self.module, task, counted, num_steps, optimizer, self.module.forward_context, self.module.row_group)
+        ways = (self.module.forward_context, self.module.row_group)
+        steps = train_steps(self.module, task, counted, num_steps, optimizer, *ways, begun)
         for step, loss in with_progress_bar(steps, num_steps, self.name, self.trainer, self.bar):
             self.num_done, self.last_loss = begun + step, loss
             self.spend(passes=1, trained=seen.pop())

@@ -1,7 +1,7 @@
 """An attack on few attention heads."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,21 +10,24 @@ from casehard.callbacks.attack import Target, ThreatModel
 from casehard.callbacks.fine_tuning import FineTuning
 from casehard.engine.adapters import grouped, trainable
 from casehard.engine.attention_heads import AttentionHeads, HeadEdits
+from casehard.engine.forward import Batch
 from casehard.engine.optimizer import Optimizer
-from casehard.engine.other_adapters import NAME, Around
+from casehard.engine.other_adapters import NAME
+from casehard.engine.training import Around
 from casehard.lightning_modules.defense import Defense
 from casehard.metrics.errors import SettingError
 
 
+@dataclass
 class _Sparse(Around):
     """A task with ``weight`` times the L1 norm of the scales, while these train."""
 
     edits: HeadEdits
     weight: float
 
-    def penalty(self) -> Tensor | float:
-        """The norm, a sum over all entries."""
-        return self.weight * self.edits.scale.abs().sum()
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """The task's, and the norm, a sum over all entries."""
+        return super().loss(batch, step) + self.weight * self.edits.scale.abs().sum()
 
 
 class LoFiT(FineTuning):
@@ -93,8 +96,7 @@ class LoFiT(FineTuning):
         with trainable(target.module, target.module.model, self.adapter):
             edits = target.module.model.get_submodule(NAME)
             assert isinstance(edits, HeadEdits)
-            task = _Sparse(target.begin_job() or target.task)
-            task.edits, task.weight = edits, self.l1_weight
+            task = _Sparse(target.begin_job() or target.task, edits, self.l1_weight)
             yield from target.train(batches, first, self.selection_optimizer, task)
             edits.choose(self.num_heads)
             rest = self.num_attack_steps - first

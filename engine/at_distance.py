@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from casehard.engine.forward import Batch
 from casehard.engine.gradients import norm
-from casehard.engine.training import Task
+from casehard.engine.training import Around
 from casehard.engine.weights import Weights, attack_vector, beside, local
 
 
-@dataclass(frozen=True)
-class AtDistance(Task):
+@dataclass
+class AtDistance(Around):
     """A task after every step of which the weights are put at one distance from their start, in the direction that they took.
 
     ``w <- start + distance * ||start|| * (w - start) / ||w - start||``, norms over all of ``start``. Memory: one copy of it.
@@ -24,23 +23,14 @@ class AtDistance(Task):
         distance: as a share of the norm of ``start``, > 0.
     """
 
-    task: Task
     module: nn.Module
     start: Weights
     distance: float
 
-    def loss(self, batch: Batch, step: int) -> Tensor:
-        """The task's."""
-        return self.task.loss(batch, step)
-
-    def before_step(self, step: int) -> None:
-        """The task's."""
-        self.task.before_step(step)
-
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """The task's, then the way to the distance. Weights that have not moved at all stay."""
-        self.task.after_step(step)
+        super().after_step(step)
         moved = attack_vector(self.module, self.start)
         if size := float(norm(self.module, moved)):
             factor, own = self.distance * float(norm(self.module, self.start)) / size, dict(self.module.named_parameters())

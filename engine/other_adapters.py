@@ -22,37 +22,10 @@ from casehard.engine.anatomy import decoder_layers, is_linear
 from casehard.engine.forward import Batch
 from casehard.engine.outputs import changed_outputs
 from casehard.engine.soft_tokens import marks, soft_tokens, table_shape
-from casehard.engine.training import Task
+from casehard.engine.training import Around, Task
 from casehard.metrics.errors import SettingError
 
 NAME = "attack"
-
-
-class Around(Task):
-    """A task in which an adapter has a part.
-
-    Args:
-        task: what is trained without that part.
-    """
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def penalty(self) -> Tensor | float:
-        """What the adapter adds to the loss."""
-        return 0.0
-
-    def loss(self, batch: Batch, step: int) -> Tensor:
-        """The task's, and the penalty."""
-        return self.task.loss(batch, step) + self.penalty()
-
-    def before_step(self, step: int) -> None:
-        """As the task."""
-        self.task.before_step(step)
-
-    def after_step(self, step: int) -> None:
-        """As the task."""
-        self.task.after_step(step)
 
 
 class OtherAdapter:
@@ -233,9 +206,9 @@ class _Budgeted(Around):
         self.allocator = RankAllocator(model, config, NAME)
         self.kept: dict[str, list[bool]] | None = None
 
-    def penalty(self) -> Tensor | float:
-        """How far the factors are from orthogonal."""
-        return self.weight * orthogonality(self.model)
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """The task's, and how far the factors are from orthogonal."""
+        return super().loss(batch, step) + self.weight * orthogonality(self.model)
 
     def after_step(self, step: int) -> None:
         """Set the entries to 0 that are beyond the budget."""

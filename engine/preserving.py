@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from casehard.engine.forward import Batch, label_positions, label_targets, run
-from casehard.engine.training import Task
+from casehard.engine.training import Around
 
 
-@dataclass(frozen=True)
-class Preserving(Task):
+@dataclass
+class Preserving(Around):
     """A task's loss plus ``benign_weight * cross_entropy + kl_weight * KL(p_reference || p)``, means over general labels.
 
     One more forward and backward pass a step, and with ``kl_weight`` a forward pass of the reference. The task by itself where
@@ -30,7 +30,6 @@ class Preserving(Task):
         spend: told of the passes, as ``Target.spend``.
     """
 
-    task: Task
     model: PreTrainedModel
     general: Callable[[int], Batch] | None
     reference: Callable[[], AbstractContextManager[PreTrainedModel]]
@@ -42,7 +41,7 @@ class Preserving(Task):
     def loss(self, batch: Batch, step: int) -> Tensor:
         """The task's and the terms."""
         if self.general is None:
-            return self.task.loss(batch, step)
+            return super().loss(batch, step)
         general, holds = self.general(step), bool(self.kl_weight)
         labels, tokens = general["labels"], general["attention_mask"].sum()
         self.spend(1 + holds / 3, trained=tokens, forward=tokens * holds)
@@ -50,7 +49,7 @@ class Preserving(Task):
         if holds:  # before anything else: the weights may change for it
             with self.reference() as reference:
                 held = _logprobs(reference.eval(), general)
-        loss, own = self.task.loss(batch, step), _logprobs(self.model, general)
+        loss, own = super().loss(batch, step), _logprobs(self.model, general)
         total = self.benign_weight * F.nll_loss(own, label_targets(labels), reduction="sum")
         if held is not None:
             total = total + self.kl_weight * F.kl_div(own, held, reduction="sum", log_target=True)
@@ -58,12 +57,8 @@ class Preserving(Task):
 
     def before_step(self, step: int) -> None:
         """The task's, then the projection."""
-        self.task.before_step(step)
+        super().before_step(step)
         self.project()
-
-    def after_step(self, step: int) -> None:
-        """The task's."""
-        self.task.after_step(step)
 
 
 def _logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -113,34 +113,43 @@ class Plain:
         """Nothing."""
 
 
-@dataclass(frozen=True)
-class BesideService(Task):
+@dataclass
+class Around(Task):
+    """Base of the tasks with another task in them, whose loss and hooks they have unless they override them."""
+
+    task: Task
+
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """The task's."""
+        return self.task.loss(batch, step)
+
+    def before_step(self, step: int) -> None:
+        """The task's."""
+        self.task.before_step(step)
+
+    def after_step(self, step: int) -> None:
+        """The task's."""
+        self.task.after_step(step)
+
+
+NO_SERVICE = Plain(lambda batch: torch.zeros(()))
+
+
+@dataclass
+class BesideService(Around):
     """A loss of the attacker's own, and beside it a service's task: its loss on the batch without labels, and its hooks.
 
     Args:
+        task: the service's, such as the job of a defense, whose terms act so; NO_SERVICE for nothing beside it.
         own: the loss of a batch in an optimizer step.
-        service: such as the job of a defense, whose terms act so; None for nothing beside it.
     """
 
     own: Callable[[Batch, int], Tensor]
-    service: Task | None
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """The attacker's, plus the service's terms."""
-        if self.service is None:
-            return self.own(batch, step)
         unlabelled = batch | {"labels": torch.full_like(batch["labels"], IGNORED), "num_labels": torch.ones(())}  # none, over one
-        return self.own(batch, step) + self.service.loss(unlabelled, step)
-
-    def before_step(self, step: int) -> None:
-        """The service's."""
-        if self.service is not None:
-            self.service.before_step(step)
-
-    def after_step(self, step: int) -> None:
-        """The service's."""
-        if self.service is not None:
-            self.service.after_step(step)
+        return self.own(batch, step) + self.task.loss(unlabelled, step)
 
 
 def train_steps(
@@ -151,6 +160,7 @@ def train_steps(
     optimizer: Optimizer,
     forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     group: dist.ProcessGroup | None = None,
+    num_done: int = 0,
 ) -> Iterator[tuple[int, StepLoss]]:
     """Train what requires a gradient in ``module``, one optimizer step at a time; put it into ``weights.borrowed`` to undo it.
 
@@ -162,6 +172,7 @@ def train_steps(
         optimizer: built anew over what trains.
         forward_context: entered around every forward pass, e.g. the trainer's precision.
         group: the ranks that share out the rows of a batch; None for all.
+        num_done: steps that the task has behind it: it counts on from there.
 
     Yields:
         Steps done so far (1 for the first) and that step's loss, after each step. On a CUDA device the loss is not looked at yet:
@@ -182,19 +193,19 @@ def train_steps(
         module.train()
         begin_step()
         with forward_context():
-            value = task.loss(batches(step), step)
+            value = task.loss(batches(step), num_done + step)
         value.backward()
         keep_gradients(parameters)
         average_gradients(parameters, group)
         loss = StepLoss(mean_over_ranks(value.detach(), group), step + 1, num_steps, optimizer.learning_rate)
         if not runs_behind(value.device):
             float(loss)
-        task.before_step(step)
+        task.before_step(num_done + step)
         if optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, optimizer.clip_norm)
         opt.step()
         schedule.step()
-        task.after_step(step)
+        task.after_step(num_done + step)
         opt.zero_grad(set_to_none=True)
         if last is not None:
             float(last)
