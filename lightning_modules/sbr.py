@@ -234,7 +234,7 @@ class SBRJob(Job):
             return sft
         if defense.anchor_weight == 0:
             return defense.sft_loss(batch)
-        anchors = self.anchors.batch(defense.model, self.turn(step))
+        anchors = self.anchors.batch(defense.model, self.anchors.turn(defense.anchors_per_step, step))
         fill = {"input_ids": defense.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         both = joined(batch, anchors, fill)
         at = self._places(anchors, len(batch["input_ids"]), both["input_ids"].shape[1])
@@ -254,14 +254,10 @@ class SBRJob(Job):
         for number in range(step * self.defense.anchor_steps, (step + 1) * self.defense.anchor_steps):
             self._hold(number)
 
-    def turn(self, step: int) -> slice | list[int]:
-        """The anchors of this step."""
-        return self.anchors.turn(self.defense.anchors_per_step, step)
-
     def _hold(self, number: int) -> None:
         """A step on the drift of a turn, of which every process takes its share; of fewer anchors than processes all of them."""
-        turn = self.turn(number)
         defense, every = self.defense, list(range(len(self.anchors)))
+        turn = self.anchors.turn(defense.anchors_per_step, number)
         chosen = every[turn] if isinstance(turn, slice) else turn
         rank, num_ranks = share_of(defense.trainer) if trainer_of(defense) is not None else (0, 1)
         num_ranks = num_ranks if num_ranks <= len(chosen) else 1

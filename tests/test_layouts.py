@@ -263,7 +263,7 @@ def test_a_step_asks_the_device_nothing(checkpoint, monkeypatch, layout, defense
     job.begin()
     batch = module.placed(collate(rows_of(), 0, "right") | {"num_labels": torch.tensor(9.0)})
     if "turns" in defense:  # those of a turn come from the host, as a batch does
-        anchors = job.anchors.batch(module.model, job.turn(0))
+        anchors = job.anchors.batch(module.model, job.anchors.turn(2, 0))
         monkeypatch.setattr(job.anchors, "batch", lambda model, turn: anchors)
     with Asked() as asked:
         job.loss(batch, 0).backward()

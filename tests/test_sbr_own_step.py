@@ -163,7 +163,7 @@ def test_the_states_along_a_refusal_are_held_from_the_prompts_last_to_the_one_be
     assert all(text.startswith(("Sorry", "I ")) for text in texts)
     move(module)
     job.loss(batch_of(), 0)
-    first, second = job.turn(0)
+    first, second = job.anchors.turn(2, 0)
     sizes = [len(part) for part in expected]
     chosen = job.anchors.batch(module.model, [first, second])["held"][2]
     starts = [sum(sizes[:i]) for i in range(3)]
