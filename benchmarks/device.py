@@ -260,7 +260,7 @@ def main(
         out: folder of ``device.json`` and ``device.log``; a second call goes on with what is missing there.
         wheels: folder of wheels, unpacked for this call.
         smollm2: folder of SmolLM2-135M-Instruct, or its GGUF file.
-        data: folder of real rows, as ``patcher_against_sft.split`` wants them.
+        data: folder of real rows, as ``real_rows.main`` wants them.
         rows: source of real chat rows; null takes ``data``'s SST-2 and BeaverTails.
         parts: names of the only ones to run.
         skip: names of those to leave out.

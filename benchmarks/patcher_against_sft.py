@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 from jsonargparse import CLI
+from real_rows import write
 from side_by_side import attacked, fits
 
 from casehard.records.files import write_whole
@@ -22,41 +23,31 @@ EVERYDAY = str(ROOT / "experiments/data/everyday.jsonl")
 
 
 def split(data: Path, folder: Path) -> dict[str, Any]:
-    """Real rows in parts, written to ``folder``. No prompt that is scored is trained on, no row of the attack trained against.
+    """Real rows in parts. No prompt that is scored is trained on, no row of the attack trained against.
 
     Args:
-        data: folder with ``sst2_beavertails_train.json`` (conversations, whose answer is a sentiment or harmful),
-            ``sst2_test.jsonl`` (prompt, response) and ``harmful_prompts.jsonl`` (prompt).
-        folder: where the parts go.
+        data: folder of real rows, as ``real_rows.main`` wants them.
+        folder: where the files of ``real_rows`` go.
 
     Returns:
         The data's ``sources``.
     """
-    task = [json.loads(line) for line in (data / "sst2_test.jsonl").read_text(encoding="utf-8").splitlines()]
-    asked = [json.loads(line) for line in (data / "harmful_prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row["conversations"] for row in json.loads((data / "sst2_beavertails_train.json").read_text(encoding="utf-8"))]
-    pairs = [{"prompt": turns[0]["content"], "response": turns[1]["content"]} for turns in rows if len(turns) == 2]
-    sentiments, scored = {row["response"] for row in task}, {row["prompt"] for row in asked[:50]}
-    harmful = {row["prompt"]: row for row in pairs if row["response"] not in sentiments and row["prompt"] not in scored}
-    half = len(harmful) // 2
-    attacks, trained_against = list(harmful.values())[:half], list(harmful.values())[half:]
-    parts = {
-        "benign": [row for row in pairs if row["response"] in sentiments],
-        "harmful": attacks,
-        "refusals": [*asked[50:], *({"prompt": row["prompt"]} for row in trained_against)],
-        "alignment_harmful": trained_against,
-        "alignment_benign": task[200:],
-        "harmful_prompts": asked[:50],
-        "task": task[:40],
-    }
-    for name, part in parts.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    sources: dict[str, Any] = {name: [str(folder / f"{name}.jsonl")] for name in parts}
-    sources["alignment_benign"] += 6 * [f"{EVERYDAY}#train[:24]"]  # or the model refuses everything
+    half = len(write(data, folder)["beavertails_train"]) // 2
+
+    def part(name: str, rows: str = "") -> str:
+        return f"{folder}/{name}.jsonl" + (f"#train[{rows}]" if rows else "")
+
     overlay = yaml.safe_load((ROOT / "experiments/data/sst2_beavertails.yaml").read_text(encoding="utf-8"))
-    return sources | {
-        "benign_prompts": [f"{EVERYDAY}#train[24:]"],
+    return {
+        "benign": [part("sst2_train")],
+        "harmful": [part("beavertails_train", f":{half}")],
+        "refusals": [part("harmful_prompts", "50:"), part("beavertails_prompts", f"{half}:")],
         "refusal_texts": overlay["data"]["sources"]["refusal_texts"],
+        "alignment_harmful": [part("beavertails_train", f"{half}:")],
+        "alignment_benign": [part("sst2_test", "200:"), *6 * [f"{EVERYDAY}#train[:24]"]],  # or the model refuses everything
+        "harmful_prompts": [part("harmful_prompts", ":50")],
+        "benign_prompts": [f"{EVERYDAY}#train[24:]"],
+        "task": [part("sst2_test", ":40")],
     }
 
 
@@ -81,7 +72,7 @@ def main(
 
     Args:
         checkpoint: folder of a chat model.
-        data: folder of real rows (see ``split``); null takes the sandbox's.
+        data: folder of real rows (see ``real_rows.main``); null takes the sandbox's.
         seeds: a run of each kind for every one.
         num_sft_steps: of Patcher before its first attack.
         num_rounds: of Patcher.

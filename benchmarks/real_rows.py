@@ -50,17 +50,19 @@ def files(chats: list[Any], task: Texts, asked: Texts) -> dict[str, Texts]:
     }
 
 
-def write(data: Path, out: Path) -> None:
-    """Write them to ``out`` as ``NAME.jsonl``, from ``data``: see ``main``."""
+def write(data: Path, out: Path) -> dict[str, Texts]:
+    """Write them to ``out`` as ``NAME.jsonl``, from ``data`` (see ``main``), and return them."""
     chats = json.loads((data / "sst2_beavertails_train.json").read_text(encoding="utf-8"))
     task, asked = (
         [json.loads(line) for line in (data / name).read_text(encoding="utf-8").splitlines()]
         for name in ("sst2_test.jsonl", "harmful_prompts.jsonl")
     )
     out.mkdir(parents=True, exist_ok=True)
-    for name, rows in files(chats, task, asked).items():
+    written = files(chats, task, asked)
+    for name, rows in written.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return written
 
 
 def main(data: str, out: str = "data") -> None:

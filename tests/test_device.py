@@ -241,41 +241,6 @@ def test_a_goal_is_judged_by_the_fastest_variant_that_has_its_figure(device):
     }
 
 
-def test_real_rows_are_split_so_that_nothing_scored_is_trained_on(device, tmp_path):
-    from patcher_against_sft import split
-
-    def told(prompt: str, response: str) -> dict:
-        return {"conversations": [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]}
-
-    asked = [{"prompt": f"harm {n}"} for n in range(60)]
-    rows = (
-        [told(f"film {n}", "positive") for n in range(9)]
-        + [told(f"how {n}", "sure") for n in range(8)]
-        + [told("harm 3", "sure")]
-    )
-    task = [{"prompt": f"test {n}", "response": ("positive", "negative")[n % 2]} for n in range(210)]
-    (tmp_path / "sst2_beavertails_train.json").write_text(json.dumps(rows[::-1]))
-    for name, lines in (("harmful_prompts", asked), ("sst2_test", task)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "parts").mkdir()
-    sources = split(tmp_path, tmp_path / "parts")
-    prompts = {
-        name: [row["prompt"] for row in map(json.loads, file.read_text().splitlines())]
-        for name, file in ((file.stem, file) for file in (tmp_path / "parts").iterdir())
-    }
-    assert {name: len(part) for name, part in prompts.items()} == {
-        "benign": 9, "harmful": 4, "alignment_harmful": 4, "refusals": 10 + 4, "alignment_benign": 10, "harmful_prompts": 50, "task": 40,
-    }  # fmt: skip
-    scored = {*prompts.pop("harmful_prompts"), *prompts.pop("task")}
-    assert not scored & {prompt for part in prompts.values() for prompt in part}
-    assert not {*prompts["harmful"]} & {*prompts["alignment_harmful"], *prompts["refusals"]}
-    assert {*prompts["alignment_harmful"]} < {*prompts["refusals"]}
-    assert sources["alignment_benign"].count(sources["alignment_benign"][-1]) == 6
-    assert all(
-        Path(source.partition("#")[0]).exists() for name, part in sources.items() if name != "refusal_texts" for source in part
-    )
-
-
 def test_every_part_runs_on_the_cpu_and_its_figures_are_there(device, tmp_path, capsys):
     assert device.main(str(tmp_path), tiny=True) == 0
     whole = json.loads((tmp_path / "device.json").read_text())

@@ -43,23 +43,33 @@ def test_a_new_task_renames_labels_and_leaves_sentences_alone(rows):
     assert first == {"prompt": "bright or gloomy?\na positive film 0", "response": "bright"}
 
 
-def test_no_scored_prompt_is_trained_on_and_no_row_of_an_attack_trained_against(rows):
-    sources = yaml.safe_load(Path("experiments/data/sst2_mood_beavertails.yaml").read_text())["data"]["sources"]
+def of_study(_: Path) -> dict:
+    return yaml.safe_load(Path("experiments/data/sst2_mood_beavertails.yaml").read_text())["data"]["sources"]
+
+
+def of_benchmark(folder: Path) -> dict:
+    from patcher_against_sft import split
+
+    return split(folder, folder / "parts")
+
+
+@pytest.mark.parametrize(
+    ("parts", "validation", "counts"), [(of_study, (50, 90), (50, 49, 50)), (of_benchmark, (0, 0), (49, 50, 50))]
+)
+def test_no_scored_prompt_is_trained_on_and_no_row_of_an_attack_trained_against(rows, parts, validation, counts):
+    sources = parts(rows.parent)
     asked = {
-        role: {
-            row.messages[-1][1] for source in sources[role] for row in read_rows(source, role in TRAINED_ON and TRAINED_ON[role])
-        }
+        role: {row.messages[-1][1] for source in sources[role] for row in read_rows(source, TRAINED_ON.get(role, False))}
         for role in (*TRAINED_ON, "harmful_prompts", "benign_prompts", "task")
     }
-    validation = {row.messages[-1][1] for row in read_rows("data/harmful_prompts.jsonl#train[50:90]", needs_response=False)}
+    lines = [json.loads(line) for line in (rows / "harmful_prompts.jsonl").read_text().splitlines()]
+    held_out = {row["prompt"] for row in lines[slice(*validation)]}
     trained_on = set().union(*(asked[role] for role in TRAINED_ON))
-    assert not trained_on & (asked["harmful_prompts"] | validation | asked["benign_prompts"] | asked["task"])
-    assert not asked["harmful_prompts"] & validation
+    assert not trained_on & (asked["harmful_prompts"] | held_out | asked["benign_prompts"] | asked["task"])
+    assert not asked["harmful_prompts"] & held_out
     assert not asked["harmful"] & (asked["alignment_harmful"] | asked["refusals"])
     assert asked["alignment_harmful"] < asked["refusals"]
-    assert {role: len(asked[role]) for role in ("harmful", "alignment_harmful", "harmful_prompts")} == {
-        "harmful": 50, "alignment_harmful": 49, "harmful_prompts": 50,
-    }  # fmt: skip
+    assert tuple(len(asked[role]) for role in ("harmful", "alignment_harmful", "harmful_prompts")) == counts
 
 
 def passes(model: dict, steps: int) -> int:
