@@ -21,7 +21,7 @@ import yaml
 from submitit.core.utils import UncompletedJobError
 from test_results import ROW
 from test_results import replace as with_metrics
-from toy import ROOT, mark, start_fork_server
+from toy import ROOT, TINY_STUDY, mark, start_fork_server
 
 from casehard.cli.lightning_cli import resolved
 from casehard.cli.run_folder import NAMED
@@ -34,24 +34,6 @@ from casehard.evidence.summary import collect
 from casehard.records.files import config_hash, named_files
 from casehard.records.marker import rests_on
 from casehard.records.rows import Run, write_run
-
-TINY = """
-defenses:
-  Plain:
-    settings: {model.class_path: casehard.Defense}
-  Aligned:
-    configs: [experiments/sft_alignment.yaml]
-    train: {configs: [experiments/sft_alignment.yaml], settings: {trainer.max_steps: 1}}
-attacks:
-  one step:
-    settings:
-      trainer.callbacks:
-        - class_path: casehard.LoRAAttack
-          init_args: {threat_model: open_weight, num_samples: 8, num_attack_steps: 1, lora: {rank: 2}}
-seeds: [0]
-common:
-  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, trainer.enable_checkpointing: false, data.evaluation.num_evaluated: 2, data.evaluation.max_new_tokens: 2}
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +101,7 @@ def study_of(script: str, file: str, root: str) -> None:
 
 def test_a_study_that_is_killed_goes_on_and_runs_no_cell_twice(tmp_path, command):
     file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
-    file.write_text(TINY)
+    file.write_text(TINY_STUDY)
     command.does("folder.mkdir()\nwhile not (here / 'go').exists():\n    time.sleep(0.01)\nleave(here / 'left')")
     start_fork_server()
     first, second = (
@@ -154,7 +136,7 @@ def test_a_study_that_is_killed_goes_on_and_runs_no_cell_twice(tmp_path, command
 @pytest.mark.slow
 def test_a_study_of_real_runs_that_is_killed_goes_on(tmp_path):
     file, root = tmp_path / "tiny.yaml", tmp_path / "runs"
-    file.write_text(TINY)
+    file.write_text(TINY_STUDY)
     first = start(file, root)
     index = root / "tiny" / "cells.json"
     try:
@@ -565,12 +547,12 @@ def test_cells_that_changed_while_a_study_ran_are_named_at_its_end(tmp_path, com
 
 def test_other_settings_get_another_folder_down_to_what_depends_on_them(tmp_path):
     file = tmp_path / "tiny.yaml"
-    file.write_text(TINY)
+    file.write_text(TINY_STUDY)
     first = cells(read_study(str(file)), tmp_path, resolve)
-    file.write_text(TINY.replace("trainer.max_steps: 1", "trainer.max_steps: 2"))
+    file.write_text(TINY_STUDY.replace("trainer.max_steps: 1", "trainer.max_steps: 2"))
     second = cells(read_study(str(file)), tmp_path, resolve)
     assert [a.folder == b.folder for a, b in zip(first, second, strict=True)] == [False, True, False]
-    file.write_text(TINY)
+    file.write_text(TINY_STUDY)
     assert cells(read_study(str(file)), tmp_path, resolve) == first
 
 
@@ -717,7 +699,7 @@ def test_the_study_that_chooses_resolves_to_its_learning_rates_and_prompts(tmp_p
 
 def test_a_cell_that_cannot_work_stops_the_study_before_it_runs(tmp_path):
     file = tmp_path / "tiny.yaml"
-    file.write_text(TINY.replace("data.evaluation.num_evaluated", "data.number_evaluated"))
+    file.write_text(TINY_STUDY.replace("data.evaluation.num_evaluated", "data.number_evaluated"))
     with pytest.raises(ValueError, match="every cell must be a command that works, and this one does not: fit"):
         run_study(resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]

@@ -9,32 +9,20 @@ import time
 from pathlib import Path
 
 import pytest
-from toy import ROOT
+import yaml
+from toy import ROOT, TINY_STUDY
 
 from casehard.cli.lightning_cli import resolved
 from casehard.evidence.study_plan import Cell, cells, read_study
 
-STUDY = """
-defenses:
-  plain:
-    settings: {model.class_path: casehard.Defense}
-  aligned:
-    configs: [experiments/sft_alignment.yaml]
-    train: {configs: [experiments/sft_alignment.yaml], settings: {trainer.max_steps: 1}}
-  broken:
-    configs: [experiments/sft_alignment.yaml]
-    train: {configs: [experiments/patcher.yaml], settings: {data.sources.alignment_harmful: [], trainer.max_steps: 1}}
-attacks:
-  one step:
-    settings:
-      trainer.callbacks:
-        - class_path: casehard.LoRAAttack
-          init_args: {threat_model: open_weight, num_samples: 8, num_attack_steps: 1, lora: {rank: 2}}
-seeds: [0, 1]
-common:
-  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, data.evaluation.num_evaluated: 2,
-    data.evaluation.max_new_tokens: 2}
-"""
+STUDY = yaml.safe_load(TINY_STUDY) | {"seeds": [0, 1]}
+STUDY["defenses"]["Broken"] = {
+    "configs": ["experiments/sft_alignment.yaml"],
+    "train": {
+        "configs": ["experiments/patcher.yaml"],
+        "settings": {"data.sources.alignment_harmful": [], "trainer.max_steps": 1},
+    },
+}
 
 
 @pytest.fixture
@@ -47,7 +35,7 @@ def beside(monkeypatch):
 
 def test_cells_are_those_of_the_study_and_one_that_fails_costs_only_what_needs_it(tmp_path, monkeypatch):
     file = tmp_path / "tiny.yaml"
-    file.write_text(STUDY)
+    file.write_text(yaml.safe_dump(STUDY))
     script = [sys.executable, str(ROOT / "benchmarks/study_beside.py"), "--study", str(file), "--seeds", "0", "--seconds", "200"]
     places = ["--processes", "2", "--root", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     ran = subprocess.run([*script, *places], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -233,6 +233,23 @@ if find_spec("optuna"):
         ["sandbox:validation/harmful#train[:4]"],
         num_trials=2,
     )
+TINY_STUDY = """
+defenses:
+  Plain:
+    settings: {model.class_path: casehard.Defense}
+  Aligned:
+    configs: [experiments/sft_alignment.yaml]
+    train: {configs: [experiments/sft_alignment.yaml], settings: {trainer.max_steps: 1}}
+attacks:
+  one step:
+    settings:
+      trainer.callbacks:
+        - class_path: casehard.LoRAAttack
+          init_args: {threat_model: open_weight, num_samples: 8, num_attack_steps: 1, lora: {rank: 2}}
+seeds: [0]
+common:
+  settings: {run.wandb: disabled, trainer.accelerator: cpu, trainer.enable_progress_bar: false, trainer.enable_checkpointing: false, data.evaluation.num_evaluated: 2, data.evaluation.max_new_tokens: 2}
+"""
 
 
 def looking(attack: Attack, look: Callable[[Target], None]) -> Attack:
