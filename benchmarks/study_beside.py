@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -246,26 +247,41 @@ def unpacked(checkpoint: str, folder: Path) -> str:
     return checkpoint
 
 
-def value_of(text: str) -> Any:
-    """What a setting's text says: JSON, or itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def main(
+    studies: list[str],
+    seeds: list[int] = [0, 1, 2],  # noqa: B006
+    only: str = "",
+    order: list[str] = [],  # noqa: B006
+    settings: dict[str, Any] = {},  # noqa: B006
+    processes: int = 14,
+    seconds: float = 230.0,
+    root: str = "runs",
+    out: str = "beside",
+    checkpoint: str | None = None,
+    data: str | None = None,
+) -> int:
+    """Run the cells of studies, the most telling first, and pack what they left. ``--wheels``: as for ``device.py``.
 
-
-def main(given: argparse.Namespace) -> int:
-    """Run the cells, and pack what they left.
+    Args:
+        studies: their files.
+        seeds: of the studies' seeds those that are run.
+        only: pattern of names: no other attacks are run, nor trainings that only they need.
+        order: patterns of names, the most important first.
+        settings: of all runs, after the studies' own.
+        processes: at most so many cells at once.
+        seconds: of the whole call.
+        root: folder of the studies' folders.
+        out: folder of ``results.tar.gz`` and ``ended.json``.
+        checkpoint: model that all begin from: folder, hub id or GGUF file; null takes the studies'.
+        data: folder of real rows, which ``real_rows.py`` first puts into ``data``; null leaves that as it is.
 
     Returns:
         Exit status: 1 where a cell failed.
     """
-    root, out = Path(given.root).resolve(), Path(given.out).resolve()
-    scratch = root.with_name(f"{root.name}_scratch")
-    for folder in (scratch, root, out):
+    runs, results = Path(root).resolve(), Path(out).resolve()
+    scratch = runs.with_name(f"{runs.name}_scratch")
+    for folder in (scratch, runs, results):
         folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(scratch / "site-packages", ignore_errors=True)
-    prepare(given.wheels, scratch)
     import real_rows
     import transformers.models.llama.modeling_llama  # noqa: F401  once, for all workers
 
@@ -274,49 +290,40 @@ def main(given: argparse.Namespace) -> int:
     from casehard.records.files import write_whole
 
     say("imported")
-    if given.data is not None:
-        real_rows.write(Path(given.data), Path("data"))
-    settings = {name: value_of(text) for name, _, text in (each.partition("=") for each in given.set)}
-    if given.checkpoint is not None:
-        settings["model.init_args.checkpoint"] = unpacked(given.checkpoint, scratch / "model")
-    pool = workers(given.processes)
+    if data is not None:
+        real_rows.write(Path(data), Path("data"))
+    if checkpoint is not None:
+        settings = settings | {"model.init_args.checkpoint": unpacked(checkpoint, scratch / "model")}
+    pool = workers(processes)
     try:
         ask, cells = resolver(pool), []
-        for file in given.study:
-            mine = planned(file, root, given.seeds, settings, given.only, ask)
-            (root / Path(file).stem).mkdir(exist_ok=True)
-            write_whole(root / Path(file).stem / INDEX, json.dumps([asdict(cell) for cell in mine], indent=1))
+        for file in studies:
+            mine = planned(file, runs, seeds, settings, only, ask)
+            (runs / Path(file).stem).mkdir(exist_ok=True)
+            write_whole(runs / Path(file).stem / INDEX, json.dumps([asdict(cell) for cell in mine], indent=1))
             cells += mine
         say(f"{len(cells)} cells")
-        ended = run(by_importance(cells, given.order), pool, BEGUN + given.seconds)
+        ended = run(by_importance(cells, order), pool, BEGUN + seconds)
     finally:
         for worker in pool:
             worker.kill()
-    write_whole(out / "ended.json", json.dumps(ended, indent=1))
-    pack(root, out / "results.tar.gz")
-    say(f"{list(ended.values()).count(DONE)} of {len(ended)} cells done; {out / 'results.tar.gz'}")
+    write_whole(results / "ended.json", json.dumps(ended, indent=1))
+    pack(runs, results / "results.tar.gz")
+    say(f"{list(ended.values()).count(DONE)} of {len(ended)} cells done; {results / 'results.tar.gz'}")
     return int(any(how.startswith("failed") for how in ended.values()))
 
 
-def from_command_line() -> argparse.Namespace:
-    """The arguments of ``main``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", nargs="+", required=True, help="study files")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the studies' seeds those that are run")
-    parser.add_argument(
-        "--only", default="", help="pattern of names: no other attacks are run, nor trainings that only they need"
-    )
-    parser.add_argument("--order", nargs="*", default=[], help="patterns of names, the most important first")
-    parser.add_argument("--set", nargs="*", default=[], help="NAME=VALUE of all runs, after the study's own settings")
-    parser.add_argument("--processes", type=int, default=14, help="at most so many cells at once")
-    parser.add_argument("--seconds", type=float, default=230.0, help="of the whole call")
-    parser.add_argument("--root", default="runs", help="folder of the studies' folders")
-    parser.add_argument("--out", default="beside", help="folder of results.tar.gz and ended.json")
-    parser.add_argument("--checkpoint", help="model that all begin from: folder, hub id or GGUF file")
-    parser.add_argument("--data", help="folder of real rows, which real_rows.py first puts into ./data")
-    parser.add_argument("--wheels", help="folder of wheels, see device.py")
-    return parser.parse_args()
+def with_wheels() -> int:
+    """``main`` by its arguments, once the wheels are there: one of them may be what reads arguments."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--wheels")
+    given, rest = first.parse_known_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        prepare(given.wheels, Path(scratch))
+        from jsonargparse import CLI
+
+        return CLI(main, args=rest, as_positional=False)  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":
-    sys.exit(main(from_command_line()))
+    sys.exit(with_wheels())

@@ -363,7 +363,7 @@ def require_arguments(script: Path, args: list[str]) -> None:
     spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their annotations
     spec.loader.exec_module(module)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(module.main)

@@ -36,8 +36,8 @@ def beside(monkeypatch):
 def test_cells_are_those_of_the_study_and_one_that_fails_costs_only_what_needs_it(tmp_path, monkeypatch):
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(STUDY))
-    script = [sys.executable, str(ROOT / "benchmarks/study_beside.py"), "--study", str(file), "--seeds", "0", "--seconds", "200"]
-    places = ["--processes", "2", "--root", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    script = [sys.executable, str(ROOT / "benchmarks/study_beside.py"), "--studies", f"[{file}]", "--seeds", "[0]"]
+    places = ["--seconds", "200", "--processes", "2", "--root", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     ran = subprocess.run([*script, *places], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     ended = {Path(folder).name[:-9]: how for folder, how in json.loads((tmp_path / "out/ended.json").read_text()).items()}
     why = ended.pop("broken-train-seed0")
