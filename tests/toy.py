@@ -133,12 +133,20 @@ class BesideBase(SafeLoRAModule):
 ROOT = Path(__file__).parent.parent
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 OWN_STEP = {"anchor_optimizer": Optimizer(1e-2, "sgd"), "anchors_per_step": 3, "anchor_answers": True, "anchor_forms": True}
+ROUNDS: dict[str, Any] = {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}
+STRONGEST = {
+    "more_attackers": [InnerAttacker(2, batch_size=4, learning_rates=(1e-3, 1e-2))],
+    "choose": "strongest",
+    "held_out_harmful": ["sandbox:defender/harmful#train[20:28]"],
+    "vector_scale": (0.5, 2.0),
+}
 DEFENSES: dict[str, tuple[type[Defense], dict[str, Any]]] = {  # a new defense is tested by adding a row
     "none": (Defense, {}),
     "sbr": (SBRModule, {"anchors": "sandbox:defender/refusals#train[:3]", "anchor_weight": 10.0}),
     "sbr_own": (SBRModule, {"anchors": "sandbox:defender/refusals#train[:3]"} | OWN_STEP),
     "everywhere": (Everywhere, {}),
-    "patcher": (PatcherModule, {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}),
+    "patcher": (PatcherModule, ROUNDS),
+    "patcher_strongest": (PatcherModule, ROUNDS | STRONGEST),
     "booster": (BoosterModule, {"harmful_batch_size": 4}),
     "safelora": (BesideBase, {"num_layers": 5}),
     "sdd": (SDDModule, {"max_overlap": 0.5}),
