@@ -291,6 +291,20 @@ def test_a_drawn_scale_needs_its_step_number_and_nothing_else(checkpoint, tmp_pa
     assert abs(scales.terms[1]["loss_gap"]) < abs(steady.terms[1]["loss_gap"])
 
 
+def test_every_step_of_a_round_has_the_scale_of_its_number(checkpoint, tmp_path):
+    used = []
+
+    class Noted(PatcherModule):
+        def loss_and_gradient(self, *args, **settings):
+            used.append(settings["scale"])
+            return super().loss_and_gradient(*args, **settings)
+
+    module = Noted(checkpoint, ATTACKER, num_outer_steps=2, num_sft_steps=1, vector_scale=(0.0, 1.0), optimizer=ADAMW)
+    fitted(module, tmp_path, max_steps=4)
+    assert used == [module._scale(step) for step in (1, 2, 3)]
+    assert len(set(used)) == 3
+
+
 def test_scales_are_drawn_evenly_between_their_ends(checkpoint, tmp_path):
     module = patcher(checkpoint, vector_scale=(0.5, 4.0))
     fitted(module, tmp_path, max_steps=2)
@@ -298,6 +312,8 @@ def test_scales_are_drawn_evenly_between_their_ends(checkpoint, tmp_path):
     assert 0.5 <= min(drawn) < 0.6
     assert 3.9 < max(drawn) < 4
     assert sum(drawn) / 300 == pytest.approx(2.25, abs=0.2)
+    module.data.seed += 1
+    assert module._scale(0) != drawn[0]
 
 
 def test_a_drawn_learning_rate_is_even_by_its_logarithm_and_follows_from_the_seed():
@@ -333,6 +349,8 @@ def test_attackers_are_drawn_by_the_attacks_number(checkpoint, tmp_path):
     assert drawn[:6] != [[0], [1], [2]] * 2
     inner = [module.attackers[which].num_inner_steps for (which,) in drawn[:3]]
     assert module.num_passes == sum(inner) + 1 + 3 * 2
+    module.data.seed += 1
+    assert [module.who_attacks(number) for number in range(60)] != drawn
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -363,6 +381,20 @@ def test_the_strongest_attacker_is_the_one_with_the_lowest_loss_on_held_out_rows
             assert all(torch.equal(found[n], chosen[n]) for n in found)
     assert loss[4] < loss[1]
     assert {row.prompt for row in module.own_rows()} >= {row.prompt for row in module._held_out()} != set()
+
+
+def test_attackers_are_compared_on_the_same_rows_and_the_next_time_on_others(checkpoint, tmp_path):
+    asked = []
+
+    class Noted(PatcherModule):
+        def on_fit_start(self):
+            super().on_fit_start()
+            held_out = self.held_out
+            self.held_out = lambda number: asked.append(number) or held_out(number)
+
+    module = Noted(checkpoint, ATTACKER, num_outer_steps=1, num_sft_steps=0, optimizer=ADAMW, **STRONGEST)
+    fitted(module, tmp_path, max_steps=2)
+    assert asked == [0, 0, 1, 1]
 
 
 def test_one_pass_per_row_expects_the_gradient_of_two(checkpoint):
