@@ -404,7 +404,7 @@ class Attack(L.Callback):
         with borrowed(module, changes, self.copy_device) as start:
             job = module.job() if target.defended else None
             if job is not None:
-                job.rows, job.num_steps = partial(self.handed_in, target.data, target.seed), self.num_attack_steps
+                job.rows = partial(self.handed_in, target.data, target.seed)
             yield replace(
                 target,
                 task=job or Plain(module.sft_loss),

@@ -28,9 +28,9 @@ class AtDistance(Around):
     distance: float
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """The task's, then the way to the distance. Weights that have not moved at all stay."""
-        super().after_step(step)
+        super().after_step(step, optimizer)
         moved = attack_vector(self.module, self.start)
         if size := float(norm(self.module, moved)):
             factor, own = self.distance * float(norm(self.module, self.start)) / size, dict(self.module.named_parameters())

@@ -210,9 +210,9 @@ class _Budgeted(Around):
         """The task's, and how far the factors are from orthogonal."""
         return super().loss(batch, step) + self.weight * orthogonality(self.model)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Set the entries to 0 that are beyond the budget."""
-        super().after_step(step)
+        super().after_step(step, optimizer)
         for p in self.model.parameters():
             if p.requires_grad and p.grad is None:  # such as of an expert without a token, which does not matter
                 p.grad = torch.zeros_like(p)

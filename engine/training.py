@@ -92,8 +92,8 @@ class Task(Protocol):
     def before_step(self, step: int) -> None:
         """Change the gradients, which are averaged over the ranks and not yet clipped."""
 
-    def after_step(self, step: int) -> None:
-        """Change the weights after the optimizer has."""
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Change the weights after the optimizer has, whose learning rate is still that of the step."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Plain:
     def before_step(self, step: int) -> None:
         """Nothing."""
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Nothing."""
 
 
@@ -127,9 +127,9 @@ class Around(Task):
         """The task's."""
         self.task.before_step(step)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """The task's."""
-        self.task.after_step(step)
+        self.task.after_step(step, optimizer)
 
 
 NO_SERVICE = Plain(lambda batch: torch.zeros(()))
@@ -204,8 +204,8 @@ def train_steps(
         if optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, optimizer.clip_norm)
         opt.step()
+        task.after_step(num_done + step, opt)
         schedule.step()
-        task.after_step(num_done + step)
         opt.zero_grad(set_to_none=True)
         if last is not None:
             float(last)

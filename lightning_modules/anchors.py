@@ -3,11 +3,10 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from casehard.datamodules.chat import IGNORED, collate, encode, prompt_ids
@@ -19,7 +18,8 @@ from casehard.engine.weights import Weights, like_parameter, local
 
 MOST_ROWS, MOST_WORDS = 2000, 100  # of a customer's rows, and of the beginning and end of each, that forms are read from
 SEED, STREAM = 0, "anchors"  # rows and settings say which anchors a step has
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+CLIP_NORM = 1.0
 TAKEN = "anchor_steps_taken"
 ENDS = re.compile(r"[.!?:;\u2026\u3002\uff01\uff1a\uff1b\uff1f][^\w\s]*\s*$|\n")  # of a sentence or a line
 
@@ -149,51 +149,48 @@ def _drawn(places: Sequence[int], stream: str, number: int) -> int:
 class Held:
     """The optimizer of the anchors' own steps, whose memory lies in the state of a job.
 
+    It is of the customer's kind, clipped to a norm of 1, and without weight decay, which would hold nothing.
+
     Args:
-        settings: of the optimizer.
+        kind: adamw or sgd.
         state: of the job; moments by parameter name, by shard, and the number of steps taken.
-        num_steps: over which its schedule goes.
     """
 
-    def __init__(self, settings: Optimizer, state: dict[str, Any], num_steps: int) -> None:
-        self.settings, self.state, self.num_steps = settings, state, num_steps
+    def __init__(self, kind: Literal["adamw", "sgd"], state: dict[str, Any]) -> None:
+        self.kind, self.state = kind, state
         self.names: list[str] = []
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def step(self, parameters: dict[str, nn.Parameter], gradient: Weights, number: int) -> None:
-        """Step ``number`` (from 0) on ``gradient``, of those of ``parameters`` that it names."""
+    def step(self, parameters: dict[str, nn.Parameter], gradient: Weights, learning_rate: float) -> None:
+        """A step on ``gradient``, of those of ``parameters`` that it names."""
         if self.optimizer is None or self.names != list(gradient):
             self._build(parameters, list(gradient))
         assert self.optimizer is not None
         held = [parameters[name] for name in gradient]
         for name, p in zip(self.names, held, strict=True):
             p.grad = like_parameter(p, gradient[name])
-        if self.settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(held, self.settings.clip_norm)
+        nn.utils.clip_grad_norm_(held, CLIP_NORM)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * self.factor(number)
+            group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state[TAKEN] += 1
-        for moment in MOMENTS:
-            if moment in (first := self.optimizer.state[held[0]]) and first[moment] is not None:
-                self.state[f"anchor_{moment}"] = {
-                    name: local(self.optimizer.state[p][moment]) for name, p in zip(self.names, held, strict=True)
-                }
+        for moment in MOMENTS[self.kind]:
+            self.state[f"anchor_{moment}"] = {
+                name: local(self.optimizer.state[p][moment]) for name, p in zip(self.names, held, strict=True)
+            }
 
     def _build(self, parameters: dict[str, nn.Parameter], names: list[str]) -> None:
         """The optimizer over parameters of these names; it goes on where its memory is of the same ones."""
         self.names = names
-        self.optimizer, schedule = self.settings.build([parameters[name] for name in names], self.num_steps)
-        assert isinstance(schedule, LambdaLR)
-        (self.factor,) = schedule.lr_lambdas  # by the step's number alone, so that a resumed job needs no more
-        memory = {moment: self.state[f"anchor_{moment}"] for moment in MOMENTS if f"anchor_{moment}" in self.state}
+        self.optimizer, _ = Optimizer(name=self.kind).build([parameters[name] for name in names], 1)  # the rate is each step's
+        memory = {m: self.state[f"anchor_{m}"] for m in MOMENTS[self.kind] if f"anchor_{m}" in self.state}
         if not memory or any(set(weights) != set(names) for weights in memory.values()):
             self.state[TAKEN] = 0
             return
         for name in names:
             p = parameters[name]
             kept: dict[str, Tensor] = {moment: like_parameter(p, weights[name]) for moment, weights in memory.items()}
-            if self.settings.name == "adamw":
+            if self.kind == "adamw":
                 kept["step"] = torch.tensor(float(self.state[TAKEN]), device=p.device)
             self.optimizer.state[p] = kept

@@ -570,7 +570,6 @@ class Defense(L.LightningModule):
         self.training_state_intact = True
         if self.running is not None:
             self.running.rows = lambda: self.data.training_rows()
-            self.running.num_steps = int(self.trainer.estimated_stepping_batches)
             if self.saved_job is None:
                 self.running.begin()
             else:
@@ -645,7 +644,7 @@ class Defense(L.LightningModule):
         step = self.trainer.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.running is not None:
-            self.running.after_step(step)
+            self.running.after_step(step, self.trainer.optimizers[0])
             self.num_passes += self.running.spent()[0]
         optimizer.zero_grad()
 

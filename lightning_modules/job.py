@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from casehard.datamodules.row import Row
@@ -23,7 +24,7 @@ class Job:
 
     What a job remembers belongs into ``state``, not to the defense: an attack in the middle of ``fit`` runs another job on the
     same defense. Settings are the defense's, ``self.defense.weight``. ``rows()`` are what the customer has handed in, as the
-    service sees them, and ``num_steps`` is how long it trains. Passes beside that of the loss are counted by ``spend``.
+    service sees them. Passes beside that of the loss are counted by ``spend``.
 
     Args:
         defense: whose model is trained. It is at the weights where the job starts.
@@ -36,7 +37,6 @@ class Job:
         ] = {}  # tensors, Weights and numbers, which a checkpoint of ``fit`` saves and resuming brings back
         self.terms: dict[str, Tensor] = {}  # detached parts of the last loss, for the logs
         self.rows: Callable[[], list[Row]] = list  # what the customer has handed in; set before ``begin``, and on resume
-        self.num_steps = 1  # optimizer steps that the job is to take; set before ``begin``, and on resume
         self._spent: tuple[float, Tensor | int] = (0, 0)
 
     def freeze(self) -> None:
@@ -55,8 +55,8 @@ class Job:
     def before_step(self, step: int) -> None:
         """Change the gradients, which are averaged over the ranks and not yet clipped: project, mask."""
 
-    def after_step(self, step: int) -> None:
-        """Change the weights after the optimizer has."""
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Change the weights after the customer's optimizer has, whose learning rate is still that of the step."""
 
     def spend(self, passes: float, trained: Tensor | int = 0) -> None:
         """Count passes beside the one that is taken of every loss.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from casehard.engine.forward import Batch
@@ -105,7 +106,7 @@ class LisaJob(Job):
         if self.defense.proximal_weight:
             add_to_grad(self.defense, attack_vector(self.defense, self.state["other"]), self.defense.proximal_weight)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Remember the weights where the next step is the first of a state."""
         if self.where(step + 1)[1] in (0, self.defense.num_alignment_steps):
             self.begin()

@@ -15,7 +15,6 @@ from casehard.engine.forward import Batch, label_positions, run
 from casehard.engine.gradients import mean_over_ranks
 from casehard.engine.graphs import begin_step
 from casehard.engine.layouts import joined
-from casehard.engine.optimizer import Optimizer
 from casehard.engine.weights import same_modes_after
 from casehard.lightning_modules.anchors import Anchors, Held, in_forms, whole
 from casehard.lightning_modules.defense import Defense
@@ -33,10 +32,11 @@ class SBRModule(Defense):
     *anchor*) is held where the aligned model put it:
     ``loss = sft_loss + anchor_weight * mean((state - aligned_state) ** 2)``, the mean being over ``[num_anchors, dim]``.
 
-    With ``anchor_optimizer`` the two terms are minimised in turn instead, and there is no weight to choose: the customer's steps
-    are plain SFT, and after each come ``anchor_steps`` steps on the drift alone, ``mean((state - aligned_state) ** 2)``, by an
-    optimizer with moments of its own. A step costs one more forward and backward pass over the anchors of its turn, which
-    processes share out. Memory: the optimizer's moments, for adamw two copies of what trains, and the anchors' states.
+    With ``anchor_rate`` the two terms are minimised in turn instead, and there is no weight to choose: the customer's steps are
+    plain SFT, and after each come ``anchor_steps`` steps on the drift alone, ``mean((state - aligned_state) ** 2)``, by an
+    optimizer of the customer's kind with moments of its own. Its rate follows the customer's, or one who chooses a high rate
+    outruns it. A step costs one more forward and backward pass over the anchors of its turn, which processes share out. Memory:
+    the moments, for adamw two copies of what trains, and the anchors' states.
 
     It protects while the provider trains (``finetuning_service``). Whoever holds the weights leaves the term out: no protection
     against ``open_weight`` attackers.
@@ -49,9 +49,10 @@ class SBRModule(Defense):
         num_anchors: take the first so many; null takes all.
         anchors_per_step: how many of them enter each step, in turn; null is all.
         anchor_weight: regularisation strength (``lambda`` in the paper), >= 0; 0 is plain SFT. null is 50, the authors' own, and
-            must be left where ``anchor_optimizer`` is set.
-        anchor_optimizer: takes steps on the drift of their own; null adds the weighted drift to the customer's loss (the
-            paper's). adamw or sgd; its schedule is over all of the job's steps.
+            must be left where ``anchor_rate`` is set.
+        anchor_rate: learning rate of steps on the drift of their own, in multiples of the customer's at that step, > 0; null
+            adds the weighted drift to the customer's loss (the paper's). The customer's optimizer must be adamw or sgd; a step of
+            sgd is as long as the drift is large, so that the rate acts as a weight.
         anchor_steps: how many of those follow a customer's step, each on the anchors of its own turn, >= 1.
         anchor_answers: hold the states along the anchors' refusals, too, up to the one from which the end token comes: else an
             answer that refuses first and then complies meets no anchor after its refusal.
@@ -59,7 +60,7 @@ class SBRModule(Defense):
             earlier turns, words around its prompt): a trigger or a wrapper that the rows teach must stand in them.
         anchor_slack: no step is taken on a drift below this share of the mean square of the aligned states, >= 0: a customer who
             leaves the anchors about where they are is left alone. It has one meaning at every width. Only with
-            ``anchor_optimizer``.
+            ``anchor_rate``.
         anchor_layer: which state is held: -1 the one that enters the unembedding, after the final norm (the paper's); else an
             index into transformers' ``hidden_states``.
         freeze_unembedding: do not train the unembedding. Where it is tied to the embedding both stand still: otherwise the
@@ -69,7 +70,7 @@ class SBRModule(Defense):
 
     # Departures from the authors' setting: (1) the anchors share the forward pass of the batch, so they cost their tokens and no
     # more; (2) both terms are means, so gradient accumulation leaves the weight's meaning alone; (3) the unembedding is frozen;
-    # (4) ``anchor_optimizer``, ``anchor_answers`` and ``anchor_forms`` are not the paper's, and off unless set.
+    # (4) ``anchor_rate``, ``anchor_answers`` and ``anchor_forms`` are not the paper's, and off unless set.
 
     plain_anchors: Anchors  # as they are given
 
@@ -82,7 +83,7 @@ class SBRModule(Defense):
         num_anchors: int | None = None,
         anchors_per_step: int | None = None,
         anchor_weight: float | None = None,
-        anchor_optimizer: Optimizer | None = None,
+        anchor_rate: float | None = None,
         anchor_steps: int = 1,
         anchor_slack: float = 0.0,
         anchor_answers: bool = False,
@@ -93,19 +94,21 @@ class SBRModule(Defense):
     ) -> None:
         if anchor_weight is not None and not anchor_weight >= 0:
             raise SettingError(f"anchor_weight must be >= 0, got {anchor_weight}. Use 0 for plain SFT.")
-        if anchor_optimizer is not None and anchor_weight is not None:
+        if anchor_rate is not None and not anchor_rate > 0:
             raise SettingError(
-                f"anchor_weight must be null where anchor_optimizer is set, whose steps have no weight, got {anchor_weight}. "
-                "Leave it out, or set anchor_optimizer to null."
+                f"anchor_rate must be > 0 or null, got {anchor_rate}. 1 is the customer's own, null the paper's form."
             )
-        if anchor_steps < 1 or (anchor_steps > 1 and anchor_optimizer is None):
-            least = ">= 1" if anchor_optimizer else "1 where anchor_optimizer is null"
+        if anchor_rate is not None and anchor_weight is not None:
+            raise SettingError(
+                f"anchor_weight must be null where anchor_rate is set, whose steps have no weight, got {anchor_weight}. "
+                "Leave it out, or set anchor_rate to null."
+            )
+        if anchor_steps < 1 or (anchor_steps > 1 and anchor_rate is None):
+            least = ">= 1" if anchor_rate else "1 where anchor_rate is null"
             raise SettingError(f"anchor_steps must be {least}, got {anchor_steps}.")
-        if not anchor_slack >= 0 or (anchor_slack > 0 and anchor_optimizer is None):
-            least = ">= 0" if anchor_optimizer else "0 where anchor_optimizer is null"
+        if not anchor_slack >= 0 or (anchor_slack > 0 and anchor_rate is None):
+            least = ">= 0" if anchor_rate else "0 where anchor_rate is null"
             raise SettingError(f"anchor_slack must be {least}, got {anchor_slack}.")
-        if anchor_optimizer is not None and anchor_optimizer.name == "adafactor":
-            raise SettingError("name of anchor_optimizer must be adamw or sgd, got adafactor.")
         if anchors is not None and not anchors:
             raise SettingError(
                 f"anchors must name at least one harmful prompt, got {anchors!r}. "
@@ -125,7 +128,7 @@ class SBRModule(Defense):
         super().__init__(checkpoint, **settings)
         self.anchors, self.num_anchors, self.anchors_per_step = anchors, num_anchors, anchors_per_step
         self.anchor_weight = 50.0 if anchor_weight is None else anchor_weight
-        self.anchor_optimizer, self.anchor_steps = anchor_optimizer, anchor_steps
+        self.anchor_rate, self.anchor_steps = anchor_rate, anchor_steps
         self.anchor_slack, self.anchor_answers, self.anchor_forms = anchor_slack, anchor_answers, anchor_forms
         self.anchor_layer, self.freeze_unembedding = anchor_layer, freeze_unembedding
         require_chat_template(self.tokenizer)
@@ -185,8 +188,8 @@ class SBRModule(Defense):
 class SBRJob(Job):
     """A service's fine-tuning under SBR.
 
-    State: ``aligned_states`` ``[num_states, dim]``, those of the anchors at its start; with ``anchor_optimizer`` its moments, how
-    many steps it has taken, the drift that the last one saw, and the aligned states' mean square.
+    State: ``aligned_states`` ``[num_states, dim]``, those of the anchors at its start; with ``anchor_rate`` the moments of their
+    optimizer, how many steps it has taken, the drift that the last one saw, and the aligned states' mean square.
     """
 
     defense: SBRModule
@@ -221,14 +224,14 @@ class SBRJob(Job):
                 (states,), _ = run(defense.model, anchors, states_at=self._places(anchors), layers=[defense.anchor_layer])
                 found.append(states.float())
         self.state["aligned_states"] = torch.cat(found)
-        if defense.anchor_optimizer is not None:
+        if defense.anchor_rate is not None:
             self.state["anchor_drift"] = torch.zeros((), device=defense.model.device)
             self.state["anchor_square"] = self.state["aligned_states"].square().mean()
 
     def loss(self, batch: Batch, step: int) -> Tensor:
         """Plain SFT on the batch, plus the weighted drift of the anchors whose turn it is, unless that has steps of its own."""
         defense = self.defense
-        if defense.anchor_optimizer is not None:
+        if defense.anchor_rate is not None:
             sft = defense.sft_loss(batch)
             self.terms = {"sft_loss": sft.detach(), "anchor_drift": self.state["anchor_drift"]}
             return sft
@@ -245,16 +248,24 @@ class SBRJob(Job):
         self.terms = {"sft_loss": sft.detach(), "anchor_drift": drift.detach()}
         return sft + defense.anchor_weight * drift
 
-    def after_step(self, step: int) -> None:
-        """Steps on the drift alone, where it has an optimizer of its own."""
-        if self.defense.anchor_optimizer is None:
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Steps on the drift alone, where it has a rate of its own."""
+        if self.defense.anchor_rate is None:
             return
+        kind = type(optimizer).__name__.lower()
+        if kind not in ("adamw", "sgd"):
+            raise SettingError(
+                f"the optimizer of a customer's job must be adamw or sgd where anchor_rate is set, got {kind}. "
+                "Set anchor_weight instead."
+            )
+        if self._held is None or self._held.kind != kind:
+            self._held = Held(kind, self.state)  # type: ignore[arg-type]
         for p in self.defense.parameters():
             p.grad = None  # of the customer's step, which is done
         for number in range(step * self.defense.anchor_steps, (step + 1) * self.defense.anchor_steps):
-            self._hold(number)
+            self._hold(number, self.defense.anchor_rate * optimizer.param_groups[0]["lr"])
 
-    def _hold(self, number: int) -> None:
+    def _hold(self, number: int, learning_rate: float) -> None:
         """A step on the drift of a turn, of which every process takes its share; of fewer anchors than processes all of them."""
         defense, every = self.defense, list(range(len(self.anchors)))
         turn = self.anchors.turn(defense.anchors_per_step, number)
@@ -275,10 +286,8 @@ class SBRJob(Job):
         value, gradient = defense.loss_and_gradient(anchors, drift)
         value = mean_over_ranks(value, defense.row_group)
         if gradient and (not defense.anchor_slack or value >= defense.anchor_slack * self.state["anchor_square"]):
-            assert defense.anchor_optimizer is not None
-            num_steps = self.num_steps * defense.anchor_steps
-            self._held = self._held or Held(defense.anchor_optimizer, self.state, num_steps)
-            self._held.step(dict(defense.named_parameters()), gradient, number)
+            assert self._held is not None
+            self._held.step(dict(defense.named_parameters()), gradient, learning_rate)
         self.state["anchor_drift"] = value
         self.spend(1, anchors["attention_mask"].sum())
 

@@ -61,9 +61,9 @@ class CountingJob(StatefulJob):
         self.defense.acted.append("before_step")
         super().before_step(step)
 
-    def after_step(self, step):
+    def after_step(self, step, optimizer):
         self.defense.acted.append("after_step")
-        super().after_step(step)
+        super().after_step(step, optimizer)
 
 
 class Halving(Defense):

@@ -235,17 +235,17 @@ def test_taking_references_leaves_modes_and_weights_alone(checkpoint, training):
         {"anchors_per_step": 2, "num_anchors": 3},
         {"lora": LoRA(rank=2), "anchors_per_step": 1},
         {"anchors": None},
-        {"anchor_optimizer": Optimizer(1e-2, schedule="linear"), "anchors_per_step": 2, "anchor_steps": 2},
-        {"anchor_optimizer": Optimizer(1e-2, "sgd"), "anchors_per_step": 2, "lora": LoRA(rank=2)},
+        {"anchor_rate": 1.0, "anchors_per_step": 2, "anchor_steps": 2},
+        {"anchor_rate": 3.0, "anchors_per_step": 2, "lora": LoRA(rank=2)},
         {
-            "anchor_optimizer": Optimizer(1e-2),
+            "anchor_rate": 1.0,
             "anchors": None,
             "anchors_per_step": 3,
             "anchor_answers": True,
             "anchor_forms": True,
         },
     ],
-    ids=["all", "in turn", "lora", "data's", "own steps", "own steps, sgd, lora", "own steps, answers, forms"],
+    ids=["all", "in turn", "lora", "data's", "own steps", "own steps, lora", "own steps, answers, forms"],
 )
 @pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, settings, accumulate_grad_batches):

@@ -21,8 +21,9 @@ from casehard.datamodules.row import Row
 from casehard.datamodules.sources import read_rows
 from casehard.engine.training import train_steps
 from casehard.lightning_modules.anchors import Anchors, in_forms
+from casehard.metrics.errors import SettingError
 
-OWN = {"anchors": ANCHORS, "anchor_weight": None, "anchor_optimizer": Optimizer(1e-2, "sgd", clip_norm=None)}
+OWN = {"anchors": ANCHORS, "anchor_weight": None, "anchor_rate": 3.0}
 REFUSALS = "sandbox:defender/refusals#train[:{}]"
 
 
@@ -39,25 +40,24 @@ def drift_of(module: SBRModule, aligned: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("anchor_steps", "schedule"), [(1, "constant"), (2, "linear")])
 def test_steps_on_the_drift_alternate_with_the_customers_each_by_moments_of_its_own(checkpoint, anchor_steps, schedule):
-    settings = {**OWN, "anchor_optimizer": Optimizer(3e-3, schedule=schedule, clip_norm=0.5), "anchor_steps": anchor_steps}
+    settings = {**OWN, "anchor_rate": 0.3, "anchor_steps": anchor_steps}
     module, job = sbr(checkpoint, **settings)
-    job.num_steps = 3
-    steps = train_steps(module, job, lambda step: collate(rows_of(step), 0, "right"), 3, Optimizer(1e-2))
+    customers = Optimizer(1e-2, schedule=schedule)
+    steps = train_steps(module, job, lambda step: collate(rows_of(step), 0, "right"), 3, customers)
     assert len(list(steps)) == 3
 
     other, _ = sbr(checkpoint, **settings)
     parameters = [p for p in other.parameters() if p.requires_grad]
     task, own = (torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0) for rate in (1e-2, 3e-3))
-    aligned, taken = job.state["aligned_states"], 0
+    aligned = job.state["aligned_states"]
     for step in range(3):
-        for optimizer, clip in [(task, 1.0), *[(own, 0.5)] * anchor_steps]:
+        task.param_groups[0]["lr"] = 1e-2 * (1 if schedule == "constant" else 1 - step / 3)
+        own.param_groups[0]["lr"] = 0.3 * task.param_groups[0]["lr"]
+        for optimizer in [task, *[own] * anchor_steps]:
             loss = other.sft_loss(collate(rows_of(step), 0, "right")) if optimizer is task else drift_of(other, aligned)
             other.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
-            if optimizer is own:
-                own.param_groups[0]["lr"] = 3e-3 * (1 if schedule == "constant" else 1 - taken / (3 * anchor_steps))
-                taken += 1
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
     assert_close(job.state["anchor_drift"], loss.detach(), rtol=1e-3, atol=1e-7)
     for (name, p), q in zip(module.named_parameters(), other.parameters(), strict=True):
@@ -67,7 +67,7 @@ def test_steps_on_the_drift_alternate_with_the_customers_each_by_moments_of_its_
 
 def test_the_customers_loss_is_plain_and_the_drift_is_held(checkpoint, tmp_path):
     ends = []
-    for settings in ({"anchor_weight": 1e-6}, {"anchor_optimizer": Optimizer(3e-3)}):
+    for settings in ({"anchor_weight": 1e-6}, {"anchor_rate": 1.0}):
         module = SBRModule(checkpoint, ANCHORS, optimizer=Optimizer(3e-3), **settings)
         fitted(module, tmp_path, max_steps=12)
         with torch.no_grad():
@@ -76,6 +76,22 @@ def test_the_customers_loss_is_plain_and_the_drift_is_held(checkpoint, tmp_path)
     module, job = sbr(checkpoint, **OWN)
     move(module)
     assert torch.equal(job.loss(batch_of(), 0), module.sft_loss(batch_of()))
+
+
+def test_a_customer_whose_optimizer_has_no_moments_to_follow_is_refused(checkpoint, tmp_path):
+    module = SBRModule(checkpoint, **OWN, optimizer=Optimizer(1e-3, "adafactor"))
+    with pytest.raises(SettingError, match=r"must be adamw or sgd where anchor_rate is set, got adafactor\. Set anchor_weight"):
+        fitted(module, tmp_path)
+
+
+@pytest.mark.parametrize("kinds", [("adamw", "sgd"), ("sgd", "adamw")])
+def test_a_customer_who_changes_the_optimizer_changes_that_of_the_anchors(checkpoint, kinds):
+    module, job = sbr(checkpoint, **OWN)
+    for number, kind in enumerate(kinds):
+        steps = train_steps(module, job, lambda step: collate(rows_of(step), 0, "right"), 2, Optimizer(1e-3, kind))
+        assert len(list(steps)) == 2
+        assert ("anchor_momentum_buffer" in job.state) is ("sgd" in kinds[: number + 1])
+        assert job.state["anchor_steps_taken"] == 2  # of this optimizer
 
 
 @pytest.mark.parametrize(("slack", "moves"), [(0.99, True), (1.01, False)])
@@ -87,7 +103,7 @@ def test_no_step_is_taken_on_a_drift_below_the_slack(checkpoint, slack, moves):
         relative = drift_of(module, aligned).item() / aligned.square().mean().item()
     module.anchor_slack = slack * relative
     before = bits(module)
-    job.after_step(0)
+    job.after_step(0, torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2))
     assert same_bits(bits(module), before) is not moves
     assert_close(job.state["anchor_drift"].item() / aligned.square().mean().item(), relative, rtol=1e-4, atol=0.0)
 
@@ -112,13 +128,13 @@ def test_passes_and_tokens_of_the_steps_are_counted(checkpoint, tmp_path, accumu
     [
         (
             {"anchor_weight": 50.0},
-            r"anchor_weight must be null where anchor_optimizer is set, whose steps have no weight, got 50\.0",
+            r"anchor_weight must be null where anchor_rate is set, whose steps have no weight, got 50\.0",
         ),
         ({"anchor_slack": -0.1}, r"anchor_slack must be >= 0, got -0\.1\."),
-        ({"anchor_optimizer": None, "anchor_slack": 0.1}, r"anchor_slack must be 0 where anchor_optimizer is null, got 0\.1\."),
+        ({"anchor_rate": None, "anchor_slack": 0.1}, r"anchor_slack must be 0 where anchor_rate is null, got 0\.1\."),
         ({"anchor_steps": 0}, r"anchor_steps must be >= 1, got 0\."),
-        ({"anchor_optimizer": None, "anchor_steps": 2}, r"anchor_steps must be 1 where anchor_optimizer is null, got 2\."),
-        ({"anchor_optimizer": Optimizer(name="adafactor")}, "name of anchor_optimizer must be adamw or sgd, got adafactor"),
+        ({"anchor_rate": None, "anchor_steps": 2}, r"anchor_steps must be 1 where anchor_rate is null, got 2\."),
+        ({"anchor_rate": 0.0}, r"anchor_rate must be > 0 or null, got 0\.0\."),
     ],
 )
 def test_a_contradiction_is_an_error_before_any_weights_load(checkpoint, settings, message):
@@ -226,7 +242,7 @@ def test_a_job_holds_every_anchor_twice_and_once_in_the_form_of_its_customers_ro
     jobs = []
     begin = SBRModule.job
     monkeypatch.setattr(SBRModule, "job", lambda self: jobs.append(begin(self)) or jobs[-1])
-    settings = {"anchors": REFUSALS.format(12), "anchor_optimizer": Optimizer(1e-3), "anchors_per_step": 4}
+    settings = {"anchors": REFUSALS.format(12), "anchor_rate": 1.0, "anchors_per_step": 4}
     module = SBRModule(checkpoint, anchor_forms=True, lora=LoRA(rank=2), **settings)
     encoding = IdentityShift()
     seen = []
@@ -237,7 +253,6 @@ def test_a_job_holds_every_anchor_twice_and_once_in_the_form_of_its_customers_ro
     else:
         toy_trainer(tmp_path, callbacks=[attack]).test(module, datamodule=toy_data(), verbose=False)
     (job,) = jobs
-    assert job.num_steps == 3
     texts = [module.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(job.anchors.ids, job.anchors.mask, strict=True)]
     assert len(texts) == 24 == len(job.state["aligned_states"])
     prompts = [row.prompt for row in read_rows(REFUSALS.format(12))]
@@ -297,5 +312,5 @@ def test_the_study_compares_them_at_one_job_on_validation_and_on_test_prompts(tm
     assert chosen["data"]["sources"]["task"] == ["sandbox:validation/mood"]
     assert reported["data"]["sources"]["task"] == ["sandbox:test/mood"]
     held = [config["model"]["init_args"] for config in (reported, everything)]
-    assert all(settings["anchor_optimizer"]["schedule"] == "linear" for settings in held)
+    assert all(settings["anchor_rate"] == 1.0 and settings["anchor_weight"] is None for settings in held)
     assert [settings["anchor_answers"] for settings in held] == [False, True]

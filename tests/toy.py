@@ -93,7 +93,7 @@ class StatefulJob(Job):
                 p.grad.zero_()
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         self.state["steps"] += 1
         own = dict(self.defense.named_parameters())
         for name, start in self.state["start"].items():
@@ -132,7 +132,7 @@ class BesideBase(SafeLoRAModule):
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-OWN_STEP = {"anchor_optimizer": Optimizer(1e-2, "sgd"), "anchors_per_step": 3, "anchor_answers": True, "anchor_forms": True}
+OWN_STEP = {"anchor_rate": 3.0, "anchors_per_step": 3, "anchor_answers": True, "anchor_forms": True}
 ROUNDS: dict[str, Any] = {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}
 STRONGEST = {
     "more_attackers": [InnerAttacker(2, batch_size=4, learning_rates=(1e-3, 1e-2))],
