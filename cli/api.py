@@ -32,7 +32,7 @@ def run(command: str, config: Config | list[Config] = (), **settings: Any) -> Fo
         command: fit, validate, test, study or judge.
         config: as ``--config``: a file, the name of an experiment or a dict of settings, or several in a list; of ``study`` its
             file, of ``judge`` the run's folder.
-        settings: all others by their dotted names, ``**{"model.init_args.anchor_weight": 10, "run.root": "mine"}``. A class of
+        settings: all others by their dotted names, ``**{"model.init_args.anchor_rate": 0.5, "run.root": "mine"}``. A class of
             your own may stand for its path.
 
     Returns:

@@ -40,7 +40,7 @@ CHECKPOINT = {
 }
 COLUMN = 26  # where what an option is begins
 ABOUT = """\
-A setting stands in a config (model: {init_args: {anchor_weight: 10}}) or on the line (--model.init_args.anchor_weight 10).
+A setting stands in a config (model: {init_args: {anchor_rate: 0.5}}) or on the line (--model.init_args.anchor_rate 0.5).
 What comes later wins. The defaults shown are those of a run without a config."""
 
 

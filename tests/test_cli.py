@@ -431,7 +431,7 @@ def test_one_defense_may_be_named_twice(call):
     again = "{model: {class_path: casehard.lightning_modules.sbr.SBRModule, init_args: {anchor_weight: 3}}}"
     config = resolved(call, ["experiments/sbr.yaml", again])
     assert config["model"]["init_args"]["anchor_weight"] == 3.0
-    assert config["model"]["init_args"]["anchors_per_step"] == 8
+    assert config["model"]["init_args"]["anchors_per_step"] == 16
 
 
 def test_a_class_takes_nothing_over_from_the_one_it_replaces(call):
