@@ -302,7 +302,7 @@ def attack_with(**settings: Any) -> list[str]:
 )  # fmt: skip
 def test_what_a_constructor_refuses_is_said_in_its_one_sentence(call, tmp_path, args, sentence):
     shape = ["--model.init_args.anchors", json.dumps([SECRET]), "--run.root", str(tmp_path), "--trainer.fast_dev_run", "true"]
-    error = call("fit", "--config", "experiments/sbr.yaml", *TINY, *shape, *args, fails=True)
+    error = call("fit", "--config", "experiments/sbr_penalty.yaml", *TINY, *shape, *args, fails=True)
     assert f"error: {sentence}" in error
     assert not any(noise in error for noise in ("Namespace", "Union", "Traceback", "usage:", SECRET))
 
