@@ -4,8 +4,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,9 +48,7 @@ def run_command(
     timeout_s: float,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Ended:
-    """Run a program without a shell and without input. Its whole process group is killed when it ends, and when this block does.
-
-    A kill -9 of this process leaves it running.
+    """Run a program without a shell and without input. Its process group is killed when it, this block, or this process ends.
 
     Args:
         words: of the command.
@@ -70,18 +68,30 @@ def run_command(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
+        with _killed_at_the_end(process):
             while process.returncode is None and (left := timeout_s - (time.monotonic() - started)) > 0:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(min(left, TURN))
                 meanwhile()
             status = process.returncode
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return Ended(status, time.monotonic() - started, " / ".join(lines[-LAST:]) or "nothing")
+
+
+@contextmanager
+def _killed_at_the_end(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill a process and its group when the block ends, and when this process does, be it by kill -9: a pipe closes then."""
+    words, nothing = ["sh", "-c", 'read _; kill -s KILL -- "-$1"', "sh", str(process.pid)], subprocess.DEVNULL
+    try:
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, start_new_session=True) as watch:
+            try:
+                yield
+            finally:
+                watch.kill()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def changed_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -117,6 +118,17 @@ def test_a_tool_is_killed_with_what_it_started_when_the_run_is_ended(tmp_path, c
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended(pids)
+
+
+def test_a_tool_is_killed_with_what_it_started_by_a_kill_of_the_run(tmp_path, checkpoint):
+    run = "import sys; from casehard.engine.command import Path, run_command, variables; "
+    run += "run_command(sys.argv[2:], Path(sys.argv[1]), variables({}), 60)"
+    words = [sys.executable, "-c", run, str(tmp_path), *TOOL, "sleep", checkpoint, str(tmp_path), str(tmp_path / "pids")]
+    with subprocess.Popen(words, cwd=ROOT) as runs:
+        while not ((tmp_path / "pids").exists() and len((tmp_path / "pids").read_text().split()) == 2) and runs.poll() is None:
+            time.sleep(0.05)
+        runs.kill()
+    assert ended(tmp_path / "pids")
 
 
 def test_a_tool_gets_rows_as_trl_reads_them_and_they_go(tmp_path, checkpoint):
