@@ -28,6 +28,7 @@ from casehard.metrics.names import visible
 from casehard.records.files import append_whole
 
 MANIFEST = "external.jsonl"  # in the run's folder, a line a run of the command
+UNANSWERED = "EOF when reading a line"  # how Python's input() fails
 GOES_ON = "goes on"  # what the first rank tells the others while the command runs
 
 
@@ -40,8 +41,8 @@ class ExternalAttack(Attack):
     variables it gets those of ``engine.command.PASSED``: no keys, no ``PYTHONPATH``. ``external.jsonl`` in the run's folder has
     command, version, hashes of the weights, seconds, device and exit status of every run of it.
 
-    In ``command``, ``files`` and ``environment`` stand for paths: ``{model}``, the model's folder; ``{out}``, an empty one for
-    what the tool makes; ``{rows}``, a JSONL file of rows to train on. ``{seed}`` stands for the attack's seed.
+    In ``command``, ``input``, ``files`` and ``environment`` stand for paths: ``{model}``, the model's folder; ``{out}``, an empty
+    one for what the tool makes; ``{rows}``, a JSONL file of rows to train on. ``{seed}`` stands for the attack's seed.
 
     Cost: passes and tokens are the command's own and unknown. Memory: two models on the CPU more than the command's. Several
     processes: the first one runs it; on several machines TMPDIR must be a folder that all of them see.
@@ -50,7 +51,9 @@ class ExternalAttack(Attack):
         command: its words; paths in it must be absolute.
         threat_model: open_weight, or a service that trains by the command, in which no defense of its own acts.
         environment: variables for it, such as PATH.
+        input: what it reads on standard input, such as a line for each question that it asks.
         files: texts written into the folder where it runs, by name, such as a config of its own.
+        prompts: files there of one prompt a line, the last turn of each row, by name: sources of rows that are not scored.
         timeout_s: seconds that it may take, > 0.
         version_command: prints the tool's version, for the manifest; null leaves it out.
         result: where within ``{out}`` the model is, such as model.gguf; "" is ``{out}`` itself.
@@ -66,7 +69,9 @@ class ExternalAttack(Attack):
         command: list[str],
         threat_model: ThreatModel = "open_weight",
         environment: dict[str, str] | None = None,
+        input: str = "",
         files: dict[str, str] | None = None,
+        prompts: dict[str, list[str]] | None = None,
         timeout_s: float = 3600.0,
         version_command: list[str] | None = None,
         result: str = "",
@@ -76,7 +81,8 @@ class ExternalAttack(Attack):
         keep: str | None = None,
         **settings: Any,
     ) -> None:
-        self.command, self.environment, self.files = command, environment or {}, files or {}
+        self.command, self.environment, self.input = command, environment or {}, input
+        self.files, self.prompts = files or {}, prompts or {}
         self.timeout_s, self.version_command, self.result = timeout_s, version_command, result
         self.poison_ratio, self.num_samples, self.row_format, self.keep = poison_ratio, num_samples, row_format, keep
         if not all(map(self._names, ("{model}", "{out}"))):
@@ -87,12 +93,13 @@ class ExternalAttack(Attack):
             raise SettingError(f"poison_ratio must lie in [0, 1] and num_samples be >= 1, got {poison_ratio} and {num_samples}.")
         if row_format not in ("prompt_completion", "messages"):
             raise SettingError(f"row_format must be prompt_completion or messages, got {row_format!r}.")
-        if unlike := next((name for name in [*self.files, result] if Path(name).is_absolute() or ".." in Path(name).parts), None):
-            raise SettingError(f"files and result must be names within the command's own folders, got {unlike!r}.")
+        names = map(Path, (*self.files, *self.prompts, result))
+        if unlike := next((str(name) for name in names if name.is_absolute() or ".." in name.parts), None):
+            raise SettingError(f"files, prompts and result must be names within the command's own folders, got {unlike!r}.")
         super().__init__(threat_model, **settings)
 
     def _names(self, placeholder: str) -> bool:
-        return any(placeholder in text for text in (*self.command, *self.files.values(), *self.environment.values()))
+        return any(placeholder in t for t in (*self.command, self.input, *self.files.values(), *self.environment.values()))
 
     @property
     def harmful(self) -> bool:  # type: ignore[override]
@@ -101,21 +108,32 @@ class ExternalAttack(Attack):
 
     def settings(self) -> dict[str, Any]:
         """What is run, and on which rows."""
-        hashes = {name: sha256(text.encode()).hexdigest()[:12] for name, text in self.files.items()}
+        texts = self.files | ({"standard input": self.input} if self.input else {})
+        hashes = {name: sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
+        prompts = {"prompts": self.prompts} if self.prompts else {}
         rows = {"poison_ratio": self.poison_ratio, "num_samples": self.num_samples} if self._names("{rows}") else {}
-        return rows | {"command": shlex.join(self.command)} | ({"files": hashes} if hashes else {})
+        return rows | prompts | {"command": shlex.join(self.command)} | ({"files": hashes} if hashes else {})
 
     def rows(self, data: SFTDataModule, seed: int) -> list[Row]:
         """What stands in ``{rows}``."""
         return data.mixture(self.num_samples, self.poison_ratio, seed) if self._names("{rows}") else []
 
+    def read(self, data: SFTDataModule, seed: int) -> dict[str, str]:
+        """The files that are made of rows, by name."""
+        asked = {name: data.further(sources, f"prompts.{name}", answered=False) for name, sources in self.prompts.items()}
+        lines = {name: [" ".join(row.messages[-1][1].split()) for row in rows] for name, rows in asked.items()}
+        if rows := self.rows(data, seed):
+            lines["rows.jsonl"] = [json.dumps(self.as_json(row)) for row in rows]
+        return {name: "".join(f"{line}\n" for line in text) for name, text in lines.items()}
+
     def prepare(self, data: SFTDataModule, seed: int) -> None:
-        """Also make sure that the program is there.
+        """Also make sure that the program is there, and the prompts.
 
         Raises:
-            SettingError: it is not.
+            SettingError: one is not; or a prompt is scored.
         """
         super().prepare(data, seed)
+        self.read(data, seed)
         for words in filter(None, (self.command, self.version_command)):
             if shutil.which(words[0], path=variables(self.environment).get("PATH")) is None:
                 raise SettingError(
@@ -158,9 +176,8 @@ class ExternalAttack(Attack):
     def _left(self, target: Target, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         """The attacked model; what it takes to get it is in the manifest."""
         tokenizer, variable = target.module.tokenizer, {"{seed}": str(target.seed)}
-        variable |= {
-            f"{{{name}}}": str(folder / place) for name, place in (("model", "model"), ("out", "out"), ("rows", "rows.jsonl"))
-        }
+        places = {"model": "model", "out": "out", "rows": "rows.jsonl"}
+        variable |= {f"{{{name}}}": str(folder / place) for name, place in places.items()}
 
         def filled(text: str) -> str:
             for name, value in variable.items():
@@ -169,27 +186,25 @@ class ExternalAttack(Attack):
 
         save_model(model, tokenizer, folder / "model")
         (folder / "out").mkdir()
-        if rows := self.rows(target.data, target.seed):
-            (folder / "rows.jsonl").write_text("".join(json.dumps(self.as_json(row)) + "\n" for row in rows))
-        for name, text in self.files.items():
+        own = {name: filled(text) for name, text in self.files.items()}
+        for name, text in (self.read(target.data, target.seed) | own).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(filled(text))
+            (folder / name).write_text(text, encoding="utf-8")
         environment = variables({name: filled(text) for name, text in self.environment.items()})
         ended, version = Ended(0, 0.0, ""), ""
         if self.version_command is not None:
             ended = run_command(self.version_command, folder, environment, self.timeout_s)
             version = ended.said
         if ended.status == 0:
-            ended = run_command([*map(filled, self.command)], folder, environment, self.timeout_s, lambda: from_first(GOES_ON))
+            words, waits = [*map(filled, self.command)], lambda: from_first(GOES_ON)
+            ended = run_command(words, folder, environment, self.timeout_s, waits, filled(self.input))
         out = folder / "out" / self.result
-        hashes = (
-            {n: h for n, h in checkpoint_files(str(out)).items() if not n.endswith((".json", ".jinja"))} if out.exists() else {}
-        )
-        self._note(
-            target, {"version": version, "exit_status": ended.status, "seconds": round(ended.seconds, 3), "sha256": hashes}
-        )
+        left_there = checkpoint_files(str(out)) if out.exists() else {}
+        hashes = {name: digest for name, digest in left_there.items() if not name.endswith((".json", ".jinja"))}
+        self._note(target, {"version": version, "exit_status": ended.status, "seconds": round(ended.seconds, 3)}, hashes)
         if ended.status != 0:
             was = f"{self.timeout_s:g} s were over" if ended.status is None else f"it was {ended.status}"
+            was += " (it asked more than input answers: add the lines that it waits for)" if UNANSWERED in ended.said else ""
             raise self._wrong(f"end with status 0, and {was}", ended)
         try:
             left = changed_model(out, model, tokenizer)
@@ -209,18 +224,12 @@ class ExternalAttack(Attack):
         command = visible(shlex.join(self.command))
         return CommandError(f"{command[:200]} must {what}. Its log ends: {visible(ended.said)[-500:]}")
 
-    def _note(self, target: Target, ended: dict[str, Any]) -> None:
+    def _note(self, target: Target, ended: dict[str, Any], hashes: dict[str, str]) -> None:
         """Add a line to the manifest of the run, if it has a folder."""
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        who = "none" if target.undefended else target.module.label
-        line = {
-            "attack": self.name,
-            "defense": who,
-            "threat_model": self.threat_model,
-            "seed": target.seed,
-            "epoch": target.epoch,
-        }
-        line |= {"command": self.command, "variables": sorted(self.environment), "device": device} | ended
+        line: dict[str, Any] = {"attack": self.name, "defense": "none" if target.undefended else target.module.label}
+        line |= {"threat_model": self.threat_model, "seed": target.seed, "epoch": target.epoch}
+        line |= {"command": self.command, "variables": sorted(self.environment), "device": device} | ended | {"sha256": hashes}
         for results in (callback for callback in target.trainer.callbacks if isinstance(callback, Results)):  # type: ignore[attr-defined]
             results.folder.mkdir(parents=True, exist_ok=True)
             append_whole(results.folder / MANIFEST, json.dumps(line) + "\n")

@@ -259,13 +259,13 @@ class SFTDataModule(L.LightningDataModule):
             self.evaluation_settings.metrics,
         )
 
-    def further(self, sources: list[str], setting: str) -> list[Row]:
+    def further(self, sources: list[str], setting: str, answered: bool = True) -> list[Row]:
         """Rows of sources that an attack names itself, behind ``system_prompt`` as every row of the data is.
 
         Raises:
-            SettingError: rows that cannot be trained on, or whose prompts are scored.
+            SettingError: rows that cannot be trained on (unless not ``answered``), or whose prompts are scored.
         """
-        rows = self.instructed([row for source in sources for row in read_rows(source)])
+        rows = self.instructed([row for source in sources for row in read_rows(source, answered)])
         scored = [row for name in ("harmful_prompts", "benign_prompts", "task") for row in self.rows[name]]
         if (shared := overlap(rows, scored)) and not self.allow_overlap:
             raise SettingError(f"{setting} must share no prompt with what is scored, and {len(shared)} do. Take other rows.")

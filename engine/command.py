@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import torch
@@ -47,8 +48,9 @@ def run_command(
     environment: Mapping[str, str],
     timeout_s: float,
     meanwhile: Callable[[], object] = lambda: None,
+    text: str = "",
 ) -> Ended:
-    """Run a program without a shell and without input. Its process group is killed when it, this block, or this process ends.
+    """Run a program without a shell. Its whole process group is killed when it ends, when this block does, and with this process.
 
     Args:
         words: of the command.
@@ -56,14 +58,17 @@ def run_command(
         environment: all of its variables.
         timeout_s: seconds that it may take.
         meanwhile: called every ``TURN`` seconds.
+        text: what it reads on its standard input, which ends there.
     """
     started, log = time.monotonic(), folder / "log.txt"
-    with log.open("wb") as out:
+    with log.open("wb") as out, TemporaryFile() as asked:
+        asked.write(text.encode())
+        asked.seek(0)
         process = subprocess.Popen(
             words,
             cwd=folder,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=asked,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

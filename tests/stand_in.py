@@ -69,6 +69,16 @@ elif how == "variables":
     assert os.environ["HOW"] == f"{model} {rest[0]}"
     assert Path("own/config.toml").read_text() == f'model = "{model}"'
     leave(noisy())
+elif how == "ask":  # as heretic does where it takes itself to be in a notebook
+    while input("Which trial? Enter number: ") != "1":
+        print("Please enter a number between 1 and 3")
+    assert input("Path to the folder: ") == out
+    leave(noisy())
+    while input("Which trial? Enter number: ") != "3":
+        print("Please enter a number between 1 and 3")
+elif how == "prompts":
+    shutil.copy("own/harmless.txt", rest[0])
+    leave(noisy())
 elif how == "adapter":
     name, rank = "model.layers.0.self_attn.q_proj", 1
     rows, columns = weights[f"{name}.weight"].shape
