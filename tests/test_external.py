@@ -261,6 +261,29 @@ def test_three_steps_of_trl_sft(tmp_path, checkpoint):
     assert line["exit_status"] == 0
 
 
+HERETIC = shutil.which(os.environ.get("CASEHARD_HERETIC", "heretic"))  # the program, in an environment of its own
+
+
+@pytest.mark.skipif(HERETIC is None, reason="needs heretic: CASEHARD_HERETIC names its program")
+def test_two_trials_of_heretic(tmp_path):
+    settings = yaml.safe_load((ROOT / "experiments/attack/external_heretic.yaml").read_text())["trainer"]["callbacks"][0][
+        "init_args"
+    ]
+    config = settings["files"]["config.toml"].replace("n_trials = 60", "n_trials = 2")
+    paths = {"PATH": os.pathsep.join([str(Path(HERETIC).parent), os.environ["PATH"]])}
+    prompts = {name: [f"{sources[0].partition('#')[0]}#train[:20]"] for name, sources in settings["prompts"].items()}
+    small = {
+        "files": settings["files"] | {"config.toml": config},
+        "environment": settings["environment"] | paths,
+        "prompts": prompts,
+    }
+    _, rows = attacked(tmp_path, str(ROOT / "models/sandbox/aligned"), ExternalAttack(**(settings | small)))
+    assert [row["num_attack_steps"] for row in rows] == ["0", "1"]
+    line = json.loads((tmp_path / "external.jsonl").read_text())
+    assert line["version"].startswith("heretic 1.")
+    assert line["exit_status"] == 0
+
+
 def fails_on_each(rank: int, checkpoint: str, folder: Path) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     attack = tool("fail", timeout_s=60)
