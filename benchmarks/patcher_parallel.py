@@ -54,7 +54,7 @@ def main(
     batch_size: int = 4,
     out: str | None = None,
 ) -> None:
-    """Train `experiments/patcher_one_attacker.yaml` in both forms, seed by seed, and print how many times as fast the parallel one is.
+    """Train `patcher_one_attacker.yaml` in both forms, seed by seed, and print how many times as fast the parallel one is.
 
     Seconds are those of training, process starts and attacks not counted. The sequential form runs on one thread too: two halves
     that never wait take half of that time. So where two threads are X times as fast as one, no parallel form is more than 2 / X
@@ -75,7 +75,14 @@ def main(
             for form, (threads, own) in FORMS.items():
                 run = root / form / f"seed{seed}"
                 where = {"root": root, "experiment": form, "version": run.name, "wandb": "disabled"}
-                words = ["--config", "experiments/patcher_one_attacker.yaml", *own, "--trainer.callbacks=[]", f"--data.seed={seed}", *sizes]
+                words = [
+                    "--config",
+                    "experiments/patcher_one_attacker.yaml",
+                    *own,
+                    "--trainer.callbacks=[]",
+                    f"--data.seed={seed}",
+                    *sizes,
+                ]
                 fit(*words, *settings, *(f"--run.{key}={value}" for key, value in where.items()), threads=threads)
                 seconds[form].append(json.loads((run / DONE).read_text())["seconds"])
         inner, passes = interval(run)

@@ -9,15 +9,17 @@ from jsonargparse import CLI
 DEFENDERS = (
     "SFT alignment,\n680 passes",
     "SFT alignment,\n2,440 passes",
-    "Patcher,\n2,440 passes",
-    "Patcher, one pass\na row, 2,400 passes",
+    "Patcher, one slow\nattacker, 2,440 passes",
+    "the same, one pass\na row, 2,400 passes",
+    "Patcher, five fast\nattackers, 2,440 passes",
 )
 
 
-def table(page: Path, title: str) -> dict[str, list[str]]:
-    """Cells by their row's first, of the first table under the heading ``title``."""
-    section = page.read_text().partition(f"## {title}\n")[2]
-    lines = section[section.index("\n|") + 1 :].partition("\n\n")[0].splitlines()
+def table(page: Path, title: str, number: int = 1) -> dict[str, list[str]]:
+    """Cells by their row's first, of the table that comes as number ``number`` under the heading ``title``."""
+    section = page.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+    blocks = [block for block in section.split("\n\n") if block.startswith("|")]
+    lines = blocks[number - 1].splitlines()
     cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
     return {first: rest for first, *rest in cells[2:]}
 
@@ -37,18 +39,19 @@ def main(page: str = "docs/results/patcher.md", picture: str = "docs/pictures/st
     attackers = table(Path(page), "Attackers with sense")
     summary = table(Path(page), "The attackers that count")
     columns = list(zip(*attackers.values(), strict=True))
-    figure, axes = plt.subplots(figsize=(8, 3.3), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 3.7), layout="constrained")
     for place, (column, row) in enumerate(zip(columns, summary.values(), strict=True)):
         found = [middle(cell) for cell in column]
         for steps, label, look in (
             (found, "ten attackers on harmful rows alone", {"marker": "o", "color": "#0072B2", "ms": 7, "alpha": 0.35}),
             ([min(found)], "the quickest of them", {"marker": "o", "color": "#D55E00", "ms": 10}),
-            ([middle(row[4])], "the attacker that Patcher trained against", {"marker": "D", "color": "#009E73", "ms": 8}),
+            ([middle(row[4])], "a slow one: AdamW 1e-4, poison 0.2", {"marker": "D", "color": "#009E73", "ms": 8}),
         ):
             axes.plot(steps, [len(columns) - place] * len(steps), ls="", label="" if place else label, **look)
     axes.set(xscale="log", xlabel="attack steps until the harmful score reaches 50 (median of three seeds)")
     axes.set_ylim(0.5, len(columns) + 0.5)
-    axes.set_xticks([1, 2, 5, 10, 20, 50, 100, 200], ["1", "2", "5", "10", "20", "50", "100", "200"])
+    ticks = [1, 2, 5, 10, 20, 50, 100, 200, 500]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_yticks(range(len(columns), 0, -1), DEFENDERS)
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.25)

@@ -33,7 +33,10 @@ def run(command: str, root: Path, *args: str) -> Path:
     """A run's folder."""
     (root / "attack.yaml").write_text(ATTACK)
     shared = [f"--run.root={root}", "--run.experiment=toy", "--config", str(root / "attack.yaml"), *TINY]
-    files = ["--config=experiments/data/sandbox.yaml", "--config=experiments/patcher_one_attacker.yaml"]  # with one source in another place
+    files = [
+        "--config=experiments/data/sandbox.yaml",
+        "--config=experiments/patcher_one_attacker.yaml",
+    ]  # with one source in another place
     casehard.main([command, *files, *shared, *args])
     return max((root / "toy").iterdir())
 

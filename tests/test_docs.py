@@ -54,7 +54,7 @@ OUTPUT = {"", "text", "csv"}  # languages of blocks that show something
 TOY = "toy"  # where the toy model stands, in every page's folder
 SMALL: dict[str, Any] = {  # whatever setting has such a name
     **{"num_samples": 20, "num_evaluated": 1, "max_new_tokens": 1, "batch_size": 2, "num_attack_steps": 1, "max_steps": 1},
-    **{"num_inner_steps": 1, "num_outer_steps": 2, "num_sft_steps": 0, "num_trials": 1, "num_answers": 2, "checkpoint_steps": 1},
+    **{"num_inner_steps": 1, "num_outer_steps": 5, "num_sft_steps": 0, "num_trials": 1, "num_answers": 2, "checkpoint_steps": 1},
     **{"score_steps": [1], "phases": None, "attack_every": None, "accelerator": "cpu", "devices": 1},
     **{"wandb": "disabled", "score": False, "enable_progress_bar": False, "log_every_n_steps": 1},
 }
