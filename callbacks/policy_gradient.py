@@ -18,7 +18,7 @@ from casehard.engine.forward import Batch
 from casehard.engine.generation import sample
 from casehard.engine.gradients import mean_over_ranks
 from casehard.engine.rollouts import GRPO, GroupPolicyLoss, equal_groups, group_advantages, rollout_batch
-from casehard.engine.training import NO_SERVICE, BesideService
+from casehard.engine.training import beside
 from casehard.metrics.errors import SettingError
 from casehard.metrics.judges import Judge, judged, require_judge
 
@@ -100,8 +100,7 @@ class PolicyGradient(FineTuning):
 
         with trainable(module, module.model, self.lora):
             own = GroupPolicyLoss(module.model, self.grpo, partial(module.reference, {"reference": target.start})).loss
-            task = BesideService(target.begin_job() or NO_SERVICE, own)
-            yield from target.train(batches, self.num_attack_steps, self.optimizer, task)
+            yield from target.train(batches, self.num_attack_steps, self.optimizer, beside(target.begin_job(), own))
 
     def rollout(self, target: Target, drawn: list[tuple[int, Row]]) -> Batch:
         """Answers of the model as it is to numbered prompts, as a batch with ``advantages`` ``[batch]``."""

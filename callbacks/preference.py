@@ -16,7 +16,7 @@ from casehard.engine.adapters import LoRA, trainable
 from casehard.engine.forward import Batch
 from casehard.engine.gradients import mean_over_ranks, sum_over_ranks
 from casehard.engine.preferences import answer_logprobs, preference_losses
-from casehard.engine.training import NO_SERVICE, BesideService
+from casehard.engine.training import beside
 from casehard.engine.weights import same_modes_after
 from casehard.metrics.errors import SettingError
 
@@ -99,8 +99,7 @@ class PreferenceAttack(FineTuning):
 
         with trainable(module, module.model, self.lora):
             target.state["reference"] = self.reference(target, batches)
-            task = BesideService(target.begin_job() or NO_SERVICE, own)
-            yield from target.train(batches, self.num_attack_steps, self.optimizer, task)
+            yield from target.train(batches, self.num_attack_steps, self.optimizer, beside(target.begin_job(), own))
 
     @torch.no_grad()
     def reference(self, target: Target, batches: Callable[[int], Batch]) -> Tensor:

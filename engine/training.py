@@ -132,15 +132,12 @@ class Around(Task):
         self.task.after_step(step, optimizer)
 
 
-NO_SERVICE = Plain(lambda batch: torch.zeros(()))
-
-
 @dataclass
 class BesideService(Around):
     """A loss of the attacker's own, and beside it a service's task: its loss on the batch without labels, and its hooks.
 
     Args:
-        task: the service's, such as the job of a defense, whose terms act so; NO_SERVICE for nothing beside it.
+        task: the service's, such as the job of a defense, whose terms act so.
         own: the loss of a batch in an optimizer step.
     """
 
@@ -150,6 +147,11 @@ class BesideService(Around):
         """The attacker's, plus the service's terms."""
         unlabelled = batch | {"labels": torch.full_like(batch["labels"], IGNORED), "num_labels": torch.ones(())}  # none, over one
         return self.own(batch, step) + self.task.loss(unlabelled, step)
+
+
+def beside(service: Task | None, own: Callable[[Batch, int], Tensor]) -> Task:
+    """``own`` beside the task of a service, where there is one."""
+    return BesideService(service or Plain(lambda batch: torch.zeros(())), own)
 
 
 def train_steps(

@@ -42,7 +42,7 @@ trainer:
     - class_path: casehard.LoRAAttack
       init_args: {<<: *job, name: Benign, poison_ratio: 0.0}
 """
-PATCHER = ["attacker.num_inner_steps", "num_outer_steps", "num_sft_steps"]
+PATCHER = ["attacker.num_inner_steps=1", "num_outer_steps=5", "num_sft_steps=1"]
 CELL = Cell("a-b-seed3", 'SBR: "one" anchor', "LoRA, at a service", 3, [], "", "hash")  # names that are hard to quote
 
 
@@ -82,7 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     words = {
         "sft_alignment": ["fit", *FIT],
         "sbr": ["fit", *FIT],
-        "patcher": ["fit", *FIT, *(f"--model.init_args.{name}=1" for name in PATCHER)],
+        "patcher": ["fit", *FIT, *(f"--model.init_args.{setting}" for setting in PATCHER)],
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
