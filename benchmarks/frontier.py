@@ -29,7 +29,7 @@ def main(pages: str = "docs/results", picture: str = "docs/pictures/frontier.png
     sbr.set(xlabel="accuracy on the customer's new task", ylabel="harmful score: a dot a customer", xlim=(0, 103), ylim=(-3, 103))
     found = table(Path(pages, "patcher.md"), "Trained against fast attackers")
     for name, cells in found.items():
-        costs = [sum(map(float, seed.strip(" *").replace("*", "").split(","))) for seed in cells[-1].split(";")]
+        costs = [sum(map(float, seed.replace("*", "").split(","))) for seed in cells[-1].split(";")]
         kind = "SFT" if name.startswith("SFT") else "default" if "default" in name else "longer" if cells[0] != "1" else "other"
         look = {"SFT": ("*", "black"), "default": ("D", "#009E73"), "longer": ("s", "#D55E00"), "other": ("o", "#0072B2")}[kind]
         patcher.plot(sum(costs) / len(costs), middle(cells[1]), marker=look[0], color=look[1], ls="", ms=8, alpha=0.7)

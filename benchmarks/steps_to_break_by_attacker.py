@@ -15,11 +15,10 @@ DEFENDERS = (
 )
 
 
-def table(page: Path, title: str, number: int = 1) -> dict[str, list[str]]:
-    """Cells by their row's first, of the table that comes as number ``number`` under the heading ``title``."""
-    section = page.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
-    blocks = [block for block in section.split("\n\n") if block.startswith("|")]
-    lines = blocks[number - 1].splitlines()
+def table(page: Path, title: str) -> dict[str, list[str]]:
+    """Cells by their row's first, of the first table under the heading ``title``."""
+    section = page.read_text().partition(f"## {title}\n")[2]
+    lines = section[section.index("\n|") + 1 :].partition("\n\n")[0].splitlines()
     cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
     return {first: rest for first, *rest in cells[2:]}
 
