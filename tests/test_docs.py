@@ -22,6 +22,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing import get_context
@@ -33,7 +34,7 @@ import jsonargparse
 import pytest
 import yaml
 from jsonargparse import Namespace
-from toy import ROOT
+from toy import ROOT, start_fork_server
 
 import casehard
 from casehard.cli import run_folder
@@ -370,10 +371,9 @@ def require_arguments(script: Path, args: list[str]) -> None:
     parser.parse_args(args)
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where pages share runs; as long as it is there, runs are small."""
-    kept = tmp_path_factory.mktemp("kept")
+@contextmanager
+def runs_small() -> Iterator[None]:
+    """As long as it lasts, runs that this process starts are small."""
     parse = jsonargparse.ArgumentParser.parse_args
 
     def parse_args(parser: Any, *args: Any, **settings: Any) -> Any:
@@ -383,27 +383,39 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             small(config[name])
         return config
 
-    def child(words: list[str], log: int, env: dict[str, str]) -> None:
-        sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
-        os.environ.clear()
-        os.environ.update(env)
-        ended = run_main(words)
-        print(ended or "")
-        sys.stdout.flush()
-        os._exit(bool(ended))  # whatever else this process was forked with
-
-    def forked(command: list[str], stdout: Any, env: dict[str, str], **_: Any) -> Any:
-        process = get_context("fork").Process(target=child, args=(command[3:], stdout.fileno(), env))
-        process.start()
-        process.join()
-        return SimpleNamespace(returncode=process.exitcode)
-
-    gc.freeze()  # torch and transformers, which the collector would look through again and again
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_args)
-        patch.setattr("casehard.evidence.study.subprocess", SimpleNamespace(run=forked, STDOUT=None, DEVNULL=None))
         patch.setattr(run_folder, "STARTED", run_folder.STARTED)  # which every command sets anew
         patch.syspath_prepend(ROOT / "benchmarks")
+        yield
+
+
+def run_cell(words: list[str], log: str, env: dict[str, str]) -> None:
+    """A study's cell, in a process of its own."""
+    os.environ.clear()
+    os.environ.update(env)
+    with open(log, "a", buffering=1) as sys.stdout, redirect_stderr(sys.stdout), runs_small():
+        ended = run_main(words)
+        print(ended or "")
+    sys.exit(bool(ended))
+
+
+def forked(command: list[str], stdout: Any, env: dict[str, str], **_: Any) -> SimpleNamespace:
+    """Run a cell, forked from the server: a fork of this process, which has threads, can wait for a lock for ever."""
+    process = get_context("forkserver").Process(target=run_cell, args=(command[3:], stdout.name, env))
+    process.start()
+    process.join()
+    return SimpleNamespace(returncode=process.exitcode)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where pages share runs; as long as it is there, runs are small."""
+    kept = tmp_path_factory.mktemp("kept")
+    start_fork_server()
+    gc.freeze()  # torch and transformers, which the collector would look through again and again
+    with runs_small(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("casehard.evidence.study.subprocess", SimpleNamespace(run=forked, STDOUT=None, DEVNULL=None))
         yield kept
     gc.unfreeze()
     gc.collect()  # classes of the pages' own
