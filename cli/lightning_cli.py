@@ -29,7 +29,7 @@ from casehard.cli.defaults import default_files, of_the_sandbox
 from casehard.cli.help import known_options
 from casehard.cli.machine import check_number_of_devices, finish_wandb, hush_lightning, said_of_machine
 from casehard.cli.parsing import ConfigFile, PlainErrors, built, check_one_defense, class_path, refusals
-from casehard.cli.private import PrivateCLI, QuietWandbLogger, refusals_of_wandb
+from casehard.cli.private import PrivateCLI, QuietWandbLogger, refusals_of_wandb, whole_numbers_stay
 from casehard.cli.run_folder import (
     LAST,
     claim_run_folder,
@@ -169,6 +169,7 @@ class Cli(PrivateCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        whole_numbers_stay(parser)
         parser.add_class_arguments(RunSettings, "run", instantiate=False)
 
     def config_text(self) -> str:

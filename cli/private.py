@@ -1,8 +1,11 @@
 """What ``cli/`` uses of its dependencies although they keep it private, each with what it is needed for."""
 
-from typing import Any
+from functools import reduce
+from operator import or_
+from typing import Any, Union, get_args, get_origin
 
 import lightning as L
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
@@ -37,6 +40,17 @@ class PrivateCLI(LightningCLI):
     def build_trainer(self, settings: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         """A trainer with more callbacks than the config asks for; ``trainer_defaults`` are fixed before it is read."""
         return self._instantiate_trainer(settings, callbacks)
+
+
+def whole_numbers_stay(parser: ArgumentParser) -> None:
+    """Let settings that are an int or a float try the int first: ``limit_val_batches`` is one batch at 1, and all of them at 1.0.
+
+    Python takes ``Union[int, float]`` and ``Union[float, int]`` for one, and gives all the order of whoever was imported first.
+    """
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if get_origin(hint) is Union and {int, float} <= {*get_args(hint)}:
+            action._typehint = reduce(or_, sorted(get_args(hint), key=lambda kind: kind is float))  # type: ignore[attr-defined]
 
 
 class QuietWandbLogger(WandbLogger):

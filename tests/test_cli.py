@@ -806,3 +806,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_else(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert torch.load(path)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_whole_number_stays_one_whatever_was_imported_first():
+    words = ["fit", "--config", "experiments/sbr.yaml", "--trainer.limit_val_batches", "1"]
+    read = f"import rich.console\nfrom casehard.cli.lightning_cli import resolved\nprint(resolved({words}))"  # float first
+    done = subprocess.run([sys.executable, "-c", read], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert repr(yaml.safe_load(done.stdout)["trainer"]["limit_val_batches"]) == "1"
