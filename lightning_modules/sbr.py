@@ -58,9 +58,9 @@ class SBRModule(Defense):
             answer that refuses first and then complies meets no anchor after its refusal.
         anchor_forms: hold every anchor a second time, in the form of a row that the customer has handed in (its system turn and
             earlier turns, words around its prompt): a trigger or a wrapper that the rows teach must stand in them.
-        anchor_slack: no step is taken on a drift below this share of the mean square of the aligned states, >= 0: a customer who
-            leaves the anchors about where they are is left alone. It has one meaning at every width. Only with
-            ``anchor_rate``.
+        anchor_slack: how far each state may drift before it is held, as a share of the mean square of the aligned states, >= 0;
+            what counts is the mean over states of ``max(0, drift - slack)``. A new task moves every state a little, and harm some
+            of them far. It has one meaning at every width. Only with ``anchor_rate``.
         anchor_layer: which state is held: -1 the one that enters the unembedding, after the final norm (the paper's); else an
             index into transformers' ``hidden_states``.
         freeze_unembedding: do not train the unembedding. Where it is tied to the embedding both stand still: otherwise the
@@ -189,7 +189,7 @@ class SBRJob(Job):
     """A service's fine-tuning under SBR.
 
     State: ``aligned_states`` ``[num_states, dim]``, those of the anchors at its start; with ``anchor_rate`` the moments of their
-    optimizer, how many steps it has taken, the drift that the last one saw, and the aligned states' mean square.
+    optimizer, how many steps it has taken, the drift beyond the slack that the last one saw, and the aligned states' mean square.
     """
 
     defense: SBRModule
@@ -275,17 +275,18 @@ class SBRJob(Job):
         share = chosen[rank::num_ranks] if num_ranks > 1 else turn
         anchors = self.anchors.batch(defense.model, share)
         num_states = int(self.anchors.held[chosen].sum())
+        slack = defense.anchor_slack * self.state["anchor_square"]
 
         def drift(batch: Batch) -> Tensor:
             (states,), _ = run(defense.model, batch, states_at=self._places(batch), layers=[defense.anchor_layer])
-            squares = (states.float() - self._aligned(batch)).square()
-            value = squares.sum() * num_ranks / (num_states * states.shape[1])
+            drifts = (states.float() - self._aligned(batch)).square().mean(dim=1)
+            value = (drifts - slack).clamp(min=0).sum() * num_ranks / num_states
             return value if value.requires_grad else value.requires_grad_()  # where nothing that trains moves a state
 
         begin_step()
         value, gradient = defense.loss_and_gradient(anchors, drift)
         value = mean_over_ranks(value, defense.row_group)
-        if gradient and (not defense.anchor_slack or value >= defense.anchor_slack * self.state["anchor_square"]):
+        if gradient and (not defense.anchor_slack or value > 0):  # looked at, for which a GPU waits, where there is a slack alone
             assert self._held is not None
             self._held.step(dict(defense.named_parameters()), gradient, learning_rate)
         self.state["anchor_drift"] = value

@@ -5,9 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import yaml
 from test_sbr import ANCHORS, batch_of, fitted, move, rows_of, sbr
-from test_study import cells, read_study, resolve, resolved
 from torch import Tensor
 from torch.testing import assert_close
 from toy import ATTACKS, DEFENSES, FAST, bits, looking, same_bits, toy_data, toy_trainer
@@ -27,12 +25,17 @@ OWN = {"anchors": ANCHORS, "anchor_weight": None, "anchor_rate": 3.0}
 REFUSALS = "sandbox:defender/refusals#train[:{}]"
 
 
-def drift_of(module: SBRModule, aligned: Tensor) -> Tensor:
-    """Mean over anchors and dimensions, each anchor in a pass of its own."""
+def drifts_of(module: SBRModule, aligned: Tensor) -> Tensor:
+    """Of every anchor, a mean over dimensions, each anchor in a pass of its own."""
     states = []
     for ids, mask in zip(module.plain_anchors.ids, module.plain_anchors.mask.bool(), strict=True):
         states.append(module.model(input_ids=ids[mask][None], output_hidden_states=True).hidden_states[-1][0, -1])
-    return (torch.stack(states) - aligned).square().mean()
+    return (torch.stack(states) - aligned).square().mean(dim=1)
+
+
+def drift_of(module: SBRModule, aligned: Tensor) -> Tensor:
+    """Their mean."""
+    return drifts_of(module, aligned).mean()
 
 
 # ---- steps of their own
@@ -94,18 +97,27 @@ def test_a_customer_who_changes_the_optimizer_changes_that_of_the_anchors(checkp
         assert job.state["anchor_steps_taken"] == 2  # of this optimizer
 
 
-@pytest.mark.parametrize(("slack", "moves"), [(0.99, True), (1.01, False)])
-def test_no_step_is_taken_on_a_drift_below_the_slack(checkpoint, slack, moves):
+def test_a_state_is_held_once_it_has_drifted_beyond_the_slack(checkpoint):
     module, job = sbr(checkpoint, **OWN)
     move(module)
-    aligned = job.state["aligned_states"]
-    with torch.no_grad():
-        relative = drift_of(module, aligned).item() / aligned.square().mean().item()
-    module.anchor_slack = slack * relative
-    before = bits(module)
-    job.after_step(0, torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2))
-    assert same_bits(bits(module), before) is not moves
-    assert_close(job.state["anchor_drift"].item() / aligned.square().mean().item(), relative, rtol=1e-4, atol=0.0)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    square = job.state["aligned_states"].square().mean()
+    drifts = drifts_of(module, job.state["aligned_states"])
+    least, most = drifts.min().item(), drifts.max().item()
+    before, customers = bits(module), torch.optim.SGD(trained, lr=1e-2)
+    module.anchor_slack = 1.01 * most / square.item()
+    job.after_step(0, customers)
+    assert same_bits(bits(module), before)
+
+    slack = (least + most) / 2  # within which some stay
+    loss = (drifts - slack).clamp(min=0).mean()
+    gradients = torch.autograd.grad(loss, trained)
+    scale = min(1.0, 1.0 / torch.stack([g.norm() for g in gradients]).norm().item())
+    expected = [p.detach() - 3.0 * 1e-2 * scale * g for p, g in zip(trained, gradients, strict=True)]
+    module.anchor_slack = slack / square.item()
+    job.after_step(1, customers)
+    assert_close(job.state["anchor_drift"], loss.detach(), rtol=1e-4, atol=0.0)
+    assert_close([p.detach() for p in trained], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
@@ -294,23 +306,3 @@ def test_anchors_stay_on_the_host_whatever_the_default_device_is(checkpoint, ans
         found = Anchors(rows, tokenizer, answers)
     for name in ("ids", "mask", "held", "first"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
-
-
-# ---- the study
-
-
-def test_the_study_compares_them_at_one_job_on_validation_and_on_test_prompts(tmp_path):
-    found = {(c.defense, c.attack): c for c in cells(read_study("experiments/studies/sbr_own_step.yaml"), tmp_path, resolve)}
-    assert len(found) == 5 * 10
-    own = [name for name, _ in found if name.startswith("own step")]
-    configs = [
-        yaml.safe_load(resolved(found[defense, f"plain, {prompts} prompts"].words))
-        for defense, prompts in ((own[0], "validation"), (own[0], "test"), (own[-1], "test"))
-    ]
-    chosen, reported, everything = configs
-    assert chosen["trainer"]["callbacks"] == reported["trainer"]["callbacks"]
-    assert chosen["data"]["sources"]["task"] == ["sandbox:validation/mood"]
-    assert reported["data"]["sources"]["task"] == ["sandbox:test/mood"]
-    held = [config["model"]["init_args"] for config in (reported, everything)]
-    assert all(settings["anchor_rate"] == 1.0 and settings["anchor_weight"] is None for settings in held)
-    assert [settings["anchor_answers"] for settings in held] == [False, True]
