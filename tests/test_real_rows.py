@@ -73,13 +73,14 @@ def test_no_scored_prompt_is_trained_on_and_no_row_of_an_attack_trained_against(
 
 
 def passes(model: dict, steps: int) -> int:
-    """Of a training by SFT or Patcher: a step of the defender's after its SFT steps is two, an inner step is one."""
+    """Of a training by SFT or Patcher: a step of the defender's after its SFT steps is two, or one of all rows, an inner step is one."""
     settings = model["init_args"]
     if model["class_path"] != "casehard.PatcherModule":
         return steps
     every = settings["attack_every"] or settings["num_outer_steps"]
     hardened = steps - settings["num_sft_steps"]
-    return settings["num_sft_steps"] + hardened // every * settings["attacker"]["num_inner_steps"] + 2 * hardened
+    inner = hardened // every * settings["attacker"]["num_inner_steps"]
+    return settings["num_sft_steps"] + inner + (1 if settings["one_pass_per_row"] else 2) * hardened
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
