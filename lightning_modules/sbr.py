@@ -286,7 +286,7 @@ class SBRJob(Job):
         begin_step()
         value, gradient = defense.loss_and_gradient(anchors, drift)
         value = mean_over_ranks(value, defense.row_group)
-        if gradient and (not defense.anchor_slack or value > 0):  # looked at, for which a GPU waits, where there is a slack alone
+        if gradient and (not defense.anchor_slack or value > 0):  # a GPU waits for the comparison
             assert self._held is not None
             self._held.step(dict(defense.named_parameters()), gradient, learning_rate)
         self.state["anchor_drift"] = value

@@ -22,7 +22,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing import get_context
@@ -394,7 +394,7 @@ def run_cell(words: list[str], log: str, env: dict[str, str]) -> None:
     """A study's cell, in a process of its own."""
     os.environ.clear()
     os.environ.update(env)
-    with open(log, "a", buffering=1) as sys.stdout, redirect_stderr(sys.stdout), runs_small():
+    with open(log, "a", buffering=1) as said, redirect_stdout(said), redirect_stderr(said), runs_small():
         ended = run_main(words)
         print(ended or "")
     sys.exit(bool(ended))

@@ -2,10 +2,13 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_sbr import ANCHORS, batch_of, fitted, move, rows_of, sbr
+from test_study import cells, read_study, resolve, resolved
 from torch import Tensor
 from torch.testing import assert_close
 from toy import ATTACKS, DEFENSES, FAST, bits, looking, same_bits, toy_data, toy_trainer
@@ -306,3 +309,19 @@ def test_anchors_stay_on_the_host_whatever_the_default_device_is(checkpoint, ans
         found = Anchors(rows, tokenizer, answers)
     for name in ("ids", "mask", "held", "first"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+# ---- the study
+
+
+def test_the_study_of_the_goal_gives_both_the_same_customers_and_sbr_as_it_ships(tmp_path):
+    found = {(c.defense, c.attack): c for c in cells(read_study("experiments/studies/sbr_long.yaml"), tmp_path, resolve)}
+    assert len(found) == 2 * 3
+    for attack in {attack for _, attack in found}:
+        none, held = (yaml.safe_load(resolved(found[defense, attack].words)) for defense in ("undefended", "SBR"))
+        assert none["trainer"]["callbacks"] == held["trainer"]["callbacks"]
+        assert none["data"]["sources"] == held["data"]["sources"]
+        shipped = yaml.safe_load(Path("experiments/sbr.yaml").read_text())["model"]["init_args"]
+        assert {name: held["model"]["init_args"][name] for name in shipped if name.startswith("anchor")} == {
+            name: value for name, value in shipped.items() if name.startswith("anchor")
+        }
