@@ -4,7 +4,19 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from jsonargparse import CLI
+from matplotlib.axes import Axes
 from steps_to_break_by_attacker import middle, table
+
+LOOKS = {  # by how a label begins
+    "undefended": ("*", "black"),
+    "SFT": ("*", "black"),
+    "SBR's penalty": ("s", "#D55E00"),
+    "one anchor": ("s", "#D55E00"),
+    "longer": ("s", "#D55E00"),
+    "SBR, the default": ("D", "#009E73"),
+    "Patcher, the default": ("D", "#009E73"),
+    "other": ("o", "#0072B2"),
+}
 
 
 def first(cell: str) -> float:
@@ -12,40 +24,69 @@ def first(cell: str) -> float:
     return float(cell.replace("*", "").split()[0])
 
 
+def dots(axes: Axes, label: str, points: list[tuple[float, float]]) -> None:
+    """Points of one kind."""
+    marker, colour = next(look for start, look in LOOKS.items() if label.startswith(start))
+    axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label, ls="", ms=8, alpha=0.7)
+
+
+def sandbox_service(axes: Axes, page: Path) -> None:
+    """Three seeds of every customer, in the mean."""
+    customers = [cells for cells in table(page, "In short").values() if cells[3]]
+    for place, label in enumerate(("undefended", "SBR's penalty, the paper's form", "SBR, the default")):
+        dots(axes, label, [(first(cells[3].split(",")[place]), first(cells[place])) for cells in customers])
+
+
+def real_service(axes: Axes, page: Path) -> None:
+    """A dot a customer and seed, after the last step."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, (*_, last) in table(page, "SBR on it").items():
+        for seed in last.replace("*", "").split(";"):
+            harm, accuracy, _ = (part.strip() for part in seed.split("/"))
+            if accuracy.isdigit():  # it says nothing where benign rows refuse first
+                points.setdefault(name.rpartition(": ")[2], []).append((float(accuracy), float(harm)))
+    labels = {"undefended": "undefended", "one anchor": "one anchor, the paper's form", "SBR": "SBR, the default"}
+    for name, label in labels.items():
+        dots(axes, label, points[name])
+
+
+def sandbox_release(axes: Axes, page: Path) -> None:
+    """Variants of as many passes, in the median of seeds."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, cells in table(page, "Trained against fast attackers").items():
+        costs = [sum(map(float, seed.replace("*", "").split(","))) for seed in cells[-1].split(";")]
+        kind = "SFT" if name.startswith("SFT") else "default" if "default" in name else "longer" if cells[0] != "1" else "other"
+        points.setdefault(kind, []).append((sum(costs) / len(costs), middle(cells[1])))
+    for kind, label in (
+        ("SFT", "SFT of as many passes"),
+        ("default", "Patcher, the default"),
+        ("other", "other inner attacks"),
+        ("longer", "longer vectors"),
+    ):
+        dots(axes, label, points[kind])
+
+
 def main(pages: str = "docs/results", picture: str = "docs/pictures/frontier.png") -> None:
     """Draw it.
 
     Args:
-        pages: folder of sbr.md and patcher.md.
+        pages: folder of sbr.md, patcher.md and real-model.md.
         picture: where to write it.
     """
-    figure, (sbr, patcher) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    customers = [cells for cells in table(Path(pages, "sbr.md"), "In short").values() if cells[3]]
-    for place, (label, marker, colour) in enumerate(
-        (("undefended", "*", "black"), ("SBR's penalty, the paper's form", "s", "#D55E00"), ("SBR, the default", "D", "#009E73"))
-    ):
-        points = [(first(cells[3].split(",")[place]), first(cells[place])) for cells in customers]
-        sbr.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label, ls="", ms=8, alpha=0.7)
-    sbr.set(xlabel="accuracy on the customer's new task", ylabel="harmful score: a dot a customer", xlim=(0, 103), ylim=(-3, 103))
-    found = table(Path(pages, "patcher.md"), "Trained against fast attackers")
-    for name, cells in found.items():
-        costs = [sum(map(float, seed.replace("*", "").split(","))) for seed in cells[-1].split(";")]
-        kind = "SFT" if name.startswith("SFT") else "default" if "default" in name else "longer" if cells[0] != "1" else "other"
-        look = {"SFT": ("*", "black"), "default": ("D", "#009E73"), "longer": ("s", "#D55E00"), "other": ("o", "#0072B2")}[kind]
-        patcher.plot(sum(costs) / len(costs), middle(cells[1]), marker=look[0], color=look[1], ls="", ms=8, alpha=0.7)
-    for kind, (marker, colour) in {
-        "SFT of as many passes": ("*", "black"),
-        "Patcher, the default": ("D", "#009E73"),
-        "other inner attacks": ("o", "#0072B2"),
-        "longer vectors": ("s", "#D55E00"),
-    }.items():
-        patcher.plot([], [], marker=marker, color=colour, ls="", label=kind)
-    patcher.set(xlabel="benign requests refused or answered brokenly, of 100", ylabel="steps of the quickest attacker")
-    patcher.set(xlim=(-2, None), ylim=(0, 30))
-    for axes in (sbr, patcher):
+    figure, places = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    sandbox_service(places[0], Path(pages, "sbr.md"))
+    real_service(places[1], Path(pages, "real-model.md"))
+    sandbox_release(places[2], Path(pages, "patcher.md"))
+    for axes, title in zip(places, ("a service, sandbox", "a service, SmolLM2", "before release, sandbox"), strict=True):
+        axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
+    for axes in places[:2]:
+        axes.set(xlabel="accuracy on the customer's new task", xlim=(0, 103), ylim=(-3, 103))
+    places[0].set(ylabel="harmful score: a dot a customer")
+    places[2].set(xlabel="benign requests refused or answered brokenly, of 100", ylabel="steps of the quickest attacker")
+    places[2].set(xlim=(-2, None), ylim=(0, 30))
     figure.savefig(picture, dpi=160)
 
 

@@ -9,6 +9,7 @@ import yaml
 from toy import ROOT
 
 from casehard.cli.lightning_cli import resolved
+from casehard.datamodules.encodings import STYLES
 from casehard.datamodules.sources import read_rows
 from casehard.evidence.study_plan import cells, read_study
 
@@ -100,3 +101,17 @@ def test_every_part_of_a_real_study_is_a_command_and_its_arms_cost_as_much(file,
     assert len(cells(each_arm, tmp_path, resolve)) + len(cells(each_attack, tmp_path, resolve)) >= len(arms) + len(attacks)
     costs = [passes(config["model"], config["trainer"]["max_steps"]) for config in seen]
     assert costs == ([240, 240, 240] if "patcher" in file.stem else [90])
+
+
+def test_rows_in_wrappers_keep_their_answers_and_wear_every_style_in_turn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import wrapped_rows
+
+    source = "sandbox:defender/refusals#train[:4]"
+    wrapped_rows.main(str(tmp_path), ["neutral", "formal"], source, ["sandbox:defender/howto#train[:1]"])
+    plain, found = read_rows(source), read_rows(str(tmp_path / "refusals.jsonl"))
+    assert [row.response for row in found] == [row.response for row in plain]
+    for number, (row, asked) in enumerate(zip(found, plain, strict=True)):
+        before, after, _ = STYLES[("neutral", "formal")[number % 2]]
+        assert row.prompt == before + asked.prompt + after
+    assert len(read_rows(str(tmp_path / "benign.jsonl"))) == 1
