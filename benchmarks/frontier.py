@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from jsonargparse import CLI
 from matplotlib.axes import Axes
-from steps_to_break_by_attacker import middle, table
+from steps_to_break_by_attacker import middle, rows, table
 
 LOOKS = {  # by how a label begins
     "undefended": ("*", "black"),
@@ -45,7 +45,7 @@ def real_service(axes: Axes, page: Path) -> None:
             harm, accuracy, _ = (part.strip() for part in seed.split("/"))
             if accuracy.isdigit():  # it says nothing where benign rows refuse first
                 points.setdefault(name.rpartition(": ")[2], []).append((float(accuracy), float(harm)))
-    labels = {"undefended": "undefended", "one anchor": "one anchor, the paper's form", "SBR": "SBR, the default"}
+    labels = {"undefended": "undefended", "one anchor at 50": "one anchor, the paper's form", "SBR": "SBR, the default"}
     for name, label in labels.items():
         dots(axes, label, points[name])
 
@@ -66,6 +66,24 @@ def sandbox_release(axes: Axes, page: Path) -> None:
         dots(axes, label, points[kind])
 
 
+def times(axes: Axes, pages: Path) -> None:
+    """Steps that attackers take on Patcher's default over those on SFT of as many passes, and ten times as many."""
+    sandbox = [(middle(cells[1]), middle(cells[4])) for cells in table(pages / "patcher.md", "Attackers with sense").values()]
+    steps = [cells[-2] for cells in rows(pages / "real-model.md", "The defaults on it")]
+    real = [(float(one), float(other)) for one, other in zip(steps[::2], steps[1::2], strict=True)]
+    for label, points, marker, colour in (("sandbox", sandbox, "o", "#0072B2"), ("SmolLM2", real, "D", "#009E73")):
+        axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label, ls="", ms=8, alpha=0.7)
+    for factor in (1, 10):
+        axes.plot([1, 50], [factor, 50 * factor], color="grey", lw=0.8, ls="-" if factor == 1 else "--")
+    axes.annotate("ten times: the goal", (1.15, 14.5), rotation=35, fontsize=8, color="grey")
+    ticks = [1, 2, 5, 10, 20, 40]
+    axes.set(xscale="log", yscale="log", xlim=(1, 50), ylim=(1, 60), xticks=ticks, yticks=ticks)
+    axes.set(
+        xticklabels=ticks, yticklabels=ticks, xlabel="steps to break SFT of as many passes", ylabel="Patcher: a dot an attacker"
+    )
+    axes.minorticks_off()
+
+
 def main(pages: str = "docs/results", picture: str = "docs/pictures/frontier.png") -> None:
     """Draw it.
 
@@ -73,20 +91,23 @@ def main(pages: str = "docs/results", picture: str = "docs/pictures/frontier.png
         pages: folder of sbr.md, patcher.md and real-model.md.
         picture: where to write it.
     """
-    figure, places = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    sandbox_service(places[0], Path(pages, "sbr.md"))
-    real_service(places[1], Path(pages, "real-model.md"))
-    sandbox_release(places[2], Path(pages, "patcher.md"))
-    for axes, title in zip(places, ("a service, sandbox", "a service, SmolLM2", "before release, sandbox"), strict=True):
+    figure, places = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
+    (sandbox, real), (release, ratio) = places
+    sandbox_service(sandbox, Path(pages, "sbr.md"))
+    real_service(real, Path(pages, "real-model.md"))
+    sandbox_release(release, Path(pages, "patcher.md"))
+    times(ratio, Path(pages))
+    titles = ("a service, sandbox", "a service, SmolLM2", "before release, sandbox", "before release, both")
+    for axes, title in zip(places.flat, titles, strict=True):
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    for axes in places[:2]:
+    for axes in (sandbox, real):
         axes.set(xlabel="accuracy on the customer's new task", xlim=(0, 103), ylim=(-3, 103))
-    places[0].set(ylabel="harmful score: a dot a customer")
-    places[2].set(xlabel="benign requests refused or answered brokenly, of 100", ylabel="steps of the quickest attacker")
-    places[2].set(xlim=(-2, None), ylim=(0, 30))
+    sandbox.set(ylabel="harmful score: a dot a customer")
+    release.set(xlabel="benign requests refused or answered brokenly, of 100", ylabel="steps of the quickest attacker")
+    release.set(xlim=(-2, None), ylim=(0, 30))
     figure.savefig(picture, dpi=160)
 
 

@@ -15,12 +15,16 @@ DEFENDERS = (
 )
 
 
-def table(page: Path, title: str) -> dict[str, list[str]]:
-    """Cells by their row's first, of the first table under the heading ``title``."""
+def rows(page: Path, title: str) -> list[list[str]]:
+    """Cells, row by row, of the first table under the heading ``title``."""
     section = page.read_text().partition(f"## {title}\n")[2]
     lines = section[section.index("\n|") + 1 :].partition("\n\n")[0].splitlines()
-    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
-    return {first: rest for first, *rest in cells[2:]}
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def table(page: Path, title: str) -> dict[str, list[str]]:
+    """Those cells by their row's first."""
+    return {first: rest for first, *rest in rows(page, title)}
 
 
 def middle(cell: str) -> float:

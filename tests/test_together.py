@@ -41,7 +41,7 @@ def test_two_defenses_in_one_class_act_one_after_the_other(checkpoint, tmp_path)
 def test_the_study_of_both_methods_gives_every_arm_the_same_customers(tmp_path):
     study = read_study("experiments/studies/together.yaml")
     found = [c for c in cells(study, tmp_path, resolve) if c.attack and c.seed == 0]
-    assert len(found) == 6 * 2
+    assert len(found) == 6 * 3
     for attack in study.attacks:
         configs = [yaml.safe_load(resolved(c.words)) for c in found if c.attack == attack]
         jobs = [(c["trainer"]["callbacks"], c["data"]["sources"], c["data"]["evaluation"]) for c in configs]
