@@ -202,7 +202,7 @@ ANY: dict[str, Any] = {"kl_threshold": 1e9, "steering_threshold": -1e9}  # bound
 ABLATION: dict[str, Any] = {"num_samples": 20, "batch_size": 4, "num_phases": 3, "rank": 2} | ANY
 ATTACKS: dict[str, Callable[..., Attack]] = {  # a new attack is tested by adding a row
     "full": lambda **s: FullParameterAttack(**(FAST | s)),
-    "distance": lambda **s: FullParameterAttack(distance=0.05, **(FAST | s)),
+    "distance": lambda **s: FullParameterAttack(distance=0.02, **(FAST | s)),
     "lora": lambda **s: LoRAAttack(lora=LoRA(rank=2), **(FAST | s)),
     "subspace": lambda **s: LoRAAttack(lora=LoRA(1, alpha=1, rslora=False, frozen_a=True), **(FAST | s)),
     "head": lambda **s: HeadOnly(**(FAST | s)),
