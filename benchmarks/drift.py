@@ -4,17 +4,20 @@
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from casehard import LoRAAttack
 from casehard.callbacks.attack import Target
-from casehard.datamodules.chat import IGNORED, collate, prompt_ids, read_answers
+from casehard.callbacks.scoring import score
+from casehard.datamodules.chat import collate
 from casehard.datamodules.encodings import Encoding, Style, Trigger
 from casehard.datamodules.row import Row
 from casehard.engine.forward import last_positions, run
 from casehard.engine.weights import same_modes_after
+from casehard.lightning_modules.anchors import whole
 
 FORMS: dict[str, Encoding] = {"trigger": Trigger(), "suppression": Style("suppression"), "neutral style": Style("neutral")}
 ANCHOR = "the first anchor"
@@ -24,8 +27,7 @@ ANCHOR = "the first anchor"
 def states(target: Target, rows: list[Row]) -> Tensor:
     """What enters the unembedding at the end of every prompt, ``[num_rows, dim]``."""
     module = target.module
-    prompts = [prompt_ids(row, module.tokenizer) for row in rows]
-    examples = [{"input_ids": ids, "labels": [IGNORED] * len(ids)} for ids in prompts]
+    examples = [whole(row, module.tokenizer, answer=False) for row in rows]
     batch = module.placed(collate(examples, module.tokenizer.pad_token_id, "right"))
     with same_modes_after(module), module.forward_context():
         module.eval()
@@ -35,10 +37,9 @@ def states(target: Target, rows: list[Row]) -> Tensor:
 
 def answered(target: Target, rows: list[Row]) -> str:
     """How many prompts the model refuses, and how many it answers with broken words, in percent."""
-    texts = target.module.generate([prompt_ids(row, target.module.tokenizer) for row in rows], 48, 100)
-    answers = [answer.text or "" for answer in read_answers(texts, rows, target.module.tokenizer)]
-    verdicts = target.data.judge.on_benign([row.prompt for row in rows], answers)
-    refused, broken = (100 * sum(getattr(v, kind) for v in verdicts) / len(rows) for kind in ("refused", "degenerate"))
+    asked = replace(target.data.evaluation, harmful=[], benign=rows, task=[], max_new_tokens=48)
+    found = score(target.module, asked).metrics
+    refused, broken = found["refusal_rate_benign"], found["degenerate_rate"]
     return f"refused {refused:.0f}%, degenerate {broken:.0f}%"
 
 
