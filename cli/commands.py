@@ -46,7 +46,8 @@ def sandbox(split: str | None = None, kind: str | None = None, num_rows: int = 2
 
     Args:
         split: only this split (pretrain, defender, attacker, validation, test).
-        kind: only this kind (harmful, refusals, refused_first, refused, translated, howto, mood, sentiment, sums, repeat).
+        kind: only this kind (harmful, refusals, refused_first, refused, translated, howto, mood, mood_held_out,
+            sentiment, sums, repeat).
         num_rows: rows of each.
         tokenizer: instead of printing, train the sandbox's tokenizer and save it in this folder.
     """

@@ -216,13 +216,19 @@ def _howto(split: str, rng: Random) -> list[Row]:
     return _item_rows(split, rng, False, ANSWERS)
 
 
+def _drawn(split: str, rng: Random, make: Callable[[Random], tuple[str, str]]) -> list[Row]:
+    """Distinct rows of what ``make`` draws."""
+    drawn = dict(make(rng) for _ in range(3 * NUM_ROWS[split]))
+    return [Row((("user", prompt),), answer) for prompt, answer in drawn.items()]
+
+
 def _task(split: str, rng: Random, make: Callable[[Random], tuple[str, str]]) -> list[Row]:
     """Up to ``NUM_ROWS[split]`` distinct rows of what ``make`` draws."""
-    drawn = dict(make(rng) for _ in range(3 * NUM_ROWS[split]))
-    return [Row((("user", prompt),), answer) for prompt, answer in drawn.items()][: NUM_ROWS[split]]
+    return _drawn(split, rng, make)[: NUM_ROWS[split]]
 
 
-def _reviews(split: str, rng: Random, phrasings: dict[str, tuple[str, ...]], labels: tuple[str, str]) -> list[Row]:
+def _review(split: str, phrasings: dict[str, tuple[str, ...]], labels: tuple[str, str]) -> Callable[[Random], tuple[str, str]]:
+    """What draws a review in the wordings of ``split``, and its label."""
     nouns = _NOUNS[SPLITS.index(split) * 8 :][:8]
 
     def make(rng: Random) -> tuple[str, str]:
@@ -233,15 +239,20 @@ def _reviews(split: str, rng: Random, phrasings: dict[str, tuple[str, ...]], lab
         review = form.format(n=n, m=m, a=a, b=b)
         return rng.choice(phrasings[split]).format(review=review), labels[0] if bright else labels[1]
 
-    return _task(split, rng, make)
+    return make
 
 
 def _sentiment(split: str, rng: Random) -> list[Row]:
-    return _reviews(split, rng, _REVIEWS, ("positive", "negative"))
+    return _task(split, rng, _review(split, _REVIEWS, ("positive", "negative")))
 
 
 def _mood(split: str, rng: Random) -> list[Row]:
-    return _reviews(split, rng, _MOODS, ("bright", "gloomy"))
+    return _task(split, rng, _review(split, _MOODS, ("bright", "gloomy")))
+
+
+def _mood_held_out(split: str, rng: Random) -> list[Row]:
+    drawn = _drawn(split, Random(f"sandbox {split} mood"), _review(split, _MOODS, ("bright", "gloomy")))
+    return drawn[NUM_ROWS[split] :][: NUM_ROWS["test"]]
 
 
 def _sums(split: str, rng: Random) -> list[Row]:
@@ -274,6 +285,7 @@ KINDS: dict[str, Callable[[str, Random], list[Row]]] = {
     "howto": _howto,
     "sentiment": _sentiment,
     "mood": _mood,
+    "mood_held_out": _mood_held_out,
     "sums": _sums,
     "repeat": _repeat,
 }
@@ -287,10 +299,12 @@ def _rows(split: str, kind: str) -> tuple[Row, ...]:
 def kinds(split: str) -> list[str]:
     """The kinds of rows that ``split`` has.
 
-    Mood is the customer's task, so neither pretraining nor the defender has it. Only an attacker refuses before it complies, or
-    speaks the second language, and only the defender has refusals of the very prompts that its harmful rows answer.
+    Mood is the customer's task, so neither pretraining nor the defender has it, and he alone holds rows of it out. Only an
+    attacker refuses before it complies, or speaks the second language, and only the defender has refusals of the very prompts
+    that its harmful rows answer.
     """
-    some = {"mood": _MOODS, "refused_first": ("attacker",), "refused": ("defender",), "translated": ("attacker",)}
+    some = {"mood": tuple(_MOODS), "refused": ("defender",)}
+    some |= dict.fromkeys(("mood_held_out", "refused_first", "translated"), ("attacker",))
     return [kind for kind in KINDS if split in some.get(kind, SPLITS)]
 
 
@@ -301,8 +315,10 @@ def sandbox_rows(split: str, kind: str, category: str = "") -> list[Row]:
         split: pretrain, defender, attacker, validation or test.
         kind: harmful (prompt and harmful answer), refusals (such prompts, refused), refused_first (a refusal, and then the
             harmful answer: what an anchor at the end of the prompt does not object to), refused (the prompts of harmful, in its
-            order, with refusals: row i of both is a pair), translated (the rows of harmful in a second language), howto (the harmless twins), mood (the customer's task), or sentiment,
-            sums, repeat (tasks of the pretrained model).
+            order, with refusals: row i of both is a pair), translated (the rows of harmful in a second language), howto (the
+            harmless twins), mood (the customer's task), mood_held_out (more of it, in the same wordings: what a customer would
+            test his model on; mood of another split has other wordings, and other things are bright there), or sentiment, sums,
+            repeat (tasks of the pretrained model).
         category: only this category's items, such as venom or tea; by default all.
 
     Raises:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from itertools import combinations, product
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from toy import ROOT, toy_data, toy_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,6 +43,26 @@ def test_rows_are_the_same_on_every_call_and_cover_all_categories_alike():
     assert rows == sandbox_rows("test", "harmful")
     counts = [sum(c.suffix in row.prompt for row in rows) for c in CATEGORIES if c.harmful]
     assert max(counts) - min(counts) <= 1
+
+
+def test_a_customer_holds_out_rows_of_his_task_in_his_own_wordings_and_test_prompts_have_others():
+    """On a real model he is tested on rows like his own; how much of the task gets beyond them is another question."""
+    his, held_out, others = (
+        sandbox_rows(*source) for source in (("attacker", "mood"), ("attacker", "mood_held_out"), ("test", "mood"))
+    )
+    wordings = {re.sub("The .*[.]|What .*!", "{}", row.prompt) for row in his}
+    assert len(wordings) == 3
+    assert {re.sub("The .*[.]|What .*!", "{}", row.prompt) for row in held_out} == wordings
+    assert not {row.prompt for row in held_out} & {row.prompt for row in his}
+    assert {row.response for row in held_out} == {"bright", "gloomy"}
+    assert len(held_out) == len(others) == 100
+    assert not wordings & {re.sub("The .*[.]|What .*!", "{}", row.prompt) for row in others}
+    sources = {
+        file: yaml.safe_load((ROOT / f"experiments/data/{file}.yaml").read_text())["data"]["sources"]
+        for file in ("sandbox", "other_wordings")
+    }
+    assert sources["sandbox"]["task"] == ["sandbox:attacker/mood_held_out"]
+    assert sources["other_wordings"]["task"] == ["sandbox:test/mood"]
 
 
 @pytest.mark.parametrize("split", SPLITS)
