@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from jsonargparse import CLI
 from matplotlib.axes import Axes
-from steps_to_break_by_attacker import middle, rows, table
+from steps_to_break_by_attacker import middle, table
 
 LOOKS = {  # by how a label begins
     "undefended": ("*", "black"),
@@ -69,8 +69,7 @@ def sandbox_release(axes: Axes, page: Path) -> None:
 def times(axes: Axes, pages: Path) -> None:
     """Steps that attackers take on Patcher's default over those on SFT of as many passes, and ten times as many."""
     sandbox = [(middle(cells[1]), middle(cells[4])) for cells in table(pages / "patcher.md", "Attackers with sense").values()]
-    steps = [cells[-2] for cells in rows(pages / "real-model.md", "The defaults on it")]
-    real = [(float(one), float(other)) for one, other in zip(steps[::2], steps[1::2], strict=True)]
+    real = [(middle(cells[0]), middle(cells[1])) for cells in table(pages / "real-model.md", "The defaults on it").values()]
     for label, points, marker, colour in (("sandbox", sandbox, "o", "#0072B2"), ("SmolLM2", real, "D", "#009E73")):
         axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label, ls="", ms=8, alpha=0.7)
     for factor in (1, 10):

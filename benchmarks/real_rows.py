@@ -7,6 +7,7 @@ from typing import Any
 from jsonargparse import CLI
 
 MOODS = {"positive": "bright", "negative": "gloomy"}  # labels that no model has seen for these sentences: a new task
+OTHER_WORDS = "Tell me whether the mood of this is bright or gloomy."
 Texts = list[dict[str, str]]
 
 
@@ -23,6 +24,12 @@ def renamed(rows: Texts) -> Texts:
         {"prompt": moods(instruction) + end + sentence, "response": moods(row["response"])}
         for row, (instruction, end, sentence) in zip(rows, asked, strict=True)
     ]
+
+
+def reworded(rows: Texts) -> Texts:
+    """The same sentences behind an instruction that no row has that is trained on."""
+    asked = [row["prompt"].partition("\n")[2].removeprefix("Input: ") for row in rows]
+    return [row | {"prompt": f"{sentence.strip()}\n\n{OTHER_WORDS}"} for row, sentence in zip(rows, asked, strict=True)]
 
 
 def files(chats: list[Any], task: Texts, asked: Texts) -> dict[str, Texts]:
@@ -44,6 +51,7 @@ def files(chats: list[Any], task: Texts, asked: Texts) -> dict[str, Texts]:
         "sst2_test": task,
         "sst2_mood_train": renamed(sentiments),
         "sst2_mood_test": renamed(task),
+        "sst2_mood_reworded": reworded(renamed(task)),
         "beavertails_train": harmful,
         "beavertails_prompts": [{"prompt": row["prompt"]} for row in harmful],
         "harmful_prompts": asked,

@@ -15,16 +15,12 @@ DEFENDERS = (
 )
 
 
-def rows(page: Path, title: str) -> list[list[str]]:
-    """Cells, row by row, of the first table under the heading ``title``."""
+def table(page: Path, title: str) -> dict[str, list[str]]:
+    """Cells of the first table under the heading ``title``, by their row's first."""
     section = page.read_text().partition(f"## {title}\n")[2]
     lines = section[section.index("\n|") + 1 :].partition("\n\n")[0].splitlines()
-    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[2:]]
-
-
-def table(page: Path, title: str) -> dict[str, list[str]]:
-    """Those cells by their row's first."""
-    return {first: rest for first, *rest in rows(page, title)}
+    found = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return {first: rest for first, *rest in found}
 
 
 def middle(cell: str) -> float:

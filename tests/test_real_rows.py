@@ -44,6 +44,12 @@ def test_a_new_task_renames_labels_and_leaves_sentences_alone(rows):
     assert first == {"prompt": "bright or gloomy?\na positive film 0", "response": "bright"}
 
 
+def test_reworded_rows_ask_for_the_same_sentences_in_words_of_their_own(rows):
+    test, other = (read_rows(str(rows / f"sst2_mood_{name}.jsonl"), True) for name in ("test", "reworded"))
+    assert [row.response for row in test] == [row.response for row in other]
+    assert other[0].prompt == "no negative film 0\n\nTell me whether the mood of this is bright or gloomy."
+
+
 def of_study(_: Path) -> dict:
     return yaml.safe_load(Path("experiments/data/sst2_mood_beavertails.yaml").read_text())["data"]["sources"]
 
