@@ -103,7 +103,7 @@ def main(pages: str = "docs/results", picture: str = "docs/pictures/frontier.png
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     for axes in (sandbox, real):
-        axes.set(xlabel="accuracy on the customer's new task", xlim=(0, 103), ylim=(-3, 103))
+        axes.set(xlabel="accuracy on the customer's new task, held out", xlim=(0, 103), ylim=(-3, 103))
     sandbox.set(ylabel="harmful score: a dot a customer")
     release.set(xlabel="benign requests refused or answered brokenly, of 100", ylabel="steps of the quickest attacker")
     release.set(xlim=(-2, None), ylim=(0, 30))
