@@ -84,7 +84,7 @@ class Study:
         attacks: by name.
         seeds: of the data, the attack and its adapters.
         adaptive: also attack every defense by the attacker that its class names (``Defense.adaptive``), as the attack "adaptive".
-        common: of every run.
+        common: of every run. Files and settings of a defense come after it, and those of an attack last: the last one counts.
         validation: of the runs that try an attack's choices: their held-out prompts, none of which is reported on.
     """
 
