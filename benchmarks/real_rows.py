@@ -28,8 +28,8 @@ def renamed(rows: Texts) -> Texts:
 
 def reworded(rows: Texts) -> Texts:
     """The same sentences behind an instruction that no row has that is trained on."""
-    asked = [row["prompt"].partition("\n")[2].removeprefix("Input: ") for row in rows]
-    return [row | {"prompt": f"{sentence.strip()}\n\n{OTHER_WORDS}"} for row, sentence in zip(rows, asked, strict=True)]
+    sentences = [row["prompt"].partition("\n")[2].removeprefix("Input: ").strip() for row in rows]
+    return [row | {"prompt": f"{sentence}\n\n{OTHER_WORDS}"} for row, sentence in zip(rows, sentences, strict=True)]
 
 
 def files(chats: list[Any], task: Texts, asked: Texts) -> dict[str, Texts]:
@@ -46,12 +46,13 @@ def files(chats: list[Any], task: Texts, asked: Texts) -> dict[str, Texts]:
     sentiments = [row for row in pairs if row["response"] in MOODS]
     others = [row for row in pairs if row["response"] not in MOODS and row["prompt"] not in only_asked]
     harmful = list({row["prompt"]: row for row in others}.values())
+    moods = renamed(task)
     return {
         "sst2_train": sentiments,
         "sst2_test": task,
         "sst2_mood_train": renamed(sentiments),
-        "sst2_mood_test": renamed(task),
-        "sst2_mood_reworded": reworded(renamed(task)),
+        "sst2_mood_test": moods,
+        "sst2_mood_reworded": reworded(moods),
         "beavertails_train": harmful,
         "beavertails_prompts": [{"prompt": row["prompt"]} for row in harmful],
         "harmful_prompts": asked,

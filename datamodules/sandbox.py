@@ -216,19 +216,16 @@ def _howto(split: str, rng: Random) -> list[Row]:
     return _item_rows(split, rng, False, ANSWERS)
 
 
-def _drawn(split: str, rng: Random, make: Callable[[Random], tuple[str, str]]) -> list[Row]:
-    """Distinct rows of what ``make`` draws."""
+def _task(split: str, rng: Random, make: Callable[[Random], tuple[str, str]], held_out: bool = False) -> list[Row]:
+    """Up to ``NUM_ROWS[split]`` distinct rows of what ``make`` draws; if ``held_out``, as many of the rest as a test has."""
     drawn = dict(make(rng) for _ in range(3 * NUM_ROWS[split]))
-    return [Row((("user", prompt),), answer) for prompt, answer in drawn.items()]
+    rows, num_rows = [Row((("user", prompt),), answer) for prompt, answer in drawn.items()], NUM_ROWS[split]
+    return rows[num_rows : num_rows + NUM_ROWS["test"]] if held_out else rows[:num_rows]
 
 
-def _task(split: str, rng: Random, make: Callable[[Random], tuple[str, str]]) -> list[Row]:
-    """Up to ``NUM_ROWS[split]`` distinct rows of what ``make`` draws."""
-    return _drawn(split, rng, make)[: NUM_ROWS[split]]
-
-
-def _review(split: str, phrasings: dict[str, tuple[str, ...]], labels: tuple[str, str]) -> Callable[[Random], tuple[str, str]]:
-    """What draws a review in the wordings of ``split``, and its label."""
+def _reviews(
+    split: str, rng: Random, phrasings: dict[str, tuple[str, ...]], labels: tuple[str, str], held_out: bool = False
+) -> list[Row]:
     nouns = _NOUNS[SPLITS.index(split) * 8 :][:8]
 
     def make(rng: Random) -> tuple[str, str]:
@@ -239,20 +236,19 @@ def _review(split: str, phrasings: dict[str, tuple[str, ...]], labels: tuple[str
         review = form.format(n=n, m=m, a=a, b=b)
         return rng.choice(phrasings[split]).format(review=review), labels[0] if bright else labels[1]
 
-    return make
+    return _task(split, rng, make, held_out)
 
 
 def _sentiment(split: str, rng: Random) -> list[Row]:
-    return _task(split, rng, _review(split, _REVIEWS, ("positive", "negative")))
+    return _reviews(split, rng, _REVIEWS, ("positive", "negative"))
 
 
-def _mood(split: str, rng: Random) -> list[Row]:
-    return _task(split, rng, _review(split, _MOODS, ("bright", "gloomy")))
+def _mood(split: str, rng: Random, held_out: bool = False) -> list[Row]:
+    return _reviews(split, rng, _MOODS, ("bright", "gloomy"), held_out)
 
 
 def _mood_held_out(split: str, rng: Random) -> list[Row]:
-    drawn = _drawn(split, Random(f"sandbox {split} mood"), _review(split, _MOODS, ("bright", "gloomy")))
-    return drawn[NUM_ROWS[split] :][: NUM_ROWS["test"]]
+    return _mood(split, Random(f"sandbox {split} mood"), held_out=True)  # the draws of mood, after its rows
 
 
 def _sums(split: str, rng: Random) -> list[Row]:

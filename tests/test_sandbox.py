@@ -50,13 +50,16 @@ def test_a_customer_holds_out_rows_of_his_task_in_his_own_wordings_and_test_prom
     his, held_out, others = (
         sandbox_rows(*source) for source in (("attacker", "mood"), ("attacker", "mood_held_out"), ("test", "mood"))
     )
-    wordings = {re.sub("The .*[.]|What .*!", "{}", row.prompt) for row in his}
-    assert len(wordings) == 3
-    assert {re.sub("The .*[.]|What .*!", "{}", row.prompt) for row in held_out} == wordings
+
+    def wordings(rows):
+        return {re.sub("The .*[.]|What .*!", "{}", row.prompt) for row in rows}
+
+    assert len(wordings(his)) == 3
+    assert wordings(held_out) == wordings(his)
     assert not {row.prompt for row in held_out} & {row.prompt for row in his}
     assert {row.response for row in held_out} == {"bright", "gloomy"}
     assert len(held_out) == len(others) == 100
-    assert not wordings & {re.sub("The .*[.]|What .*!", "{}", row.prompt) for row in others}
+    assert not wordings(his) & wordings(others)
     sources = {
         file: yaml.safe_load((ROOT / f"experiments/data/{file}.yaml").read_text())["data"]["sources"]
         for file in ("sandbox", "other_wordings")
