@@ -18,7 +18,18 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from casehard.evidence.study_plan import INDEX, Cell, Chosen, Resolve, cells, check_held_out, choose, once, read_study
+from casehard.evidence.study_plan import (
+    INDEX,
+    Cell,
+    Chosen,
+    Resolve,
+    cells,
+    check_common,
+    check_held_out,
+    choose,
+    once,
+    read_study,
+)
 from casehard.metrics.errors import SettingError
 from casehard.metrics.names import visible
 from casehard.records.files import RUN_FOLDER, write_whole
@@ -215,6 +226,7 @@ def run_study(
     folder, study, resolve = Path(root, Path(file).stem), read_study(file), once(resolve)
     check_held_out(study, resolve)
     planned = cells(study, folder, resolve)
+    check_common(study)  # whose files have been read by now
     folder.mkdir(parents=True, exist_ok=True)
     run, number = _on_cluster(cluster, cluster_settings, folder, parallel) if cluster else _local(parallel)
     chosen: Chosen | None = None

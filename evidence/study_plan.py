@@ -6,7 +6,7 @@ import re
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from casehard.records.files import DONE, config_hash
 from casehard.records.marker import Marker, changes, read_marker
 from casehard.records.outcome import first_broken
 from casehard.records.rows import read_run
+from casehard.shipped import shipped
 from casehard.version import version_of
 
 ADAPTIVE = "adaptive"  # how a study calls the attacker that a defense names
@@ -84,7 +85,8 @@ class Study:
         attacks: by name.
         seeds: of the data, the attack and its adapters.
         adaptive: also attack every defense by the attacker that its class names (``Defense.adaptive``), as the attack "adaptive".
-        common: of every run. Files and settings of a defense come after it, and those of an attack last: the last one counts.
+        common: of every run. Files and settings of a defense come after it, and those of an attack last: the last one counts. A
+            file that would take back one of its settings is refused (``check_common``).
         validation: of the runs that try an attack's choices: their held-out prompts, none of which is reported on.
     """
 
@@ -328,6 +330,23 @@ def check_held_out(study: Study, resolve: Resolve) -> None:
                     f"validation must hold other prompts than those that are reported on, and {len(shared)} stand in both. Set "
                     "its data.sources.harmful_prompts, such as [sandbox:validation/harmful], or leave out the attacks' choices."
                 )
+
+
+def check_common(study: Study) -> None:
+    """Raise a SettingError where a file of a defense or an attack takes back a setting of ``common``, which it would silently."""
+    parts: dict[str, Part] = {f"attacks.{name}": attack for name, attack in study.attacks.items()}
+    for name, arm in study.defenses.items():
+        parts |= {f"defenses.{name}": arm} | ({f"defenses.{name}.train": arm.train} if arm.train else {})
+    for where, part in parts.items():
+        for config in part.configs:
+            given = yaml.safe_load(Path(shipped(config)).read_text(encoding="utf-8"))
+            for name, value in study.common.settings.items():
+                found = reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, name.split("."), given)
+                if found not in (None, value) and name not in part.settings:
+                    raise SettingError(
+                        f"common.settings must hold what no defense's or attack's file sets, and {config} of {where} sets {name} "
+                        f"to {found!r} after it. Set it in the settings of {where}."
+                    )
 
 
 def _harmful_prompts(config: str) -> list[Row]:

@@ -29,7 +29,7 @@ from casehard.datamodules.fingerprint import Origin, origin
 from casehard.datamodules.sources import read_rows
 from casehard.engine.checkpoint import checkpoint_files
 from casehard.evidence.study import devices, run_all, run_cell, run_study
-from casehard.evidence.study_plan import Cell, cells, choose, read_cells, read_study
+from casehard.evidence.study_plan import Cell, cells, check_common, choose, read_cells, read_study
 from casehard.evidence.summary import collect
 from casehard.records.files import config_hash, named_files
 from casehard.records.marker import rests_on
@@ -686,6 +686,28 @@ def test_prompts_that_are_reported_on_may_not_choose(tmp_path):
     ):
         run_study(resolved, str(file), str(tmp_path), None, None, {})
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_common_setting_that_a_defenses_file_takes_back_is_refused(tmp_path):
+    """The files come after it on the command line, and it would have no effect."""
+    words = yaml.safe_load((ROOT / "experiments/data/other_wordings.yaml").read_text())["data"]["sources"]["task"]
+    rows = f"[{ROOT / 'tests/refusals.json'}]"
+    given = (
+        "defenses:\n  plain: {configs: [experiments/sft_alignment.yaml, experiments/data/other_wordings.yaml]%s}\n"
+        "attacks:\n  none: {configs: [experiments/attack/none.yaml]}\nseeds: [0]\nadaptive: false\n"
+        "common: {settings: {data.sources.task: %s}}\n"
+    )
+    file = tmp_path / "common.yaml"
+    file.write_text(given % ("", rows))
+    with pytest.raises(
+        ValueError, match=r"other_wordings\.yaml of defenses\.plain sets data\.sources\.task to \['sandbox:"
+    ) as error:
+        run_study(resolve, str(file), str(tmp_path), 1, None, {})
+    assert "Set it in the settings of defenses.plain." in str(error.value)
+    assert not (tmp_path / "common").exists()
+    for settings, common in ((f", settings: {{data.sources.task: {rows}}}", rows), ("", str(words))):
+        file.write_text(given % (settings, common))
+        check_common(read_study(str(file)))
 
 
 def test_the_study_that_chooses_resolves_to_its_learning_rates_and_prompts(tmp_path):
