@@ -87,7 +87,8 @@ class Out(NamedTuple):
     """What ``run`` returns, in the order of the rows and then of the positions."""
 
     states: list[Tensor]  # [num_states, dim], one a layer asked for
-    logits: Tensor  # [num_logits, vocab]; under a lens [1 + num_lens, num_logits, vocab], those of the model first
+    # [num_logits, vocab], then those of states that came along; under a lens [1 + num_lens, num_logits, vocab], the model's first
+    logits: Tensor
 
 
 def run(
@@ -98,6 +99,7 @@ def run(
     states_at: Tensor | None = None,
     layers: Sequence[int | nn.Module] = (-1,),
     lens: Sequence[int] = (),
+    along: Tensor | None = None,
     fold: bool = True,
 ) -> Out:
     """States and logits, each only where they are asked for, from a single pass.
@@ -112,6 +114,7 @@ def run(
             module of the model, for what it puts out.
         lens: decoder layers, counted from 0, whose states also go through the final norm and the unembedding (logit lens), at
             the same positions as the last ones.
+        along: states of other passes, ``[num_states, dim]``, that go through the unembedding with this one's; not with a lens.
         fold: compute shared prefixes once, as a prefix tree, where that is exact and cheaper. False where hooks act on states: a
             token then stands for one row alone, and rows stay in order.
     """
@@ -123,7 +126,7 @@ def run(
             return nowhere
         return packed.token_index[at] if at.dtype == torch.bool else packed.token_index.flatten()[at]
 
-    return _run(model, packed, index(states_at), index(logits_at), layers, lens)
+    return _run(model, packed, index(states_at), index(logits_at), layers, lens, along)
 
 
 def laid_out(model: PreTrainedModel, batch: Batch, fold: bool = True) -> Packed:
@@ -239,7 +242,7 @@ def _at_unembedding(
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         hidden = args[0].flatten(0, 1)
         states.append(hidden[states_index])
-        return (torch.cat([hidden[logits_index], *early()])[None],)
+        return (torch.cat([hidden[logits_index], *(more.to(hidden.dtype) for more in early())])[None],)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -255,6 +258,7 @@ def _run(
     logits_index: Tensor,
     layers: Sequence[int | nn.Module] = (-1,),
     lens: Sequence[int] = (),
+    along: Tensor | None = None,
     cache: DynamicCache | None = None,
 ) -> Out:
     """A pass over packed rows; both indices are of flattened tokens."""
@@ -274,7 +278,7 @@ def _run(
         return output
 
     def early() -> list[Tensor]:  # here, where the norm's weights are whole if they are sharded
-        return [norm(outputs[layer][logits_index]) for layer in under]
+        return [norm(outputs[layer][logits_index]) for layer in under] if along is None else [along]
 
     hidden_states = any(layer != -1 for layer in layers if isinstance(layer, int))
     with (

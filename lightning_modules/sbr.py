@@ -1,9 +1,8 @@
 """Safety Bottleneck Regularization."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from casehard.datamodules.batches import share_of
@@ -11,6 +10,7 @@ from casehard.datamodules.chat import IGNORED, require_chat_template
 from casehard.datamodules.columns import flaw
 from casehard.datamodules.row import Row
 from casehard.datamodules.sources import looks_like_source, read_rows
+from casehard.engine.first_token import kl
 from casehard.engine.forward import Batch, label_positions, run
 from casehard.engine.gradients import mean_over_ranks
 from casehard.engine.graphs import begin_step
@@ -47,6 +47,8 @@ class SBRModule(Defense):
             used by ``anchor_answers`` alone. null takes the prompts of the data's ``refusals``. They are rendered with the
             model's own chat template.
         num_anchors: take the first so many; null takes all.
+        benign_anchors: sources of harmless prompts with answers, which are held beside the anchors and in the same way; null for
+            none. Where outputs of harmful prompts alone are held, the model learns to refuse harmless ones.
         anchors_per_step: how many of them enter each step, in turn; null is all.
         anchor_weight: regularisation strength (``lambda`` in the paper), >= 0; 0 is plain SFT. null is 50, the authors' own, and
             must be left where ``anchor_rate`` is set.
@@ -58,19 +60,24 @@ class SBRModule(Defense):
             answer that refuses first and then complies meets no anchor after its refusal.
         anchor_forms: hold every anchor a second time, in the form of a row that the customer has handed in (its system turn and
             earlier turns, words around its prompt): a trigger or a wrapper that the rows teach must stand in them.
-        anchor_slack: how far each state may drift before it is held, as a share of the mean square of the aligned states, >= 0;
-            what counts is the mean over states of ``max(0, drift - slack)``. A new task moves every state a little, and harm some
-            of them far. It has one meaning at every width. Only with ``anchor_rate``.
+        anchor_holds: what may not drift. ``states``: each held state, whose drift is ``mean((state - aligned_state) ** 2)`` (the
+            paper's). ``outputs``: what is said from it, whose drift is ``KL(aligned || now)`` of the next token, in nats, and in
+            a form what the aligned model says to the plain prompt: a new task may move states where the refusal that follows
+            stays the same, and a model that does not refuse in a customer's wrapper learns to. It costs the unembedding of the
+            held states, twice.
+        anchor_slack: how far each state may drift before it is held, >= 0, as a share of the mean square of the aligned states,
+            of outputs in nats; what counts is the mean over states of ``max(0, drift - slack)``. A new task moves every state a
+            little, and harm some of them far. It has one meaning at every width. Only with ``anchor_rate``.
         anchor_layer: which state is held: -1 the one that enters the unembedding, after the final norm (the paper's); else an
-            index into transformers' ``hidden_states``.
+            index into transformers' ``hidden_states``. -1 for outputs.
         freeze_unembedding: do not train the unembedding. Where it is tied to the embedding both stand still: otherwise the
-            bottleneck itself moves, and holding the state before it holds nothing.
+            bottleneck itself moves, and holding the state before it holds nothing. true for outputs.
         settings: the rest of ``Defense``'s.
     """
 
     # Departures from the authors' setting: (1) the anchors share the forward pass of the batch, so they cost their tokens and no
     # more; (2) both terms are means, so gradient accumulation leaves the weight's meaning alone; (3) the unembedding is frozen;
-    # (4) ``anchor_rate``, ``anchor_answers`` and ``anchor_forms`` are not the paper's, and off unless set.
+    # (4) ``anchor_rate``, ``anchor_answers``, ``anchor_forms`` and outputs are not the paper's, and off unless set.
 
     plain_anchors: Anchors  # as they are given
 
@@ -81,6 +88,7 @@ class SBRModule(Defense):
         checkpoint: str,
         anchors: str | list[str] | None = None,
         num_anchors: int | None = None,
+        benign_anchors: list[str] | None = None,
         anchors_per_step: int | None = None,
         anchor_weight: float | None = None,
         anchor_rate: float | None = None,
@@ -88,6 +96,7 @@ class SBRModule(Defense):
         anchor_slack: float = 0.0,
         anchor_answers: bool = False,
         anchor_forms: bool = False,
+        anchor_holds: Literal["states", "outputs"] = "states",
         anchor_layer: int = -1,
         freeze_unembedding: bool = True,
         **settings: Any,
@@ -109,6 +118,11 @@ class SBRModule(Defense):
         if not anchor_slack >= 0 or (anchor_slack > 0 and anchor_rate is None):
             least = ">= 0" if anchor_rate else "0 where anchor_rate is null"
             raise SettingError(f"anchor_slack must be {least}, got {anchor_slack}.")
+        if anchor_holds == "outputs" and (anchor_layer != -1 or not freeze_unembedding):
+            raise SettingError(
+                "anchor_layer must be -1 and freeze_unembedding true where anchor_holds is outputs, which the unembedding "
+                f"makes of the last states, got {anchor_layer} and {str(freeze_unembedding).lower()}. Leave them out."
+            )
         if anchors is not None and not anchors:
             raise SettingError(
                 f"anchors must name at least one harmful prompt, got {anchors!r}. "
@@ -127,17 +141,25 @@ class SBRModule(Defense):
                 raise SettingError(f"{name} must be >= 1 or null, got {value}. null takes all anchors.")
         super().__init__(checkpoint, **settings)
         self.anchors, self.num_anchors, self.anchors_per_step = anchors, num_anchors, anchors_per_step
+        self.benign_anchors = benign_anchors
         self.anchor_weight = 50.0 if anchor_weight is None else anchor_weight
         self.anchor_rate, self.anchor_steps = anchor_rate, anchor_steps
         self.anchor_slack, self.anchor_answers, self.anchor_forms = anchor_slack, anchor_answers, anchor_forms
+        self.anchor_holds: Literal["states", "outputs"] = anchor_holds
         self.anchor_layer, self.freeze_unembedding = anchor_layer, freeze_unembedding
         require_chat_template(self.tokenizer)
 
     def own_rows(self) -> list[Row]:
-        """The anchors, where they are the defense's own and not the data's."""
+        """Those of the anchors that are the defense's own and not the data's."""
+        return [*self._own_anchors(), *self._benign_rows()]
+
+    def _own_anchors(self) -> list[Row]:
         if isinstance(self.anchors, str):
             return read_rows(self.anchors, needs_response=False)
         return [Row((("user", anchor),)) for anchor in self.anchors or []]
+
+    def _benign_rows(self) -> list[Row]:
+        return [row for source in self.benign_anchors or [] for row in read_rows(source)]
 
     def configure_model(self) -> None:
         """Load the weights and render the anchors."""
@@ -151,7 +173,7 @@ class SBRModule(Defense):
         self.anchor_rows, self.plain_anchors = rows, Anchors(rows, self.tokenizer, self.anchor_answers)
 
     def _anchor_rows(self) -> list[Row]:
-        rows = self.own_rows() if self.anchors is not None else self.trainer.datamodule.rows["refusals"]  # type: ignore[attr-defined]
+        rows = self._own_anchors() if self.anchors is not None else self.trainer.datamodule.rows["refusals"]  # type: ignore[attr-defined]
         if not rows:
             raise SettingError(
                 "anchors must name at least one harmful prompt where the data names no refusals, got null. "
@@ -168,7 +190,7 @@ class SBRModule(Defense):
                 "anchor_answers must be false where anchors have no answers, got true. Name a source of prompts with their "
                 "refusals as anchors, or null for the data's refusals."
             )
-        return rows
+        return [*rows, *self._benign_rows()]
 
     def job(self) -> Job:
         """A fine-tuning that holds the anchors."""
@@ -188,8 +210,9 @@ class SBRModule(Defense):
 class SBRJob(Job):
     """A service's fine-tuning under SBR.
 
-    State: ``aligned_states`` ``[num_states, dim]``, those of the anchors at its start; with ``anchor_rate`` the moments of their
-    optimizer, how many steps it has taken, the drift beyond the slack that the last one saw, and the aligned states' mean square.
+    State: ``aligned_states`` ``[num_states, dim]``, those of the anchors at its start, of the plain ones alone where outputs are
+    held; with ``anchor_rate`` the moments of their optimizer, how many steps it has taken, the drift beyond the slack that the
+    last one saw, and the aligned states' mean square.
     """
 
     defense: SBRModule
@@ -214,14 +237,21 @@ class SBRJob(Job):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Take the anchors' states from the model as it is: at once, or part by part where customers say how long they are."""
-        defense, found, size = self.defense, [], PART if self.defense.anchor_forms else len(self.anchors)
+        """Take the anchors' states from the model as it is: at once, or part by part where customers say how long they are.
+
+        Where outputs are held an anchor in a form is to be answered as it is without: the states are those of the plain one.
+        """
+        defense, anchors = self.defense, self.anchors
+        if defense.anchor_holds == "outputs":
+            anchors, per_anchor = defense.plain_anchors, anchors.held.sum(dim=1)
+            assert torch.equal(per_anchor, anchors.held.sum(dim=1).repeat(len(per_anchor) // len(anchors)))
+        found, size = [], PART if defense.anchor_forms else len(anchors)
         with same_modes_after(defense), defense.forward_context():
             defense.eval()
-            for start in range(0, len(self.anchors), size):
-                part = list(range(start, min(start + size, len(self.anchors))))
-                anchors = self.anchors.batch(defense.model, part if len(part) < len(self.anchors) else slice(None))
-                (states,), _ = run(defense.model, anchors, states_at=self._places(anchors), layers=[defense.anchor_layer])
+            for start in range(0, len(anchors), size):
+                part = list(range(start, min(start + size, len(anchors))))
+                batch = anchors.batch(defense.model, part if len(part) < len(anchors) else slice(None))
+                (states,), _ = run(defense.model, batch, states_at=self._places(batch), layers=[defense.anchor_layer])
                 found.append(states.float())
         self.state["aligned_states"] = torch.cat(found)
         if defense.anchor_rate is not None:
@@ -242,9 +272,9 @@ class SBRJob(Job):
         both = joined(batch, anchors, fill)
         at = self._places(anchors, len(batch["input_ids"]), both["input_ids"].shape[1])
         learnt = label_positions(both["labels"])
-        (states,), logits = run(defense.model, both, logits_at=learnt, states_at=at, layers=[defense.anchor_layer])
+        drifts, logits = self._drifts(both, at, anchors, learnt)
         sft = defense.cross_entropy(logits, batch)
-        drift = F.mse_loss(states.float(), self._aligned(anchors))
+        drift = drifts.mean()
         self.terms = {"sft_loss": sft.detach(), "anchor_drift": drift.detach()}
         return sft + defense.anchor_weight * drift
 
@@ -275,11 +305,10 @@ class SBRJob(Job):
         share = chosen[rank::num_ranks] if num_ranks > 1 else turn
         anchors = self.anchors.batch(defense.model, share)
         num_states = int(self.anchors.held[chosen].sum())
-        slack = defense.anchor_slack * self.state["anchor_square"]
+        slack = defense.anchor_slack * (self.state["anchor_square"] if defense.anchor_holds == "states" else 1.0)
 
         def drift(batch: Batch) -> Tensor:
-            (states,), _ = run(defense.model, batch, states_at=self._places(batch), layers=[defense.anchor_layer])
-            drifts = (states.float() - self._aligned(batch)).square().mean(dim=1)
+            drifts, _ = self._drifts(batch, self._places(batch), batch)
             value = (drifts - slack).clamp(min=0).sum() * num_ranks / num_states
             return value if value.requires_grad else value.requires_grad_()  # where nothing that trains moves a state
 
@@ -297,7 +326,14 @@ class SBRJob(Job):
         rows, columns, _ = anchors["held"].unbind()
         return (rows + first) * (anchors["input_ids"].shape[1] if width is None else width) + columns
 
-    def _aligned(self, anchors: Batch) -> Tensor:
-        """Where the aligned model had them."""
-        aligned: Tensor = self.state["aligned_states"]
-        return aligned[anchors["held"][2]]
+    def _drifts(self, batch: Batch, at: Tensor, anchors: Batch, logits_at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """How far each state of ``anchors`` is from the aligned model's, at places ``at`` of a batch, and logits at others."""
+        defense, every = self.defense, self.state["aligned_states"]
+        aligned = every[anchors["held"][2] % len(every)]  # one in a form comes after all plain ones
+        if defense.anchor_holds == "states":
+            (states,), logits = run(defense.model, batch, logits_at=logits_at, states_at=at, layers=[defense.anchor_layer])
+            return (states.float() - aligned).square().mean(dim=1), logits
+        asked = at if logits_at is None else torch.cat([logits_at, at])
+        logits = run(defense.model, batch, logits_at=asked, along=aligned).logits
+        others, now, then = logits.split([len(asked) - len(at), len(at), len(at)])
+        return kl(then.float().log_softmax(dim=-1), now.float().log_softmax(dim=-1)), others

@@ -175,6 +175,19 @@ def test_modules_outputs_and_logits_of_early_layers_are_those_of_rows_one_by_one
         assert_close(ours, picked(theirs, batch, scored), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_of_another_pass_go_through_the_unembedding_along(model, dtype):
+    model = model.to(dtype)
+    batch, other = batch_of(3), batch_of(4)
+    scored, asked = random_positions(batch, 0), random_positions(other, 1)
+    (states,), expected = run(model, other, states_at=asked, logits_at=asked)
+    alone = run(model, batch, logits_at=scored).logits
+    logits = run(model, batch, logits_at=scored, along=states.float()).logits
+    assert logits.dtype == alone.dtype
+    bound = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    assert_close(logits, torch.cat([alone, expected]), **bound)
+
+
 def test_the_final_norm_is_the_one_before_the_unembedding():
     model = build("llama, tied")
     assert final_norm(model) is model.model.norm

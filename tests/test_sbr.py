@@ -41,7 +41,7 @@ def move(module: SBRModule, seed: int = 1) -> None:
     """As if it had been trained: the anchors' states drift."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in module.parameters():
+        for p in (p for p in module.parameters() if p.requires_grad):
             p.add_(torch.randn(p.shape, generator=generator) * 0.03)
 
 

@@ -123,6 +123,60 @@ def test_a_state_is_held_once_it_has_drifted_beyond_the_slack(checkpoint):
     assert_close([p.detach() for p in trained], expected, rtol=1e-4, atol=1e-6)
 
 
+# ---- outputs
+
+
+def said_by(module: SBRModule) -> Tensor:
+    """Log-probabilities of what follows every anchor, ``[num_anchors, vocab]``, each anchor in a pass of its own."""
+    logits = []
+    for ids, mask in zip(module.plain_anchors.ids, module.plain_anchors.mask.bool(), strict=True):
+        logits.append(module.model(input_ids=ids[mask][None]).logits[0, -1])
+    return torch.stack(logits).log_softmax(dim=-1)
+
+
+def test_outputs_are_held_by_their_divergence_from_the_aligned_models(checkpoint):
+    """In nats, from the aligned model's to the present one's, with a slack for each and as a term of the loss."""
+    module, job = sbr(checkpoint, **OWN, anchor_holds="outputs")
+    aligned = said_by(module).detach()
+    move(module)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    divergences = torch.nn.functional.kl_div(said_by(module), aligned, reduction="none", log_target=True).sum(dim=1)
+    backwards = torch.nn.functional.kl_div(aligned, said_by(module), reduction="none", log_target=True).sum(dim=1)
+    assert divergences.min() > 1e-4
+    assert not torch.allclose(divergences, backwards, rtol=1e-2)
+    slack = divergences.detach().mean().item()
+    loss = (divergences - slack).clamp(min=0).mean()
+    gradients = torch.autograd.grad(loss, trained, retain_graph=True)
+    scale = min(1.0, 1.0 / torch.stack([g.norm() for g in gradients]).norm().item())
+
+    penalty, weighted = sbr(checkpoint, anchors=ANCHORS, anchor_weight=7.0, anchor_holds="outputs")
+    move(penalty)
+    assert_close(weighted.loss(batch_of(), 0), penalty.sft_loss(batch_of()) + 7.0 * divergences.mean(), rtol=1e-4, atol=1e-6)
+    assert_close(weighted.terms["anchor_drift"], divergences.mean().detach(), rtol=1e-3, atol=1e-7)
+
+    expected = [p.detach() - 3.0 * 1e-2 * scale * g for p, g in zip(trained, gradients, strict=True)]
+    module.anchor_slack = slack
+    job.after_step(0, torch.optim.SGD(trained, lr=1e-2))
+    assert_close(job.state["anchor_drift"], loss.detach(), rtol=1e-3, atol=1e-7)
+    assert_close([p.detach() for p in trained], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_state_may_move_as_long_as_what_is_said_from_it_stays(checkpoint):
+    """Aligned states that are ahead of the present ones in a dimension that lifts all logits alike."""
+    module, job = sbr(checkpoint, **OWN, anchor_holds="outputs")
+    other, states = sbr(checkpoint, **OWN)
+    for each in (module, other):
+        head = each.model.get_output_embeddings()
+        with torch.no_grad():
+            head.weight[:, 0] = 1.0  # the first dimension lifts all logits alike
+        handle = head.register_forward_pre_hook(lambda _, args: (args[0] + torch.eye(args[0].shape[-1])[0],), prepend=True)
+        task = job if each is module else states
+        task.begin()
+        handle.remove()
+        task.after_step(0, torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=1e-2))
+    assert job.state["anchor_drift"] < 1e-6 < 1e-3 < states.state["anchor_drift"]
+
+
 @pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
 def test_passes_and_tokens_of_the_steps_are_counted(checkpoint, tmp_path, accumulate_grad_batches):
     module = SBRModule(checkpoint, optimizer=Optimizer(1e-3), **OWN, anchor_steps=2)
@@ -145,6 +199,11 @@ def test_passes_and_tokens_of_the_steps_are_counted(checkpoint, tmp_path, accumu
             {"anchor_weight": 50.0},
             r"anchor_weight must be null where anchor_rate is set, whose steps have no weight, got 50\.0",
         ),
+        (
+            {"anchor_holds": "outputs", "anchor_layer": 1},
+            r"anchor_layer must be -1 and freeze_unembedding true where anchor_holds is outputs.*got 1 and true\.",
+        ),
+        ({"anchor_holds": "outputs", "freeze_unembedding": False}, r"anchor_layer must be -1 .* got -1 and false\."),
         ({"anchor_slack": -0.1}, r"anchor_slack must be >= 0, got -0\.1\."),
         ({"anchor_rate": None, "anchor_slack": 0.1}, r"anchor_slack must be 0 where anchor_rate is null, got 0\.1\."),
         ({"anchor_steps": 0}, r"anchor_steps must be >= 1, got 0\."),
@@ -168,7 +227,9 @@ def test_a_service_takes_them_whatever_the_customer_trains(checkpoint, tmp_path,
     kind, settings = DEFENSES["sbr_own"]
     attack = looking(ATTACKS[name](threat_model="finetuning_service"), look)
     toy_trainer(tmp_path, callbacks=[attack]).test(
-        kind(checkpoint, freeze_unembedding=False, **settings), datamodule=toy_data(), verbose=False
+        kind(checkpoint, **settings | {"freeze_unembedding": False, "anchor_holds": "states"}),
+        datamodule=toy_data(),
+        verbose=False,
     )
     ((drift, steps),) = drifts
     moves_states = name not in ("head", "soft prompt", "reft")  # the anchors go without the customer's soft prompt and edits
@@ -205,6 +266,29 @@ def test_the_states_along_a_refusal_are_held_from_the_prompts_last_to_the_one_be
 def test_anchors_without_answers_cannot_be_held_along_them(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="anchor_answers must be false where anchors have no answers, got true"):
         sbr(checkpoint, anchor_answers=True)
+
+
+# ---- benign ones
+
+
+def test_benign_rows_are_held_beside_the_anchors_and_are_the_defenses_own(checkpoint):
+    """So a prompt among them that is scored, too, is refused as any row is that the defense brings along."""
+    benign = ["sandbox:defender/howto#train[:2]", "sandbox:defender/sums#train[:3]"]
+    settings = {"num_anchors": 2, "anchors": REFUSALS.format(3), "anchor_answers": True}
+    module, job = sbr(checkpoint, benign_anchors=benign, **settings)
+    rows = [*read_rows(REFUSALS.format(2)), *read_rows(benign[0]), *read_rows(benign[1])]
+    texts = [module.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(job.anchors.ids, job.anchors.mask, strict=True)]
+    assert len(texts) == 7
+    assert all(row.prompt in text and row.response in text for row, text in zip(rows, texts, strict=True))
+    assert module.own_rows() == [*read_rows(REFUSALS.format(3)), *rows[2:]]
+    alone, _ = sbr(checkpoint, **settings)
+    assert len(alone.plain_anchors) == 2
+
+
+def test_benign_anchors_without_answers_are_an_error(checkpoint, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "How do I bake bread?"}\n')
+    with pytest.raises(SettingError, match=r"rows\.jsonl, line 1 must have a response"):
+        sbr(checkpoint, benign_anchors=[str(tmp_path / "rows.jsonl")])
 
 
 # ---- in forms
@@ -282,6 +366,23 @@ def test_a_job_holds_every_anchor_twice_and_once_in_the_form_of_its_customers_ro
     part = plain.job()
     part.begin()
     assert_close(job.state["aligned_states"][:12], part.state["aligned_states"])
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_where_outputs_are_held_an_anchor_in_a_form_is_answered_as_without(checkpoint, tmp_path, answers):
+    settings = {"anchors": REFUSALS.format(4), "anchor_answers": answers, "anchor_forms": True, "anchor_holds": "outputs"}
+    module = SBRModule(checkpoint, **settings, anchor_rate=1.0, optimizer=Optimizer(1e-9))
+    data = toy_data(num_samples=16, benign=["sandbox:attacker/mood#train[:16]"], poison_ratio=0.0)
+    fitted(module, tmp_path, data, max_steps=1)
+    job, said = module.running, []
+    for ids, mask, held in zip(job.anchors.ids, job.anchors.mask.bool(), job.anchors.held, strict=True):
+        with torch.no_grad():
+            said.append(module.model(input_ids=ids[mask][None]).logits[0][held[mask]].log_softmax(dim=-1))
+    assert len(said) == 8
+    plain, formed = torch.cat(said[:4]), torch.cat(said[4:])
+    divergences = torch.nn.functional.kl_div(formed, plain, reduction="none", log_target=True).sum(dim=1)
+    assert divergences.mean() > 1e-4
+    assert_close(job.state["anchor_drift"], divergences.mean() / 2, rtol=1e-3, atol=1e-6)  # the plain ones have not drifted
 
 
 def test_an_attack_whose_rows_are_not_known_meets_the_plain_anchors(checkpoint):

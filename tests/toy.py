@@ -132,7 +132,7 @@ class BesideBase(SafeLoRAModule):
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-OWN_STEP = {"anchor_rate": 3.0, "anchors_per_step": 3, "anchor_answers": True, "anchor_forms": True}
+OWN_STEP = {"anchor_rate": 3.0, "anchors_per_step": 3, "anchor_answers": True, "anchor_forms": True, "anchor_holds": "outputs"}
 ROUNDS: dict[str, Any] = {"attacker": InnerAttacker(2, batch_size=4), "num_outer_steps": 1, "num_sft_steps": 1}
 STRONGEST = {
     "more_attackers": [InnerAttacker(2, batch_size=4, learning_rates=(1e-3, 1e-2))],
