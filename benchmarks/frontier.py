@@ -13,6 +13,7 @@ LOOKS = {  # by how a label begins
     "SBR's penalty": ("s", "#D55E00"),
     "one anchor": ("s", "#D55E00"),
     "longer": ("s", "#D55E00"),
+    "SBR, states": ("o", "#0072B2"),
     "SBR, the default": ("D", "#009E73"),
     "Patcher, the default": ("D", "#009E73"),
     "other": ("o", "#0072B2"),
@@ -32,9 +33,9 @@ def dots(axes: Axes, label: str, points: list[tuple[float, float]]) -> None:
 
 def sandbox_service(axes: Axes, page: Path) -> None:
     """Three seeds of every customer, in the mean."""
-    customers = [cells for cells in table(page, "In short").values() if cells[3]]
-    for place, label in enumerate(("undefended", "SBR's penalty, the paper's form", "SBR, the default")):
-        dots(axes, label, [(first(cells[3].split(",")[place]), first(cells[place])) for cells in customers])
+    customers = [cells for cells in table(page, "In short").values() if cells[4]]
+    for place, label in enumerate(("undefended", "SBR's penalty, the paper's form", "SBR, states", "SBR, the default")):
+        dots(axes, label, [(first(cells[4].split(",")[place]), first(cells[place])) for cells in customers])
 
 
 def real_service(axes: Axes, page: Path) -> None:
@@ -45,8 +46,8 @@ def real_service(axes: Axes, page: Path) -> None:
             harm, accuracy, _ = (part.strip() for part in seed.split("/"))
             if accuracy.isdigit():  # it says nothing where benign rows refuse first
                 points.setdefault(name.rpartition(": ")[2], []).append((float(accuracy), float(harm)))
-    labels = {"undefended": "undefended", "one anchor at 50": "one anchor, the paper's form", "SBR": "SBR, the default"}
-    for name, label in labels.items():
+    labels = {"undefended": "undefended", "one anchor at 50": "one anchor, the paper's form", "SBR, states": "SBR, states"}
+    for name, label in (labels | {"SBR": "SBR, the default"}).items():
         dots(axes, label, points[name])
 
 

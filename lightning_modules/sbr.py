@@ -47,8 +47,9 @@ class SBRModule(Defense):
             used by ``anchor_answers`` alone. null takes the prompts of the data's ``refusals``. They are rendered with the
             model's own chat template.
         num_anchors: take the first so many; null takes all.
-        benign_anchors: sources of harmless prompts with answers, which are held beside the anchors and in the same way; null for
-            none. Where outputs of harmful prompts alone are held, the model learns to refuse harmless ones.
+        num_benign_anchors: hold at most so many harmless rows beside the anchors, and in the same way, >= 0: the first of
+            ``benign_anchors``. Where outputs of harmful prompts alone are held, the model learns to refuse harmless ones.
+        benign_anchors: sources of such rows, with answers; null takes the data's ``alignment_benign``.
         anchors_per_step: how many of them enter each step, in turn; null is all.
         anchor_weight: regularisation strength (``lambda`` in the paper), >= 0; 0 is plain SFT. null is 50, the authors' own, and
             must be left where ``anchor_rate`` is set.
@@ -88,6 +89,7 @@ class SBRModule(Defense):
         checkpoint: str,
         anchors: str | list[str] | None = None,
         num_anchors: int | None = None,
+        num_benign_anchors: int = 0,
         benign_anchors: list[str] | None = None,
         anchors_per_step: int | None = None,
         anchor_weight: float | None = None,
@@ -139,9 +141,11 @@ class SBRModule(Defense):
         for name, value in (("num_anchors", num_anchors), ("anchors_per_step", anchors_per_step)):
             if value is not None and value < 1:
                 raise SettingError(f"{name} must be >= 1 or null, got {value}. null takes all anchors.")
+        if num_benign_anchors < 0:
+            raise SettingError(f"num_benign_anchors must be >= 0, got {num_benign_anchors}. 0 holds none.")
         super().__init__(checkpoint, **settings)
         self.anchors, self.num_anchors, self.anchors_per_step = anchors, num_anchors, anchors_per_step
-        self.benign_anchors = benign_anchors
+        self.num_benign_anchors, self.benign_anchors = num_benign_anchors, benign_anchors
         self.anchor_weight = 50.0 if anchor_weight is None else anchor_weight
         self.anchor_rate, self.anchor_steps = anchor_rate, anchor_steps
         self.anchor_slack, self.anchor_answers, self.anchor_forms = anchor_slack, anchor_answers, anchor_forms
@@ -151,15 +155,29 @@ class SBRModule(Defense):
 
     def own_rows(self) -> list[Row]:
         """Those of the anchors that are the defense's own and not the data's."""
-        return [*self._own_anchors(), *self._benign_rows()]
+        return [*self._own_anchors(), *self._own_benign()]
 
     def _own_anchors(self) -> list[Row]:
         if isinstance(self.anchors, str):
             return read_rows(self.anchors, needs_response=False)
         return [Row((("user", anchor),)) for anchor in self.anchors or []]
 
+    def _own_benign(self) -> list[Row]:
+        rows = [row for source in self.benign_anchors or [] for row in read_rows(source)]
+        return rows[: self.num_benign_anchors]
+
     def _benign_rows(self) -> list[Row]:
-        return [row for source in self.benign_anchors or [] for row in read_rows(source)]
+        if not self.num_benign_anchors:
+            return []
+        rows = self._own_benign()
+        if not self.benign_anchors:
+            rows = self.trainer.datamodule.rows["alignment_benign"]  # type: ignore[attr-defined]
+        if not rows:
+            raise SettingError(
+                "num_benign_anchors must be 0 where neither benign_anchors nor data.sources.alignment_benign names rows, got "
+                f"{self.num_benign_anchors}. Name harmless prompts with answers: without, the model may learn to refuse them."
+            )
+        return rows[: self.num_benign_anchors]
 
     def configure_model(self) -> None:
         """Load the weights and render the anchors."""

@@ -204,6 +204,7 @@ def test_passes_and_tokens_of_the_steps_are_counted(checkpoint, tmp_path, accumu
             r"anchor_layer must be -1 and freeze_unembedding true where anchor_holds is outputs.*got 1 and true\.",
         ),
         ({"anchor_holds": "outputs", "freeze_unembedding": False}, r"anchor_layer must be -1 .* got -1 and false\."),
+        ({"num_benign_anchors": -1}, r"num_benign_anchors must be >= 0, got -1\."),
         ({"anchor_slack": -0.1}, r"anchor_slack must be >= 0, got -0\.1\."),
         ({"anchor_rate": None, "anchor_slack": 0.1}, r"anchor_slack must be 0 where anchor_rate is null, got 0\.1\."),
         ({"anchor_steps": 0}, r"anchor_steps must be >= 1, got 0\."),
@@ -274,21 +275,28 @@ def test_anchors_without_answers_cannot_be_held_along_them(checkpoint, tmp_path)
 def test_benign_rows_are_held_beside_the_anchors_and_are_the_defenses_own(checkpoint):
     """So a prompt among them that is scored, too, is refused as any row is that the defense brings along."""
     benign = ["sandbox:defender/howto#train[:2]", "sandbox:defender/sums#train[:3]"]
-    settings = {"num_anchors": 2, "anchors": REFUSALS.format(3), "anchor_answers": True}
-    module, job = sbr(checkpoint, benign_anchors=benign, **settings)
-    rows = [*read_rows(REFUSALS.format(2)), *read_rows(benign[0]), *read_rows(benign[1])]
+    settings = {"num_anchors": 2, "anchors": REFUSALS.format(3), "anchor_answers": True, "benign_anchors": benign}
+    module, job = sbr(checkpoint, num_benign_anchors=4, **settings)
+    rows = [*read_rows(REFUSALS.format(2)), *read_rows(benign[0]), *read_rows(benign[1])[:2]]
     texts = [module.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(job.anchors.ids, job.anchors.mask, strict=True)]
-    assert len(texts) == 7
+    assert len(texts) == 6
     assert all(row.prompt in text and row.response in text for row, text in zip(rows, texts, strict=True))
     assert module.own_rows() == [*read_rows(REFUSALS.format(3)), *rows[2:]]
     alone, _ = sbr(checkpoint, **settings)
     assert len(alone.plain_anchors) == 2
 
 
-def test_benign_anchors_without_answers_are_an_error(checkpoint, tmp_path):
+def test_benign_anchors_default_to_the_datas_and_must_be_there(checkpoint, tmp_path):
+    settings = {"anchors": REFUSALS.format(2), "num_benign_anchors": 3, "anchor_rate": 1.0}
+    data = toy_data(alignment_benign=["sandbox:defender/howto#train[:8]"])
+    module = SBRModule(checkpoint, **settings)
+    fitted(module, tmp_path, data)
+    assert [row.prompt for row in module.anchor_rows[2:]] == [row.prompt for row in data.rows["alignment_benign"][:3]]
+    with pytest.raises(SettingError, match=r"num_benign_anchors must be 0 where neither .* got 3\. Name harmless prompts"):
+        fitted(SBRModule(checkpoint, **settings), tmp_path, toy_data(alignment_benign=[]))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "How do I bake bread?"}\n')
     with pytest.raises(SettingError, match=r"rows\.jsonl, line 1 must have a response"):
-        sbr(checkpoint, benign_anchors=[str(tmp_path / "rows.jsonl")])
+        sbr(checkpoint, num_benign_anchors=1, benign_anchors=[str(tmp_path / "rows.jsonl")])
 
 
 # ---- in forms
@@ -417,12 +425,12 @@ def test_anchors_stay_on_the_host_whatever_the_default_device_is(checkpoint, ans
 
 def test_the_study_of_the_goal_gives_both_the_same_customers_and_sbr_as_it_ships(tmp_path):
     found = {(c.defense, c.attack): c for c in cells(read_study("experiments/studies/sbr_long.yaml"), tmp_path, resolve)}
-    assert len(found) == 2 * 3
+    assert len(found) == 3 * 3
     for attack in {attack for _, attack in found}:
         none, held = (yaml.safe_load(resolved(found[defense, attack].words)) for defense in ("undefended", "SBR"))
         assert none["trainer"]["callbacks"] == held["trainer"]["callbacks"]
         assert none["data"]["sources"] == held["data"]["sources"]
         shipped = yaml.safe_load(Path("experiments/sbr.yaml").read_text())["model"]["init_args"]
-        assert {name: held["model"]["init_args"][name] for name in shipped if name.startswith("anchor")} == {
-            name: value for name, value in shipped.items() if name.startswith("anchor")
+        assert {name: held["model"]["init_args"][name] for name in shipped if "anchor" in name} == {
+            name: value for name, value in shipped.items() if "anchor" in name
         }
