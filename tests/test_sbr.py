@@ -244,8 +244,9 @@ def test_taking_references_leaves_modes_and_weights_alone(checkpoint, training):
             "anchor_answers": True,
             "anchor_forms": True,
         },
+        {"anchor_rate": 1.0, "anchors": None, "anchors_per_step": 3, "anchor_forms": True, "anchor_holds": "outputs"},
     ],
-    ids=["all", "in turn", "lora", "data's", "own steps", "own steps, lora", "own steps, answers, forms"],
+    ids=["all", "in turn", "lora", "data's", "own steps", "own steps, lora", "own steps, answers, forms", "outputs"],
 )
 @pytest.mark.parametrize("accumulate_grad_batches", [1, 2])
 def test_a_resumed_run_ends_as_the_uninterrupted_one(checkpoint, tmp_path, settings, accumulate_grad_batches):
