@@ -46,9 +46,9 @@ def real_service(axes: Axes, page: Path) -> None:
             harm, accuracy, _ = (part.strip() for part in seed.split("/"))
             if accuracy.isdigit():  # it says nothing where benign rows refuse first
                 points.setdefault(name.rpartition(": ")[2], []).append((float(accuracy), float(harm)))
-    labels = {"undefended": "undefended", "one anchor at 50": "one anchor, the paper's form", "SBR, states": "SBR, states"}
-    for name, label in (labels | {"SBR": "SBR, the default"}).items():
-        dots(axes, label, points[name])
+    labels = {"one anchor at 50": "one anchor, the paper's form", "SBR": "SBR, the default"}
+    for name in ("undefended", "one anchor at 50", "SBR, states", "SBR"):
+        dots(axes, labels.get(name, name), points[name])
 
 
 def sandbox_release(axes: Axes, page: Path) -> None:

@@ -20,7 +20,7 @@ from casehard.records.files import DONE, config_hash
 from casehard.records.marker import Marker, changes, read_marker
 from casehard.records.outcome import first_broken
 from casehard.records.rows import read_run
-from casehard.shipped import shipped
+from casehard.shipped import experiment
 from casehard.version import version_of
 
 ADAPTIVE = "adaptive"  # how a study calls the attacker that a defense names
@@ -339,7 +339,7 @@ def check_common(study: Study) -> None:
         parts |= {f"defenses.{name}": arm} | ({f"defenses.{name}.train": arm.train} if arm.train else {})
     for where, part in parts.items():
         for config in part.configs:
-            given = yaml.safe_load(Path(shipped(config)).read_text(encoding="utf-8"))
+            given = yaml.safe_load(Path(experiment(config)).read_text(encoding="utf-8"))
             for name, value in study.common.settings.items():
                 found = reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, name.split("."), given)
                 if found not in (None, value) and name not in part.settings:

@@ -705,6 +705,11 @@ def test_a_common_setting_that_a_defenses_file_takes_back_is_refused(tmp_path):
         run_study(resolve, str(file), str(tmp_path), 1, None, {})
     assert "Set it in the settings of defenses.plain." in str(error.value)
     assert not (tmp_path / "common").exists()
+    file.write_text(
+        file.read_text().replace("experiments/data/other_wordings.yaml", "data/other_wordings")
+    )  # as a command takes it
+    with pytest.raises(ValueError, match=r"data/other_wordings of defenses\.plain sets data\.sources\.task to"):
+        run_study(resolve, str(file), str(tmp_path), 1, None, {})
     for settings, common in ((f", settings: {{data.sources.task: {rows}}}", rows), ("", str(words))):
         file.write_text(given % (settings, common))
         check_common(read_study(str(file)))
