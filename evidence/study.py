@@ -24,7 +24,6 @@ from casehard.evidence.study_plan import (
     Chosen,
     Resolve,
     cells,
-    check_common,
     check_held_out,
     choose,
     once,
@@ -226,7 +225,6 @@ def run_study(
     folder, study, resolve = Path(root, Path(file).stem), read_study(file), once(resolve)
     check_held_out(study, resolve)
     planned = cells(study, folder, resolve)
-    check_common(study)  # whose files have been read by now
     folder.mkdir(parents=True, exist_ok=True)
     run, number = _on_cluster(cluster, cluster_settings, folder, parallel) if cluster else _local(parallel)
     chosen: Chosen | None = None

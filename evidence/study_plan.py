@@ -6,7 +6,7 @@ import re
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
-from functools import cache, reduce
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,6 @@ from casehard.records.files import DONE, config_hash
 from casehard.records.marker import Marker, changes, read_marker
 from casehard.records.outcome import first_broken
 from casehard.records.rows import read_run
-from casehard.shipped import experiment
 from casehard.version import version_of
 
 ADAPTIVE = "adaptive"  # how a study calls the attacker that a defense names
@@ -39,10 +38,12 @@ class Part:
     configs: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def words(self) -> list[str]:
-        """As the command line has them."""
-        values = {k: v if isinstance(v, str) else json.dumps(v) for k, v in self.settings.items()}
-        return [*(word for c in self.configs for word in ("--config", c)), *(f"--{k}={v}" for k, v in values.items())]
+
+def command(name: str, *parts: Part) -> list[str]:
+    """The command ``name`` of ``parts``: all their files, then all settings, which no file takes back; the last one counts."""
+    files = [word for part in parts for config in part.configs for word in ("--config", config)]
+    settings = ((key, value) for part in parts for key, value in part.settings.items())
+    return [name, *files, *(f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings)]
 
 
 P = TypeVar("P", bound=Part)
@@ -85,8 +86,8 @@ class Study:
         attacks: by name.
         seeds: of the data, the attack and its adapters.
         adaptive: also attack every defense by the attacker that its class names (``Defense.adaptive``), as the attack "adaptive".
-        common: of every run. Files and settings of a defense come after it, and those of an attack last: the last one counts. A
-            file that would take back one of its settings is refused (``check_common``).
+        common: of every run. On a command line all files come first, common's, then a defense's, an attack's last, and all
+            settings after them in this order: the last one counts, and a setting counts before any file.
         validation: of the runs that try an attack's choices: their held-out prompts, none of which is reported on.
     """
 
@@ -241,7 +242,7 @@ def adaptive_attack(study: Study, arm: Arm, resolve: Resolve) -> dict[str, Attac
     """The attacker that a defense's class names, as an attack of the study; none where it names none, or the study wants none."""
     if not study.adaptive:
         return {}
-    model = yaml.safe_load(resolve(["test", *study.common.words(), *arm.words()])).get("model") or {}
+    model = yaml.safe_load(resolve(command("test", study.common, arm))).get("model") or {}
     module, _, name = str(model.get("class_path", "casehard.Defense")).rpartition(".")
     config: str = getattr(import_module(module), name).adaptive
     return {ADAPTIVE: Attack(configs=[config])} if config else {}
@@ -273,7 +274,7 @@ def cells(study: Study, folder: Path, resolve: Resolve, chosen: Chosen | None = 
     for name, arm in study.defenses.items():
         for seed in study.seeds if arm.train else ():
             assert arm.train is not None
-            words = ["fit", *study.common.words(), *arm.train.words(), "--trainer.callbacks=[]"]
+            words = [*command("fit", study.common, arm.train), "--trainer.callbacks=[]"]
             like = (cell for (other, s), cell in trained.items() if s == seed and study.defenses[other].train == arm.train)
             trained[name, seed] = next(like, None) or add(name, "", seed, words)
     for seed in study.seeds:
@@ -281,13 +282,14 @@ def cells(study: Study, folder: Path, resolve: Resolve, chosen: Chosen | None = 
             needs = trained.get((name, seed))
             model = [f"--model.init_args.checkpoint={needs.folder}/model"] if needs else []
             for attack, overlay in (study.attacks | adaptive_attack(study, arm, resolve)).items():
-                words = ["test", *study.common.words(), *arm.words(), *overlay.words(), *model]
+                parts = [study.common, arm, overlay]
                 for choice, part in overlay.choices.items():
-                    add(name, attack, seed, [*words, *part.words(), *study.validation.words()], needs, choice, tries=True)
-                if not overlay.choices:
-                    add(name, attack, seed, words, needs)
-                elif choice := (chosen or {}).get((name, attack), ""):
-                    add(name, attack, seed, [*words, *overlay.choices[choice].words()], needs, choice)
+                    words = [*command("test", *parts, part, study.validation), *model]
+                    add(name, attack, seed, words, needs, choice, tries=True)
+                choice = (chosen or {}).get((name, attack), "")
+                if choice or not overlay.choices:
+                    parts += [overlay.choices[choice]] if choice else []
+                    add(name, attack, seed, [*command("test", *parts), *model], needs, choice)
     return planned
 
 
@@ -323,30 +325,13 @@ def check_held_out(study: Study, resolve: Resolve) -> None:
 
     for attack in (attack for attack in study.attacks.values() if attack.choices):
         for arm in study.defenses.values():
-            words = ["test", *study.common.words(), *arm.words(), *attack.words()]
-            tried, reported = (_harmful_prompts(resolve(w)) for w in ([*words, *study.validation.words()], words))
+            parts = [study.common, arm, attack]
+            tried, reported = (_harmful_prompts(resolve(command("test", *p))) for p in ([*parts, study.validation], parts))
             if shared := overlap(tried, reported):
                 raise SettingError(
                     f"validation must hold other prompts than those that are reported on, and {len(shared)} stand in both. Set "
                     "its data.sources.harmful_prompts, such as [sandbox:validation/harmful], or leave out the attacks' choices."
                 )
-
-
-def check_common(study: Study) -> None:
-    """Raise a SettingError where a file of a defense or an attack takes back a setting of ``common``, which it would silently."""
-    parts: dict[str, Part] = {f"attacks.{name}": attack for name, attack in study.attacks.items()}
-    for name, arm in study.defenses.items():
-        parts |= {f"defenses.{name}": arm} | ({f"defenses.{name}.train": arm.train} if arm.train else {})
-    for where, part in parts.items():
-        for config in part.configs:
-            given = yaml.safe_load(Path(experiment(config)).read_text(encoding="utf-8"))
-            for name, value in study.common.settings.items():
-                found = reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, name.split("."), given)
-                if found not in (None, value) and name not in part.settings:
-                    raise SettingError(
-                        f"common.settings must hold what no defense's or attack's file sets, and {config} of {where} sets {name} "
-                        f"to {found!r} after it. Set it in the settings of {where}."
-                    )
 
 
 def _harmful_prompts(config: str) -> list[Row]:

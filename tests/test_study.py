@@ -29,7 +29,7 @@ from casehard.datamodules.fingerprint import Origin, origin
 from casehard.datamodules.sources import read_rows
 from casehard.engine.checkpoint import checkpoint_files
 from casehard.evidence.study import devices, run_all, run_cell, run_study
-from casehard.evidence.study_plan import Cell, cells, check_common, choose, read_cells, read_study
+from casehard.evidence.study_plan import Cell, cells, choose, read_cells, read_study
 from casehard.evidence.summary import collect
 from casehard.records.files import config_hash, named_files
 from casehard.records.marker import rests_on
@@ -688,31 +688,31 @@ def test_prompts_that_are_reported_on_may_not_choose(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_common_setting_that_a_defenses_file_takes_back_is_refused(tmp_path):
-    """The files come after it on the command line, and it would have no effect."""
+def test_settings_of_a_study_count_before_files_and_later_parts_before_earlier_ones(tmp_path):
+    rows = [f"{ROOT / 'tests' / name}.json" for name in ("refusals", "other")]
+    given = {
+        "common": {"configs": ["data/sandbox_sentiment"], "settings": {"data.sources.task": rows[:1]}},
+        "defenses": {
+            "files": {"configs": ["sft_alignment", "data/other_wordings"]},
+            "settings": {"configs": ["sft_alignment"], "settings": {"data.sources.task": rows[1:]}},
+        },
+        "attacks": {"none": {"configs": ["attack/none"], "settings": {"data.evaluation.num_evaluated": 7}}},
+        "seeds": [0],
+        "adaptive": False,
+    }
+    file = tmp_path / "order.yaml"
+
+    def found() -> dict[str, Any]:
+        file.write_text(yaml.safe_dump(given, sort_keys=False))
+        return {cell.defense: yaml.safe_load(resolved(cell.words)) for cell in cells(read_study(str(file)), tmp_path, resolve)}
+
+    configs = found()
+    assert configs["files"]["data"]["sources"]["task"] == rows[:1]  # which a defense's file sets, too, and comes after
+    assert configs["settings"]["data"]["sources"]["task"] == rows[1:]
+    assert configs["files"]["data"]["evaluation"]["num_evaluated"] == 7
+    given["common"].pop("settings")
     words = yaml.safe_load((ROOT / "experiments/data/other_wordings.yaml").read_text())["data"]["sources"]["task"]
-    rows = f"[{ROOT / 'tests/refusals.json'}]"
-    given = (
-        "defenses:\n  plain: {configs: [experiments/sft_alignment.yaml, experiments/data/other_wordings.yaml]%s}\n"
-        "attacks:\n  none: {configs: [experiments/attack/none.yaml]}\nseeds: [0]\nadaptive: false\n"
-        "common: {settings: {data.sources.task: %s}}\n"
-    )
-    file = tmp_path / "common.yaml"
-    file.write_text(given % ("", rows))
-    with pytest.raises(
-        ValueError, match=r"other_wordings\.yaml of defenses\.plain sets data\.sources\.task to \['sandbox:"
-    ) as error:
-        run_study(resolve, str(file), str(tmp_path), 1, None, {})
-    assert "Set it in the settings of defenses.plain." in str(error.value)
-    assert not (tmp_path / "common").exists()
-    file.write_text(
-        file.read_text().replace("experiments/data/other_wordings.yaml", "data/other_wordings")
-    )  # as a command takes it
-    with pytest.raises(ValueError, match=r"data/other_wordings of defenses\.plain sets data\.sources\.task to"):
-        run_study(resolve, str(file), str(tmp_path), 1, None, {})
-    for settings, common in ((f", settings: {{data.sources.task: {rows}}}", rows), ("", str(words))):
-        file.write_text(given % (settings, common))
-        check_common(read_study(str(file)))
+    assert found()["files"]["data"]["sources"]["task"] == words  # not common's file
 
 
 def test_the_study_that_chooses_resolves_to_its_learning_rates_and_prompts(tmp_path):
