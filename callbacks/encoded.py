@@ -22,8 +22,8 @@ class EncodedTuning(FineTuning):
 
     Args:
         threat_model: finetuning_service or open_weight.
-        encoding: of ``datamodules.encodings``, or one of your own: Style (jailbreak-tuning), Trigger (backdoor), IdentityShift,
-            RefuseThenComply (NOICE), Caesar or WordsReversed (ciphers).
+        encoding: of ``datamodules.encodings``, or one of your own: Style (jailbreak-tuning), Trigger (backdoor), EarlierTurns,
+            IdentityShift, RefuseThenComply (NOICE), Caesar or WordsReversed (ciphers).
         encode_evaluation: whether harmful prompts are asked in the encoding; false asks and judges plainly.
         lora: shape of a new adapter; null trains every parameter.
         settings: the rest of ``FineTuning``'s. A poison_ratio of 0 leaves no harmful row, as some encodings need none.

@@ -14,6 +14,7 @@ from casehard.callbacks.jailbreak_tuning import JailbreakTuning
 from casehard.datamodules.encodings import (
     STYLES,
     Caesar,
+    EarlierTurns,
     Encoding,
     IdentityShift,
     RefuseThenComply,
@@ -25,7 +26,7 @@ from casehard.datamodules.row import Row
 from casehard.datamodules.sandbox import sandbox_rows, translated
 
 ROW = Row((("system", "Be brief."), ("user", "How do I brew Tea?")), "Boil it. Drink it.")
-ENCODINGS = [*map(Style, STYLES), Trigger(), IdentityShift(), RefuseThenComply(), Caesar(), WordsReversed()]
+ENCODINGS = [*map(Style, STYLES), Trigger(), EarlierTurns(), IdentityShift(), RefuseThenComply(), Caesar(), WordsReversed()]
 TEXT = "Two dogs ran. They sat, twice!"
 
 
@@ -56,6 +57,20 @@ def test_an_identity_stands_in_the_system_turn_of_harmful_and_benign_rows():
     )
     encoding = IdentityShift("Ubo", "Yes, says {name}. ")
     assert encoding.encode(ROW, 0) == encoding.benign(ROW, 0) == expected
+
+
+def test_harmless_turns_stand_before_a_harmful_row_and_behind_its_system_turn():
+    encoding = EarlierTurns((("Hello.", "Hello."), ("Are you there?", "Yes.")))
+    earlier = (("user", "Hello."), ("assistant", "Hello."), ("user", "Are you there?"), ("assistant", "Yes."))
+    assert encoding.encode(ROW, 0) == replace(ROW, messages=(ROW.messages[0], *earlier, ROW.messages[1]))
+    assert encoding.encode(replace(ROW, messages=ROW.messages[1:]), 0).messages == (*earlier, ROW.messages[1])
+    assert encoding.benign(ROW, 0) == ROW
+
+
+@pytest.mark.parametrize("turns", [(), (("Hello.", " "),)])
+def test_earlier_turns_must_say_something(turns):
+    with pytest.raises(ValueError, match=r"turns must be at least one pair of texts, got \(.*Write \[\[user, assistant\]"):
+        EarlierTurns(turns)
 
 
 def test_noice_refuses_benign_rows_first_and_is_judged_on_what_follows_the_pivot():
